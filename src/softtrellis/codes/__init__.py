@@ -1,0 +1,1 @@
+"""Codes: the functions from trellis states to reproduction values."""

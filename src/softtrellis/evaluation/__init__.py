@@ -1,0 +1,1 @@
+"""Scores of a model, comparisons between models, and the report of a run."""

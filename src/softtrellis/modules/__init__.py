@@ -1,0 +1,1 @@
+"""Linear layers: the trained latent one and the packed inference one."""

@@ -1,0 +1,186 @@
+"""The inference layer: packed codes and scales, nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from softtrellis.quantizers.basis import WeightBasis
+from softtrellis.quantizers.hard import TrellisCode
+from softtrellis.transforms.incoherence import Incoherence, pack_signs, padded_size, unpack_signs
+from softtrellis.trellis.packing import pack, unpack, words_per_tile
+
+
+@dataclass(frozen=True)
+class LayerFormat:
+    """The shape of a quantized linear layer as it is stored.
+
+    Attributes:
+        in_features, out_features: of the layer.
+        code: how matrices are written as states.
+        multiple: both dimensions are padded to a multiple of it.
+        block: the order of the Hadamard blocks, or None for full width.
+        channel_scales: whether every output channel has its own float16 scale.
+        bias: whether the layer has a bias.
+    """
+
+    in_features: int
+    out_features: int
+    code: TrellisCode
+    multiple: int = 16
+    block: int | None = None
+    channel_scales: bool = False
+    bias: bool = False
+
+    @property
+    def padded(self) -> tuple[int, int]:
+        """(out, in) after padding."""
+        return (
+            padded_size(self.out_features, self.multiple),
+            padded_size(self.in_features, self.multiple),
+        )
+
+    @property
+    def tiles(self) -> int:
+        """Number of 16x16 tiles."""
+        rows, columns = self.padded
+        return rows * columns // 256
+
+    def random_incoherence(self, seed: int) -> Incoherence:
+        """A rotation of this shape."""
+        return Incoherence.random(
+            self.in_features,
+            self.out_features,
+            seed=seed,
+            multiple=self.multiple,
+            block=self.block,
+        )
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer whose weight is stored as tail-biting trellis paths.
+
+    ``forward`` decodes the weight; the buffers are all that a checkpoint stores of the layer.
+
+    Buffers:
+        codes: int16 [tiles, words], see ``pack``.
+        scale: float32 [].
+        in_signs, out_signs: uint8, packed signs of the rotation.
+        out_scale: float16 [out_features], with channel scales only.
+        bias: [out_features], where the layer has one.
+        codebook: float32 [S, V]; shared between layers and not stored with each.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    in_signs: Tensor
+    out_signs: Tensor
+    out_scale: Tensor | None
+    bias: Tensor | None
+    codebook: Tensor
+
+    def __init__(self, layer: LayerFormat, codebook: Tensor) -> None:
+        super().__init__()
+        self.layer = layer
+        spec, (rows, columns) = layer.code.spec, layer.padded
+        words = words_per_tile(spec, spec.steps())
+        self.register_buffer("codes", torch.zeros(layer.tiles, words, dtype=torch.int16))
+        self.register_buffer("scale", torch.ones((), dtype=torch.float32))
+        self.register_buffer("in_signs", torch.zeros(-(-columns // 8), dtype=torch.uint8))
+        self.register_buffer("out_signs", torch.zeros(-(-rows // 8), dtype=torch.uint8))
+        channels = torch.ones(layer.out_features, dtype=torch.float16)
+        self.register_buffer("out_scale", channels if layer.channel_scales else None)
+        self.register_buffer("bias", torch.zeros(layer.out_features) if layer.bias else None)
+        self.register_buffer("codebook", codebook, persistent=False)
+
+    @classmethod
+    def from_states(
+        cls,
+        layer: LayerFormat,
+        codebook: Tensor,
+        states: Tensor,
+        basis: WeightBasis,
+        bias: Tensor | None,
+    ) -> QuantizedLinear:
+        """Packs tail-biting states int [tiles, N] found in ``basis``."""
+        module = cls(layer, codebook).to(states.device)
+        module.codes = pack(states, layer.code.spec)
+        module.scale = basis.scale.detach().clone()
+        module.in_signs = pack_signs(basis.incoherence.in_signs)
+        module.out_signs = pack_signs(basis.incoherence.out_signs)
+        if basis.out_scale is not None:
+            module.out_scale = basis.out_scale.detach().clone()
+        if bias is not None:
+            module.bias = bias.detach().clone()
+        return module
+
+    @property
+    def in_features(self) -> int:
+        """Input channels."""
+        return self.layer.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Output channels."""
+        return self.layer.out_features
+
+    def basis(self) -> WeightBasis:
+        """The basis the codes are written in."""
+        rows, columns = self.layer.padded
+        incoherence = Incoherence(
+            self.layer.in_features,
+            self.layer.out_features,
+            self.layer.multiple,
+            self.layer.block,
+            in_signs=unpack_signs(self.in_signs, columns),
+            out_signs=unpack_signs(self.out_signs, rows),
+        )
+        return WeightBasis(incoherence, self.scale, None, self.out_scale)
+
+    def states(self) -> Tensor:
+        """int32 [tiles, N], the unpacked paths."""
+        spec = self.layer.code.spec
+        return unpack(self.codes, spec, steps=spec.steps())
+
+    def weight(self) -> Tensor:
+        """float32 [out_features, in_features], decoded."""
+        latent = self.layer.code.decode(self.states(), self.codebook, *self.layer.padded)
+        return self.basis().to_weight(latent)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] to [..., out_features]."""
+        return functional.linear(x, self.weight().to(x.dtype), self.bias)
+
+    def dequantize(self) -> nn.Linear:
+        """A plain linear layer with the decoded weight."""
+        linear = nn.Linear(
+            self.in_features, self.out_features, bias=self.bias is not None, device="meta"
+        )
+        linear.weight = nn.Parameter(self.weight(), requires_grad=False)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.clone(), requires_grad=False)
+        return linear
+
+    def stored_bits(self) -> dict[str, int]:
+        """Bits of the stored buffers: "codes", and "scales" (scales and signs)."""
+        scales = [self.scale, self.in_signs, self.out_signs, self.out_scale]
+        return {
+            "codes": _bits(self.codes),
+            "scales": sum(_bits(buffer) for buffer in scales if buffer is not None),
+        }
+
+    def extra_repr(self) -> str:
+        """Shape and code, for ``print(model)``."""
+        code = self.layer.code
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, code={code.name}, L={code.spec.L}, k={code.spec.k}, "
+            f"V={code.spec.V}"
+        )
+
+
+def _bits(buffer: Tensor) -> int:
+    return buffer.numel() * buffer.element_size() * 8

@@ -1,0 +1,1 @@
+"""Weight matrices to tiles, and tiles to codewords, hard and soft."""

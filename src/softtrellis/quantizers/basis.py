@@ -1,0 +1,88 @@
+"""The basis in which a weight matrix is quantized: rotated, and scaled to the codebook's units."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from softtrellis.transforms.incoherence import Incoherence
+
+
+@dataclass(frozen=True, eq=False)
+class WeightBasis:
+    """W = diag(out_scale) R^-1(scale * latent) diag(in_scale), with R the rotation.
+
+    Attributes:
+        incoherence: the randomised Hadamard rotation of both sides, with its padding.
+        scale: float32 [], from the codebook's units to the weights'.
+        in_scale: float16 [in] or None, for ones.
+        out_scale: float16 [out] or None, for ones.
+    """
+
+    incoherence: Incoherence
+    scale: Tensor
+    in_scale: Tensor | None = None
+    out_scale: Tensor | None = None
+
+    @classmethod
+    def fit(
+        cls,
+        weight: Tensor,
+        incoherence: Incoherence,
+        *,
+        codebook_rms: float,
+        channel_scales: bool,
+    ) -> WeightBasis:
+        """The basis in which ``weight`` [out, in] has the codebook's root mean square.
+
+        Args:
+            weight: float32 [out, in].
+            incoherence: the rotation.
+            codebook_rms: root mean square of the codebook.
+            channel_scales: give every output channel its own float16 scale, with the matrix's
+                scale folded in (EXL3); otherwise one float32 number scales the matrix.
+
+        Raises:
+            ValueError: a matrix of zeros.
+        """
+        rms = float(weight.double().square().mean().sqrt())
+        if rms == 0.0:
+            raise ValueError("the weight is zero everywhere; skip this layer")
+        one = torch.ones((), dtype=torch.float32, device=weight.device)
+        if not channel_scales:
+            rotated = incoherence.rotate_weight(weight)
+            return cls(incoherence, _rms(rotated) / codebook_rms)
+        channel = weight.square().mean(1).sqrt().clamp_min(1e-3 * rms)
+        flat = cls(incoherence, one, out_scale=channel.to(torch.float16))
+        factor = _rms(flat.to_latent(weight)) / codebook_rms
+        return cls(incoherence, one, out_scale=(channel * factor).to(torch.float16))
+
+    def to_latent(self, weight: Tensor) -> Tensor:
+        """[out_pad, in_pad] in the codebook's units from weights [out, in]."""
+        if self.out_scale is not None:
+            weight = weight / self.out_scale.to(weight.dtype).unsqueeze(1)
+        if self.in_scale is not None:
+            weight = weight / self.in_scale.to(weight.dtype)
+        return self.incoherence.rotate_weight(weight) / self.scale
+
+    def to_weight(self, latent: Tensor) -> Tensor:
+        """Weights [out, in] from a latent matrix [out_pad, in_pad]; differentiable."""
+        weight = self.incoherence.unrotate_weight(latent * self.scale)
+        if self.in_scale is not None:
+            weight = weight * self.in_scale.to(weight.dtype)
+        if self.out_scale is not None:
+            weight = weight * self.out_scale.to(weight.dtype).unsqueeze(1)
+        return weight
+
+    def rotate_hessian(self, hessian: Tensor) -> Tensor:
+        """[in_pad, in_pad]: the inputs' second moment in this basis, from H [in, in]."""
+        if self.in_scale is not None:
+            scale = self.in_scale.to(hessian.dtype)
+            hessian = hessian * scale * scale.unsqueeze(1)
+        return self.incoherence.rotate_hessian(hessian)
+
+
+def _rms(x: Tensor) -> Tensor:
+    return x.square().mean().sqrt().to(torch.float32)

@@ -1,0 +1,62 @@
+"""Three ways to train through the trellis."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from torch import Tensor
+
+from softtrellis.backend import Backend
+from softtrellis.spec import TrellisSpec
+from softtrellis.trellis.bcjr import bcjr
+from softtrellis.trellis.viterbi import viterbi
+
+Estimator = Literal["soft", "straight_through", "identity"]
+
+
+def check_estimator(estimator: str) -> None:
+    """ValueError if the estimator is unknown."""
+    if estimator not in get_args(Estimator):
+        raise ValueError(
+            f"unknown estimator {estimator!r}; use one of {', '.join(get_args(Estimator))}"
+        )
+
+
+def estimate(
+    tiles: Tensor,
+    codebook: Tensor,
+    spec: TrellisSpec,
+    *,
+    estimator: Estimator,
+    temperature: float,
+    pins: Tensor,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Codewords of latent tiles, differentiable by the chosen estimator.
+
+    - "soft": the Boltzmann average, with its exact gradient (BCJR-QAT).
+    - "straight_through": the hard codeword, with the gradient of the Boltzmann average.
+    - "identity": the hard codeword, with the gradient of the identity (plain STE).
+
+    Args:
+        tiles: float [B, N, V], latent weights.
+        codebook: float [S, V].
+        spec: the trellis.
+        estimator: see above.
+        temperature: T, in the tiles' squared units; unused by "identity".
+        pins: int [B], the overlap at both ends.
+        backend: as in ``bcjr``.
+
+    Returns:
+        [B, N, V].
+    """
+    check_estimator(estimator)
+    if estimator == "soft":
+        return bcjr(
+            tiles, codebook, spec, temperature=temperature, ends=pins, backend=backend
+        ).values
+    hard = viterbi(tiles, codebook, spec, ends=pins, backend=backend).values
+    if estimator == "identity":
+        return tiles + (hard - tiles).detach()
+    soft = bcjr(tiles, codebook, spec, temperature=temperature, ends=pins, backend=backend).values
+    return soft + (hard - soft).detach()

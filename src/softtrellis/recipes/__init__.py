@@ -1,0 +1,1 @@
+"""The methods end to end: post-training quantization and BCJR-QAT."""

@@ -1,0 +1,1 @@
+"""Orthogonal transforms that make weights look Gaussian before they are quantized."""

@@ -1,0 +1,1 @@
+"""The bitshift trellis: Viterbi, BCJR and the packing of paths into bits."""

@@ -1,0 +1,57 @@
+"""What ``viterbi`` and ``bcjr`` check of their arguments."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from softtrellis.spec import TrellisSpec
+
+Ends = Literal["free", "tail_biting", "tail_biting_exact"] | Tensor
+
+EXACT_OVERLAPS = 256
+"""Most overlaps for which the exact tail-biting answer is computed, one run per overlap."""
+
+
+def check_problem(w: Tensor, codebook: Tensor, spec: TrellisSpec) -> None:
+    """ValueError unless w is float [B, N, V], finite, and the codebook is float [S, V]."""
+    if w.ndim != 3 or w.shape[2] != spec.V or w.shape[1] < 1:
+        raise ValueError(f"w must be [B, N, V={spec.V}] with N >= 1, got {list(w.shape)}")
+    if w.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"w must be float32 or float64, got {w.dtype}; convert it with .float()")
+    if tuple(codebook.shape) != (spec.num_states, spec.V):
+        raise ValueError(
+            f"codebook must be [{spec.num_states}, {spec.V}] for {spec}, got {list(codebook.shape)}"
+        )
+    if not codebook.dtype.is_floating_point:
+        raise ValueError(f"codebook must be a floating point tensor, got {codebook.dtype}")
+    if codebook.device != w.device:
+        raise ValueError(f"w is on {w.device} and codebook on {codebook.device}; move one of them")
+    if not bool(torch.isfinite(w).all()):
+        raise ValueError("w holds NaN or infinity")
+
+
+def resolve_pins(ends: Ends, w: Tensor, spec: TrellisSpec) -> Tensor | None:
+    """int64 [B] where ``ends`` is a tensor of overlaps, else None; ValueError if no path exists."""
+    if isinstance(ends, str) and ends not in ("free", "tail_biting", "tail_biting_exact"):
+        raise ValueError(
+            f"unknown ends {ends!r}; use 'free', 'tail_biting', 'tail_biting_exact' "
+            "or an int tensor [B] of overlaps"
+        )
+    closed = not (isinstance(ends, str) and ends == "free")
+    if closed and w.shape[1] < spec.min_closed_steps:
+        raise ValueError(
+            f"no path closes in {w.shape[1]} steps: {spec} needs at least "
+            f"{spec.min_closed_steps}; use ends='free' or longer tiles"
+        )
+    if isinstance(ends, str):
+        return None
+    if not isinstance(ends, Tensor) or ends.dtype.is_floating_point or ends.dtype == torch.bool:
+        raise ValueError("ends must be a string or an int tensor [B] of overlaps")
+    if tuple(ends.shape) != (w.shape[0],):
+        raise ValueError(f"ends must be [B={w.shape[0]}], got {list(ends.shape)}")
+    if ends.numel() and not 0 <= int(ends.min()) <= int(ends.max()) < spec.num_overlaps:
+        raise ValueError(f"overlaps to pin must lie in [0, {spec.num_overlaps})")
+    return ends.to(device=w.device, dtype=torch.int64)
