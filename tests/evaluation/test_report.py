@@ -246,10 +246,13 @@ def test_diverged_loss_still_reports(tmp_path: Path) -> None:
         record["loss"] = math.nan
     content = results()
     content["rows"][2] = {"name": "BCJR-QAT", "perplexity": math.nan, "kl": math.nan}
+    content["windows"]["BCJR-QAT"]["kl"][3] = math.inf
     content["comparisons"][0] |= {"mean": math.nan, "low": math.nan, "high": math.nan}
     write_report(write_run(tmp_path, log, content))
     _, page = read_page(tmp_path)
     assert "cannot be compared" in page.text
+    assert "not a finite number in 6 steps" in page.text
+    assert "Difference of KL" not in page.text
 
 
 def test_strings_from_the_run_are_escaped(tmp_path: Path) -> None:

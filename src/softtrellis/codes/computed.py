@@ -52,4 +52,5 @@ def mul1(states: Tensor) -> Tensor:
     """
     total = _half_from_bits(0x6400 + _byte_sum(_multiply_add(states, 0x83DCD12D, 0)))
     factor, offset = _half_from_bits(torch.tensor([0x1EEE, 0xC931], device=states.device)).double()
-    return (total.double() * factor + offset).to(torch.float16).to(torch.float32)
+    values: Tensor = (total.double() * factor + offset).to(torch.float16).to(torch.float32)
+    return values

@@ -9,7 +9,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from softtrellis.evaluation.plots import Plot, report_plots, shorten, write_main_plot
+from softtrellis.evaluation.panels import shorten
+from softtrellis.evaluation.plots import Plot, report_plots, write_main_plot
 from softtrellis.evaluation.run_log import (
     BASELINE,
     TRAINED,
@@ -165,6 +166,10 @@ def _training_summary(run: Run) -> str:
         text += f" in {last['seconds']:.0f} s"
     if first.get("loss") is not None and last.get("loss") is not None:
         text += f", loss {first['loss']:.4g} at the first and {last['loss']:.4g} at the last"
+    losses = [step["loss"] for step in run.steps if step.get("loss") is not None]
+    broken = sum(not math.isfinite(loss) for loss in losses)
+    if broken:
+        text += f" (not a finite number in {broken} steps)"
     drift = run.series("drift")[1]
     if drift and run.predicted_radius:
         text += (

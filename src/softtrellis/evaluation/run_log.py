@@ -1,6 +1,7 @@
 """What a run directory says: the training log and the results, read and checked."""
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,14 +66,15 @@ class Run:
     notes: tuple[str, ...] = ()
 
     def series(self, key: str, layer: str | None = None) -> tuple[list[int], list[float]]:
-        """Steps at which `key` was logged (for one layer, if named) and its values there."""
+        """Steps at which `key` (of one layer, if named) was a finite number, and these numbers."""
         steps: list[int] = []
         values: list[float] = []
         for record in self.steps:
             source = record if layer is None else record.get("layers", {}).get(layer, {})
-            if source.get(key) is not None:
+            value = source.get(key)
+            if value is not None and math.isfinite(value):
                 steps.append(int(record["step"]))
-                values.append(float(source[key]))
+                values.append(float(value))
         return steps, values
 
     @property

@@ -203,12 +203,12 @@ def _from_pretrained(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        with _quiet():
+        with quiet():
             tokenizer = AutoTokenizer.from_pretrained(directory, **tokenizer_options)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 directory, dtype=dtype, output_loading_info=True, **model_options
             )
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+    except Exception as error:  # the readers of damaged files raise errors of every kind
         raise ValueError(f"Cannot load '{name}': {_first_line(error)}") from error
     model, info = loaded
     if info["missing_keys"]:
@@ -225,7 +225,7 @@ def _download(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        with _muted("huggingface_hub"):
+        with muted("huggingface_hub"):
             return Path(
                 snapshot_download(
                     name,
@@ -245,14 +245,14 @@ def _download(name: str) -> Path:
 
 
 def _card_licence(directory: Path) -> str:
-    from huggingface_hub import ModelCard
-
     card = directory / "README.md"
     if not card.is_file():
         return "unknown"
-    with _quiet():
-        licence = ModelCard.load(card, ignore_metadata_errors=True).data.get("license")
-    return licence if isinstance(licence, str) and licence else "unknown"
+    front_matter = re.match(r"---\n(.*?)\n---", card.read_text("utf-8", "replace"), re.DOTALL)
+    licence = front_matter and re.search(
+        r"^license:[ \t]*[\"']?([\w.+-]+)", front_matter[1], re.MULTILINE
+    )
+    return licence[1] if licence else "unknown"
 
 
 _GGUF_STRING, _GGUF_ARRAY = 8, 9
@@ -351,7 +351,8 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def _muted(*names: str) -> Iterator[None]:
+def muted(*names: str) -> Iterator[None]:
+    """Let loggers of other libraries report errors only."""
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     try:
@@ -364,9 +365,9 @@ def _muted(*names: str) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Hide the bars and warnings of transformers; errors still arrive as exceptions."""
-    with _muted("transformers", "huggingface_hub"), warnings.catch_warnings():
+    with muted("transformers", "huggingface_hub"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with redirect_stderr(io.StringIO()):
             yield

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
+
+from softtrellis.io.sources import muted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,11 +29,11 @@ def load_documents(sources: Sequence[str], *, split: Split) -> list[str]:
     Args:
         sources: each one of
 
-            - ``"pydoc"``: the topics of the interpreter's own help (``pydoc_data.topics``). A
-              topic is held out when the sha256 of its name, as an integer, modulo 100 is below
-              15; the others are for calibration and training. Topics quote each other, so
-              passages that share ten words in a row with a held-out topic are left out of the
-              others, and of passages that recur within a part only the first stays.
+            - ``"pydoc"``: the topics of the interpreter's own help (``pydoc_data.topics``), in
+              the order of their names. A topic is held out when the sha256 of its name, as an
+              integer, modulo 100 is below 15; the others are for calibration and training. Topics
+              quote each other at length, so passages that share ten words in a row with a
+              held-out topic, or with an earlier topic of their own part, are left out.
             - ``"wikitext2"``: WikiText-2 raw through the ``datasets`` package, rows joined by a
               blank line into one document: the test split when held out, else the train split.
             - the path of a UTF-8 text file: the whole file as one document, whatever the split.
@@ -86,10 +88,9 @@ def token_windows(
     wanted = None if limit is None else limit * ctx
     tokens: list[int] = []
     for document in documents:
-        left = None if wanted is None else wanted - len(tokens)
-        if left is not None and left <= 0:
+        tokens += _encode(tokenizer, document, None if wanted is None else wanted - len(tokens))
+        if wanted is not None and len(tokens) >= wanted:
             break
-        tokens += _encode(tokenizer, document, left)
     if not tokens:
         raise ValueError("There is no text: every document is empty.")
     count = min(len(tokens), wanted or len(tokens)) // ctx
@@ -145,7 +146,8 @@ def _wikitext2(split: str) -> str:
             "path of a text file."
         ) from error
     try:
-        rows = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)["text"]
+        with muted("huggingface_hub", "datasets"):
+            rows = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)["text"]
     except (OSError, ValueError, RuntimeError) as error:
         raise ConnectionError(
             "wikitext2 cannot be loaded because no hub can be reached: check the network, or give "
@@ -168,7 +170,7 @@ def _pydoc(*, held_out: bool) -> list[str]:
             ours.append(text)
         elif not held_out:
             seen.update(_word_runs(text))
-    documents = ("\n\n".join(_unseen(text, seen)) for text in ours)
+    documents = ["\n\n".join(_unseen_passages(text, seen)) for text in ours]
     return [document for document in documents if document.strip()]
 
 
@@ -176,15 +178,19 @@ def _is_held_out(topic: str) -> bool:
     return int(hashlib.sha256(topic.encode()).hexdigest(), 16) % 100 < _HELDOUT_PERCENT
 
 
-def _unseen(text: str, seen: set[tuple[str, ...]]) -> Iterator[str]:
-    """Passages of a text without any run of words in `seen`, which grows by theirs."""
-    for passage in text.split("\n\n"):
-        runs = _word_runs(passage)
-        if seen.isdisjoint(runs):
-            seen |= runs
-            yield passage
+def _unseen_passages(text: str, seen: set[tuple[str, ...]]) -> list[str]:
+    """Passages of a text that no run of words in `seen` touches; `seen` grows by the text's."""
+    passages = text.split("\n\n")
+    owners = [i for i, passage in enumerate(passages) for _ in passage.split()]
+    runs = _word_runs(text)
+    touched: set[int] = set()
+    for start, run in enumerate(runs):
+        if run in seen:
+            touched.update(owners[start : start + _RUN_WORDS])
+    seen.update(runs)
+    return [passage for i, passage in enumerate(passages) if i not in touched]
 
 
-def _word_runs(text: str) -> set[tuple[str, ...]]:
+def _word_runs(text: str) -> list[tuple[str, ...]]:
     words = text.split()
-    return {tuple(words[i : i + _RUN_WORDS]) for i in range(len(words) - _RUN_WORDS + 1)}
+    return [tuple(words[i : i + _RUN_WORDS]) for i in range(len(words) - _RUN_WORDS + 1)]

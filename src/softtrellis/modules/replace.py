@@ -26,6 +26,12 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return max(lists, key=lambda item: len(item[1]))
 
 
+def decoder_index(model: nn.Module, name: str) -> int:
+    """The number of the decoder layer that a module named ``name`` belongs to."""
+    prefix, _ = decoder_layers(model)
+    return int(name[len(prefix) + 1 :].split(".")[0])
+
+
 def linear_names(model: nn.Module) -> list[str]:
     """Names of all linear layers inside the decoder layers, in the order they run."""
     prefix, layers = decoder_layers(model)
@@ -34,6 +40,26 @@ def linear_names(model: nn.Module) -> list[str]:
         for name, module in layers.named_modules()
         if isinstance(module, nn.Linear | QuantizedLinear)
     ]
+
+
+def get_linear(model: nn.Module, name: str) -> nn.Linear:
+    """The dense linear layer of that name.
+
+    Raises:
+        ValueError: it is something else, a quantized layer for instance.
+    """
+    module = model.get_submodule(name)
+    if not isinstance(module, nn.Linear):
+        raise ValueError(f"{name} is a {type(module).__name__}, not a dense linear layer")
+    return module
+
+
+def get_quantized(model: nn.Module, name: str) -> QuantizedLinear:
+    """The quantized layer of that name; ValueError if it is something else."""
+    module = model.get_submodule(name)
+    if not isinstance(module, QuantizedLinear):
+        raise ValueError(f"{name} is a {type(module).__name__}, not a quantized layer")
+    return module
 
 
 def select_layers(model: nn.Module, patterns: Sequence[str] | None) -> list[str]:

@@ -24,7 +24,8 @@ def lloyd_max(bits: int) -> Tensor:
         edges = torch.cat([inner.new_tensor([-40.0]), inner, inner.new_tensor([40.0])])
         density, mass = normal.log_prob(edges).exp(), normal.cdf(edges)
         levels = (density[:-1] - density[1:]) / (mass[1:] - mass[:-1])
-    return levels
+    result: Tensor = levels
+    return result
 
 
 def round_to_nearest(weight: Tensor, levels: Tensor) -> Tensor:

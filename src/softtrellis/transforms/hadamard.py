@@ -192,7 +192,7 @@ def _blocks(n: int) -> tuple[int, ...]:
     while n:
         order = n
         while _paley_factors(order) is None:
-            order -= order % 4 or 4
+            order -= (order % 4 or 4) if order > 4 else 1
         blocks.append(order)
         n -= order
     return tuple(blocks)

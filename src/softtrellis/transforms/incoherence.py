@@ -117,8 +117,10 @@ class Incoherence:
         for name in ("in_features", "out_features", "multiple"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.block is not None and self.block < 1:
+            raise ValueError(f"block must be at least 1 or None, not {self.block}")
         for name, size in (("in", self.in_pad), ("out", self.out_pad)):
-            if self.block is not None and (self.block < 1 or size % self.block):
+            if self.block is not None and size % self.block:
                 raise ValueError(
                     f"block={self.block} does not divide the {size} padded {name}put channels; "
                     f"use multiple={self.block}"

@@ -1,0 +1,377 @@
+"""Checkpoints: safetensors and JSON, versioned and checked, without pickle."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from softtrellis.codes.hybrid import table_rows
+from softtrellis.io.files import sha256_of, write_json
+from softtrellis.io.model_card import model_card
+from softtrellis.io.sources import Source, fingerprint, load_source, quiet
+from softtrellis.modules.quantized_linear import LayerFormat, QuantizedLinear
+from softtrellis.modules.replace import quantized_layers, replace_modules
+from softtrellis.quantizers.hard import TrellisCode
+from softtrellis.spec import TrellisSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+FORMAT, FORMAT_VERSION = "softtrellis", 1
+MANIFEST, WEIGHTS, TABLE = "softtrellis.json", "model.safetensors", "softtrellis.table"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used: damaged, from another version or for another model."""
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """Which full-precision model a checkpoint was made from.
+
+    Attributes:
+        name: as it was loaded.
+        fingerprint: see ``fingerprint``.
+        licence: its licence.
+    """
+
+    name: str
+    fingerprint: str
+    licence: str = "unknown"
+
+
+@dataclass(frozen=True)
+class SizeReport:
+    """Sizes counted from the bytes.
+
+    Attributes:
+        weights: weights of the quantized layers, without padding.
+        code_bits: bits of packed codes per such weight; more than k only by padding.
+        stored_bits: bits of codes, scales and signs per such weight.
+        file_bytes: size of all files.
+    """
+
+    weights: int
+    code_bits: float
+    stored_bits: float
+    file_bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What ``softtrellis.json`` says.
+
+    Attributes:
+        base: the model it was made from.
+        layers: the stored shape of every quantized layer.
+        files: sha256 and bytes of every other file.
+        provenance: settings and figures of the runs that made it, for people to read.
+    """
+
+    base: BaseModel
+    layers: Mapping[str, LayerFormat]
+    files: Mapping[str, Mapping[str, Any]]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+
+def save_quantized(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    *,
+    base: BaseModel,
+    source_directory: Path | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> Manifest:
+    """Writes a quantized model; see docs/checkpoint.md for the format.
+
+    Args:
+        model: with ``QuantizedLinear`` layers, all of one code.
+        tokenizer: saved with its chat template.
+        directory: an existing, writable directory; see ``whole_directory``.
+        base: the model it was made from.
+        source_directory: where licence files of the base model are copied from.
+        provenance: settings and figures to keep.
+
+    Raises:
+        ValueError: no quantized layer, or layers of different codes.
+    """
+    from safetensors.torch import save_file
+
+    layers = quantized_layers(model)
+    codes = {layer.layer.code for layer in layers.values()}
+    if len(codes) != 1:
+        raise ValueError(f"a checkpoint holds layers of one code, this model has {len(codes)}")
+    code = codes.pop()
+    tensors = _stored_tensors(model)
+    table = _table(code, next(iter(layers.values())).codebook)
+    if table is not None:
+        tensors[TABLE] = table
+    save_file(tensors, str(directory / WEIGHTS), metadata={"format": "pt"})
+    config = model.config.to_dict()
+    config["quantization_config"] = {"quant_method": FORMAT, "format_version": FORMAT_VERSION}
+    config["architectures"] = [type(model).__name__]
+    write_json(directory / "config.json", json.loads(json.dumps(config, default=str)))
+    with quiet():
+        tokenizer.save_pretrained(directory)
+        if model.can_generate() and model.generation_config is not None:
+            model.generation_config.save_pretrained(directory)
+    if source_directory is not None:
+        for path in sorted(source_directory.glob("LICENSE*")):
+            shutil.copy2(path, directory / path.name)
+    formats = {name: layer.layer for name, layer in layers.items()}
+    card = model_card(base.name, base.licence, code, formats, provenance or {})
+    (directory / "README.md").write_text(card, encoding="utf-8")
+    files = {
+        path.name: {"sha256": sha256_of(path), "bytes": path.stat().st_size}
+        for path in sorted(directory.iterdir())
+        if path.is_file() and path.name != MANIFEST and not path.name.startswith(("train_", "log"))
+    }
+    manifest = Manifest(base, formats, files, provenance or {})
+    write_json(directory / MANIFEST, _manifest_json(manifest, code))
+    return manifest
+
+
+def _stored_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The state dictionary with tied tensors once, as contiguous CPU tensors."""
+    seen: set[int] = set()
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        if tensor.numel() and tensor.data_ptr() in seen:
+            continue
+        seen.add(tensor.data_ptr())
+        tensors[name] = tensor.detach().cpu().contiguous()
+    return tensors
+
+
+def _table(code: TrellisCode, codebook: Tensor) -> Tensor | None:
+    """What of a codebook is not computed: [512, 2] of "hyb", [S, V] of "gaussian"."""
+    if code.name == "gaussian":
+        return codebook.detach().cpu().clone()
+    if code.name != "hyb":
+        return None
+    row, negative = table_rows(torch.arange(code.spec.num_states))
+    table = torch.zeros(512, 2)
+    sign = torch.ones(code.spec.num_states, 2)
+    sign[:, 0 if code.flip == "first" else 1] = torch.where(negative, -1.0, 1.0)
+    table[row] = codebook.detach().cpu() * sign
+    return table
+
+
+def _codebook(code: TrellisCode, table: Tensor | None) -> Tensor:
+    """The codebook that ``_table`` was taken from, bit for bit."""
+    if code.name in ("hyb", "gaussian"):
+        if table is None:
+            raise CheckpointError(f"{WEIGHTS} lacks the table of code {code.name!r}")
+        if code.name == "gaussian":
+            return table
+        return TrellisCode(code.spec, code.name, code.flip, normalize=False).codebook(table)
+    return code.codebook()
+
+
+def _manifest_json(manifest: Manifest, code: TrellisCode) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "base": asdict(manifest.base),
+        "code": asdict(code),
+        "layers": {
+            name: {k: v for k, v in asdict(layer).items() if k != "code"}
+            for name, layer in manifest.layers.items()
+        },
+        "files": dict(manifest.files),
+        "provenance": dict(manifest.provenance),
+    }
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a directory holds a softtrellis checkpoint."""
+    return (path / MANIFEST).is_file()
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Reads and validates ``softtrellis.json``.
+
+    Raises:
+        CheckpointError: not a checkpoint, damaged, or from a version this one cannot read.
+    """
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise CheckpointError(
+            f"{directory} is not a softtrellis checkpoint: it has no {MANIFEST}; "
+            "make one with 'softtrellis quantize'"
+        )
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if value["format"] != FORMAT:
+            raise CheckpointError(f"{path} is of format {value['format']!r}, not {FORMAT!r}")
+        version = value["format_version"]
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{directory} has checkpoint version {version}, this release reads "
+                f"{FORMAT_VERSION}; use the release of softtrellis that wrote it"
+            )
+        code = dict(value["code"])
+        spec = TrellisSpec(**code.pop("spec"))
+        trellis_code = TrellisCode(spec, **code)
+        layers = {
+            name: LayerFormat(code=trellis_code, **layer) for name, layer in value["layers"].items()
+        }
+        return Manifest(BaseModel(**value["base"]), layers, value["files"], value["provenance"])
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); copy the checkpoint again") from error
+
+
+def verify_files(directory: Path, manifest: Manifest) -> None:
+    """Compares every file with its checksum.
+
+    Raises:
+        CheckpointError: a file is missing, truncated or altered.
+    """
+    for name, expected in manifest.files.items():
+        path = directory / name
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing; copy the checkpoint again")
+        size = path.stat().st_size
+        if size != expected["bytes"]:
+            raise CheckpointError(
+                f"{path} has {size} bytes instead of {expected['bytes']}: it is truncated or "
+                "altered; copy the checkpoint again"
+            )
+        if sha256_of(path) != expected["sha256"]:
+            raise CheckpointError(
+                f"{path} does not match its checksum: it was altered; copy the checkpoint again"
+            )
+
+
+@dataclass(frozen=True)
+class LoadConfig:
+    """How ``load_quantized`` loads.
+
+    Attributes:
+        device: where the model goes.
+        verify: compare all files with their checksums first.
+    """
+
+    device: str = "cpu"
+    verify: bool = True
+
+
+def load_quantized(path: str | Path, config: LoadConfig | None = None) -> PreTrainedModel:
+    """Loads a checkpoint that ``save_quantized`` wrote.
+
+    Args:
+        path: the checkpoint's directory.
+        config: see ``LoadConfig``.
+
+    Returns:
+        A transformers model in eval mode, with ``QuantizedLinear`` layers whose weights are
+        bitwise those that were saved.
+
+    Raises:
+        CheckpointError: not a checkpoint, damaged, altered, or from another version.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    config = config or LoadConfig()
+    directory = Path(path)
+    manifest = read_manifest(directory)
+    if config.verify:
+        verify_files(directory, manifest)
+    try:
+        tensors = load_file(str(directory / WEIGHTS))
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{directory / WEIGHTS} cannot be read: {error}") from error
+    code = next(iter(manifest.layers.values())).code
+    codebook = _codebook(code, tensors.pop(TABLE, None))
+    settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    settings.pop("quantization_config", None)
+    model_type = settings.pop("model_type")
+    with quiet(), no_init_weights():
+        model_config = AutoConfig.for_model(model_type, **settings)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(model_config)  # type: ignore[no-untyped-call]
+    layers = manifest.layers
+    replace_modules(model, layers, lambda name, _: QuantizedLinear(layers[name], codebook))
+    missing = _assign(model, tensors)
+    if missing:
+        raise CheckpointError(
+            f"{directory / WEIGHTS} lacks {missing[0]}; copy the checkpoint again"
+        )
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    model.to(torch.device(config.device))  # type: ignore[arg-type]
+    model.eval()  # type: ignore[no-untyped-call]
+    return model
+
+
+def _assign(model: PreTrainedModel, tensors: dict[str, Tensor]) -> list[str]:
+    """Puts stored tensors in place; returns what the file lacks, ties aside."""
+    result = model.load_state_dict(tensors, strict=False, assign=True)
+    if result.unexpected_keys:
+        raise CheckpointError(f"the checkpoint holds an unknown tensor {result.unexpected_keys[0]}")
+    model.tie_weights()
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    return [name for name in result.missing_keys if name not in tied]
+
+
+def load_any(name: str, *, device: str = "cpu") -> Source:
+    """Loads a checkpoint of ours, or else a full-precision model by ``load_source``."""
+    path = Path(name)
+    if not is_checkpoint(path):
+        return load_source(name, device=device)
+    from transformers import AutoTokenizer
+
+    model = load_quantized(path, LoadConfig(device=device))
+    with quiet():
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    return Source(name, model, tokenizer, path, read_manifest(path).base.licence)
+
+
+def base_of(source: Source) -> BaseModel:
+    """The record of a full-precision model that a checkpoint keeps."""
+    return BaseModel(source.name, fingerprint(source.model), source.licence)
+
+
+def check_base(manifest: Manifest, source: Source) -> None:
+    """CheckpointError unless ``source`` is the model that the checkpoint was made from."""
+    if fingerprint(source.model) != manifest.base.fingerprint:
+        raise CheckpointError(
+            f"the checkpoint was made from {manifest.base.name}, and {source.name} is another "
+            "model; give the one it was made from as teacher"
+        )
+
+
+def size_report(directory: Path) -> SizeReport:
+    """Counts bits per weight from the bytes of the stored tensors."""
+    from safetensors import safe_open
+
+    manifest = read_manifest(directory)
+    weights = sum(layer.in_features * layer.out_features for layer in manifest.layers.values())
+    codes = other = 0
+    with safe_open(str(directory / WEIGHTS), "pt") as file:
+        stored = set(file.keys())
+        for name in manifest.layers:
+            for key in ("codes", "scale", "in_signs", "out_signs", "out_scale"):
+                full = f"{name}.{key}"
+                if full not in stored:
+                    continue
+                tensor = file.get_tensor(full)
+                bits = tensor.numel() * tensor.element_size() * 8
+                codes, other = (codes + bits, other) if key == "codes" else (codes, other + bits)
+        if TABLE in stored:
+            table = file.get_tensor(TABLE)
+            other += table.numel() * table.element_size() * 8
+    files = sum(path.stat().st_size for path in directory.iterdir() if path.is_file())
+    return SizeReport(weights, codes / weights, (codes + other) / weights, files)

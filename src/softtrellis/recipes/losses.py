@@ -1,0 +1,65 @@
+"""Distillation losses over the full vocabulary, a chunk of positions at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+Head = Callable[[Tensor], Tensor]
+"""Hidden states [n, d] to logits [n, vocabulary]."""
+
+
+class _ForwardKL(torch.autograd.Function):
+    """Computes each chunk's gradient with its loss, so that no logits outlive their chunk."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, head: Head, target: Tensor, target_head: Head, chunk: int
+    ) -> Tensor:
+        total = hidden.new_zeros((), dtype=torch.float64)
+        gradient = torch.empty_like(hidden)
+        for first in range(0, hidden.shape[0], chunk):
+            part = slice(first, first + chunk)
+            log_p = torch.log_softmax(target_head(target[part]).float(), -1)
+            with torch.enable_grad():
+                leaf = hidden[part].detach().requires_grad_()
+                log_q = torch.log_softmax(head(leaf).float(), -1)
+                loss = (log_p.exp() * (log_p - log_q)).sum()
+            (gradient[part],) = torch.autograd.grad(loss, leaf)
+            total += loss.detach().double()
+        ctx.save_for_backward(gradient / hidden.shape[0])
+        return (total / hidden.shape[0]).to(torch.float32)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * grad).to(gradient.dtype), None, None, None, None
+
+
+def forward_kl(
+    hidden: Tensor, head: Head, target: Tensor, target_head: Head, *, chunk: int = 256
+) -> Tensor:
+    """Mean KL(teacher || student) per position, in nats, over the full vocabulary.
+
+    Logits exist for one chunk of positions at a time. The gradient reaches ``hidden`` only: both
+    heads are taken as frozen.
+
+    Args:
+        hidden: [n, d], the student's last hidden states.
+        head: the student's output layer.
+        target: [n, d'], the teacher's last hidden states.
+        target_head: the teacher's output layer.
+        chunk: positions per chunk.
+
+    Returns:
+        float32 [].
+    """
+    with torch.no_grad():
+        target = target.detach()
+    loss: Tensor = _ForwardKL.apply(hidden, head, target, target_head, chunk)  # type: ignore[no-untyped-call]
+    return loss

@@ -1,0 +1,83 @@
+"""The log of a run, and the state from which an interrupted one goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LOG, STATE = "log.jsonl", "train_state.safetensors"
+
+
+class RunLog:
+    """One JSON object per training step, kept in memory and appended to ``log.jsonl``."""
+
+    def __init__(self, directory: Path | None, *, resume_at: int = 0) -> None:
+        """Starts anew, or keeps the records of the steps before ``resume_at``."""
+        self.records: list[dict[str, Any]] = []
+        self.path = None if directory is None else directory / LOG
+        if self.path is None:
+            return
+        if resume_at and self.path.is_file():
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            self.records = [json.loads(line) for line in lines][:resume_at]
+        kept = "".join(json.dumps(record) + "\n" for record in self.records)
+        self.path.write_text(kept, encoding="utf-8")
+
+    @property
+    def seconds(self) -> float:
+        """Training time up to the last record."""
+        return float(self.records[-1]["seconds"]) if self.records else 0.0
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Adds a step."""
+        self.records.append(record)
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+
+
+def save_state(
+    directory: Path, tensors: Mapping[str, Tensor], *, step: int, settings: Mapping[str, Any]
+) -> None:
+    """Writes the tensors of a run after ``step`` steps, whole or not at all."""
+    from safetensors.torch import save_file
+
+    beside = directory / (STATE + ".tmp")
+    metadata = {"step": str(step), "settings": json.dumps(settings, sort_keys=True)}
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(stored, str(beside), metadata=metadata)
+    os.replace(beside, directory / STATE)
+
+
+def load_state(directory: Path, *, settings: Mapping[str, Any]) -> tuple[int, dict[str, Tensor]]:
+    """(steps done, tensors); (0, {}) where nothing was saved.
+
+    Raises:
+        ValueError: the state is damaged, or was saved with other settings (named).
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = directory / STATE
+    if not path.is_file():
+        return 0, {}
+    try:
+        with safe_open(str(path), "pt") as file:
+            metadata = file.metadata()
+            tensors = {name: torch.clone(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error}); start over without --resume") from error
+    saved = json.loads(metadata["settings"])
+    now = json.loads(json.dumps(settings, sort_keys=True))
+    for name in sorted(saved.keys() | now.keys()):
+        if saved.get(name) != now.get(name):
+            raise ValueError(
+                f"the interrupted run had {name}={saved.get(name)!r}, this one has "
+                f"{now.get(name)!r}; resume with the same settings or start over"
+            )
+    return int(metadata["step"]), tensors

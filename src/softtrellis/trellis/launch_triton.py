@@ -1,0 +1,67 @@
+"""What the Triton launches share: the shape of a step's blocks and the size of the grid."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from softtrellis.spec import TrellisSpec
+
+INTERPRETER_PROCESSORS = 2
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a sweep is cut into programs.
+
+    Attributes:
+        tiles: tiles that one program takes at a time; they share every read of the codebook.
+        block: overlaps of a block, a power of two.
+        warps: warps of a program.
+        per_processor: programs per multiprocessor; each has its own scratch memory.
+    """
+
+    tiles: int
+    block: int
+    warps: int
+    per_processor: int
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a CUDA device; a small number for Triton's interpreter on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return INTERPRETER_PROCESSORS
+
+
+def programs(batch: int, launch: Launch, device: torch.device, bytes_per_tile: int, limit: int) -> int:
+    """Programs to start: no more than there are groups of tiles, nor than fit the memory limit."""
+    groups = -(-batch // launch.tiles)
+    fitting = max(1, limit // (launch.tiles * bytes_per_tile))
+    return max(1, min(groups, processors(device) * launch.per_processor, fitting))
+
+
+def tiles_at_once(batch: int, most: int, device: torch.device) -> int:
+    """Tiles of a program, so that small batches still occupy every multiprocessor."""
+    tiles = 1
+    while 2 * tiles <= most and batch > tiles * processors(device):
+        tiles *= 2
+    return tiles
+
+
+def forward_columns(spec: TrellisSpec) -> int:
+    """Neighbouring overlaps with the same R predecessors, ``min(R, U)``."""
+    return min(spec.num_branches, spec.num_overlaps)
+
+
+def planes(codebook: Tensor) -> Tensor:
+    """float32 [V, S] from the codebook [S, V]: one contiguous plane per component."""
+    return codebook.to(torch.float32).T.contiguous()
+
+
+def successor_planes(codebook: Tensor, spec: TrellisSpec) -> Tensor:
+    """float32 [V, R, U] from the codebook [S, V]: entry [v, c, u] belongs to state u * R + c."""
+    shape = (spec.num_overlaps, spec.num_branches, spec.V)
+    return codebook.to(torch.float32).reshape(shape).permute(2, 1, 0).contiguous()
