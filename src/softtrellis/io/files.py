@@ -36,27 +36,42 @@ def partial_path(directory: Path) -> Path:
 
 @contextmanager
 def whole_directory(
-    directory: Path, *, force: bool = False, resume: bool = False
+    directory: Path, *, force: bool = False, resumable: bool = False, resume: bool = False
 ) -> Iterator[Path]:
     """A directory to write into that takes the output's name only when all went well.
 
-    The old output stays until then. What an interrupted run leaves is ``<name>.partial``, which
-    ``resume`` continues and the next run otherwise replaces.
+    The old output stays until then. An interrupted run that is resumable leaves
+    ``<name>.partial``, any other nothing.
 
     Args:
         directory: the output.
         force: replace an output that exists.
-        resume: keep what is in the partial directory.
+        resumable: keep the partial directory when interrupted, and refuse to overwrite it.
+        resume: go on in the partial directory.
 
     Raises:
-        OutputExists: the output exists and ``force`` is off.
+        OutputExists: the output exists and ``force`` is off, or an interrupted run could go on
+            and neither ``resume`` nor ``force`` is on.
+        FileNotFoundError: ``resume`` without an interrupted run.
     """
     check_output(directory, force=force)
     partial = partial_path(directory)
+    if resume and not partial.exists():
+        raise FileNotFoundError(f"there is no interrupted run in {partial}; start without --resume")
     if partial.exists() and not resume:
+        if resumable and not force:
+            raise OutputExists(
+                f"an interrupted run lies in {partial}; go on with --resume, "
+                "or start over with --force"
+            )
         shutil.rmtree(partial)
     partial.mkdir(parents=True, exist_ok=True)
-    yield partial
+    try:
+        yield partial
+    except BaseException:
+        if not resumable or not any(partial.iterdir()):
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
     if directory.exists():
         old = directory.with_name(directory.name + ".old")
         shutil.rmtree(old, ignore_errors=True)

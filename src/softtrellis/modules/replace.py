@@ -10,6 +10,10 @@ from torch import nn
 from softtrellis.modules.quantized_linear import QuantizedLinear
 
 
+class UnknownLayerError(ValueError):
+    """A pattern that names no layer."""
+
+
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Name and list of the repeated decoder layers: the longest ModuleList of one class.
 
@@ -69,7 +73,7 @@ def select_layers(model: nn.Module, patterns: Sequence[str] | None) -> list[str]
     one ("layers.28.mlp.down_proj", "down_proj"), or a shell pattern ("*.mlp.*"). None is all.
 
     Raises:
-        ValueError: a pattern that names nothing, with some of the names that there are.
+        UnknownLayerError: a pattern that names nothing, with some of the names that there are.
     """
     names = linear_names(model)
     if patterns is None:
@@ -79,7 +83,7 @@ def select_layers(model: nn.Module, patterns: Sequence[str] | None) -> list[str]
     for pattern in patterns:
         found = {name for name in names if _matches(name, pattern, prefix)}
         if not found:
-            raise ValueError(
+            raise UnknownLayerError(
                 f"no linear layer matches {pattern!r}; the model has decoder layers 0 to "
                 f"{len(layers) - 1} with names such as {names[0]}"
             )

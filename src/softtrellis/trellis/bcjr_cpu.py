@@ -18,7 +18,6 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from softtrellis.spec import TrellisSpec
 from softtrellis.trellis._numba_math import (
     LANES,
     exp2,

@@ -1,0 +1,45 @@
+"""softtrellis inspect"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from softtrellis.cli.common import Commands, command
+
+
+def add_parser(commands: Commands) -> None:
+    """Adds the command."""
+    parser = command(
+        commands,
+        "inspect",
+        "show what is in a checkpoint, with bits per weight counted from the bytes",
+        "softtrellis inspect smollm2-2bit",
+    )
+    parser.add_argument("checkpoint", help="a checkpoint's directory")
+    parser.add_argument("--no-verify", action="store_true", help="do not compare checksums")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prints the manifest in words."""
+    from softtrellis.io.checkpoint import FORMAT_VERSION, read_manifest, verify_files
+    from softtrellis.recipes.pipeline import describe_sizes
+
+    directory = Path(options.checkpoint)
+    manifest = read_manifest(directory)
+    if not options.no_verify:
+        verify_files(directory, manifest)
+    code = next(iter(manifest.layers.values())).code
+    print(f"softtrellis checkpoint, version {FORMAT_VERSION}")
+    print(f"base model   {manifest.base.name} (licence {manifest.base.licence})")
+    print(f"code         {code.name}, L={code.spec.L} k={code.spec.k} V={code.spec.V}")
+    checked = "not compared" if options.no_verify else "match"
+    print(f"files        {len(manifest.files)}, checksums {checked}")
+    print(describe_sizes(directory))
+    print(f"\n{'layer':45}     out x in     tiles")
+    for name, layer in manifest.layers.items():
+        print(f"{name:45}  {layer.out_features:5} x {layer.in_features:<5}  {layer.tiles:6}")
+    for name, value in manifest.provenance.items():
+        print(f"\n{name}: {value}")
+    return 0

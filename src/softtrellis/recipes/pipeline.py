@@ -1,0 +1,212 @@
+"""The steps that the commands are made of: from names on disk to names on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from softtrellis.evaluation.divergence import paired_bootstrap
+from softtrellis.evaluation.perplexity import WindowScores, score_many
+from softtrellis.evaluation.report import format_table, verdict
+from softtrellis.evaluation.run_log import Comparison
+from softtrellis.io.checkpoint import (
+    base_of,
+    check_base,
+    is_checkpoint,
+    load_any,
+    load_quantized,
+    read_manifest,
+    save_quantized,
+    size_report,
+)
+from softtrellis.io.files import whole_directory
+from softtrellis.io.sources import load_source
+from softtrellis.io.text import load_documents, token_windows
+from softtrellis.modules.replace import dequantize_
+from softtrellis.recipes.environment import environment
+from softtrellis.recipes.ptq import LayerReport, QuantizeConfig, quantize_model
+from softtrellis.recipes.qat import DistillConfig, DistillResult, distill
+from softtrellis.recipes.run_state import STATE
+
+DENSE_BITS = 32
+
+
+def quantize_to(
+    model: str, config: QuantizeConfig, output: Path, *, force: bool = False
+) -> dict[str, LayerReport]:
+    """Loads, quantizes and saves a model; a report per layer."""
+    with whole_directory(output, force=force) as directory:
+        source = load_source(model)
+        base = base_of(source)
+        reports: dict[str, LayerReport] = {}
+        quantized = quantize_model(
+            source.model, config, tokenizer=source.tokenizer, reports=reports
+        )
+        save_quantized(
+            quantized,
+            source.tokenizer,
+            directory,
+            base=base,
+            source_directory=source.directory,
+            provenance={"quantize": _settings(config)},
+        )
+    return reports
+
+
+def train_to(
+    checkpoint: Path,
+    teacher: str,
+    config: DistillConfig,
+    output: Path,
+    *,
+    force: bool = False,
+    resume: bool = False,
+) -> DistillResult:
+    """Trains a checkpoint and saves the result with its log."""
+    manifest = read_manifest(checkpoint)
+    with whole_directory(output, force=force, resumable=True, resume=resume) as directory:
+        source = load_source(teacher)
+        check_base(manifest, source)
+        result = distill(
+            load_quantized(checkpoint),
+            config,
+            teacher=source.model,
+            tokenizer=source.tokenizer,
+            run_directory=directory,
+            resume=resume,
+        )
+        save_quantized(
+            result.model,
+            source.tokenizer,
+            directory,
+            base=manifest.base,
+            source_directory=checkpoint,
+            provenance={**manifest.provenance, "train": _settings(config)},
+        )
+        (directory / STATE).unlink(missing_ok=True)
+    return result
+
+
+def _settings(config: QuantizeConfig | DistillConfig) -> dict[str, Any]:
+    left_out = ("trellis_code", "show_progress", "backend")
+    return {name: value for name, value in asdict(config).items() if name not in left_out}
+
+
+def describe_sizes(directory: Path) -> str:
+    """Bits per weight and bytes of a checkpoint, in a line."""
+    size = size_report(directory)
+    return (
+        f"sizes        {size.weights:,} weights: codes {size.code_bits:.4f} bits per weight, "
+        f"with scales and signs {size.stored_bits:.4f}; all files {size.file_bytes:,} bytes"
+    )
+
+
+def evaluate_models(
+    names: Sequence[str], data: Sequence[str], *, ctx: int, windows: int | None
+) -> dict[str, Any]:
+    """Scores models on held-out text; the first is the reference of the KL divergence.
+
+    Returns:
+        What ``results.json`` holds: rows, scores per window and paired comparisons.
+    """
+    sources = {name: load_any(name) for name in names}
+    first = next(iter(sources.values()))
+    ids = token_windows(first.tokenizer, load_documents(data, split="heldout"), ctx, limit=windows)
+    for source in sources.values():
+        dequantize_(source.model)
+    models: dict[str, nn.Module] = {name: source.model for name, source in sources.items()}
+    sizes = {name: _stored(name, first.model) for name in names}
+    title = "Evaluation of " + ", ".join(names)
+    settings: dict[str, str | int | float] = {
+        "text": ", ".join(data),
+        "ctx": ctx,
+        "windows": ids.shape[0],
+    }
+    return score_and_compare(models, ids, sizes, title=title, settings=settings)
+
+
+def _stored(name: str, reference: nn.Module) -> tuple[float, int]:
+    """(bits per weight of the quantized layers, bytes of all files or parameters)."""
+    if is_checkpoint(Path(name)):
+        size = size_report(Path(name))
+        return size.stored_bits, size.file_bytes
+    return float(DENSE_BITS), dense_bytes(reference)
+
+
+def dense_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters in float32, tied ones once."""
+    return sum(p.numel() for p in model.parameters()) * DENSE_BITS // 8
+
+
+def score_and_compare(
+    models: Mapping[str, nn.Module],
+    windows: Tensor,
+    sizes: Mapping[str, tuple[float, int]],
+    *,
+    title: str,
+    settings: Mapping[str, str | int | float],
+) -> dict[str, Any]:
+    """Scores models, the first as reference, and compares each with the one before it."""
+    names = list(models)
+    scores = score_many(models, windows, names[0], progress=True)
+    rows = [
+        {
+            "name": name,
+            "perplexity": scores[name].perplexity,
+            "kl": scores[name].kl_mean,
+            "bits_per_weight": sizes[name][0],
+            "bytes": sizes[name][1],
+        }
+        for name in names
+    ]
+    pairs = [(b, names[0], "nll") for b in names[1:]]
+    pairs += [
+        (b, a, metric)
+        for a, b in zip(names[1:], names[2:], strict=False)
+        for metric in ("kl", "nll")
+    ]
+    return {
+        "title": title,
+        "rows": rows,
+        "windows": {name: _lists(scores[name]) for name in names},
+        "comparisons": [_compare(scores, a, b, metric) for a, b, metric in pairs],
+        "settings": dict(settings),
+        "environment": environment(),
+    }
+
+
+def _lists(scores: WindowScores) -> dict[str, list[float]]:
+    return {
+        "nll": scores.nll.tolist(),
+        "kl": [] if scores.kl is None else scores.kl.tolist(),
+        "tokens": scores.tokens.tolist(),
+    }
+
+
+def _compare(scores: Mapping[str, WindowScores], a: str, b: str, metric: str) -> dict[str, Any]:
+    tokens = scores[a].tokens.double()
+    interval = paired_bootstrap(
+        getattr(scores[a], metric) / tokens, getattr(scores[b], metric) / tokens, tokens
+    )
+    return {
+        "a": a,
+        "b": b,
+        "metric": metric,
+        "mean": interval.mean,
+        "low": interval.low,
+        "high": interval.high,
+    }
+
+
+def summary(results: Mapping[str, Any]) -> str:
+    """The table, and what the paired comparisons show, as text."""
+    measured = {row["name"]: row for row in results["rows"]}
+    lines = [format_table(results["rows"]), ""]
+    for found in results["comparisons"]:
+        baseline = measured[found["b"]]["kl"] if found["metric"] == "kl" else None
+        lines.append(verdict(Comparison(**found), baseline)[1])
+    return "\n".join(lines)

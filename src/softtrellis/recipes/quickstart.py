@@ -1,0 +1,154 @@
+"""The main job on a default that always works: quantize, train, evaluate, report."""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from softtrellis.codes.codebook import HYBRID_MIN_STATE_BITS
+from softtrellis.evaluation.report import write_report
+from softtrellis.io.checkpoint import base_of, load_quantized, save_quantized, size_report
+from softtrellis.io.files import whole_directory, write_json
+from softtrellis.io.sources import EMBEDDED, load_source
+from softtrellis.io.text import load_documents, token_windows
+from softtrellis.modules.replace import dequantize_, linear_names, select_layers
+from softtrellis.recipes.drift import predicted_radius
+from softtrellis.recipes.pipeline import DENSE_BITS, dense_bytes, score_and_compare, summary
+from softtrellis.recipes.ptq import QuantizeConfig, quantize_model
+from softtrellis.recipes.qat import DistillConfig, distill
+
+FULL, PTQ, TRAINED = "full precision", "PTQ", "BCJR-QAT"
+
+
+@dataclass(frozen=True)
+class QuickstartConfig:
+    """Sizes of the quickstart; the defaults fit two CPU cores and 12 minutes.
+
+    Attributes:
+        model: the teacher, see ``load_source``.
+        layers: which linear layers are quantized and trained, see ``select_layers``.
+        data: texts, see ``load_documents``; with files, the last windows are held out.
+        bits, L: bits per weight and bits of a state.
+        steps, lr, batch: of training.
+        ctx: tokens per window, everywhere.
+        calibration_windows, eval_windows: how many windows are used.
+    """
+
+    model: str = EMBEDDED
+    layers: tuple[str, ...] | None = ("29",)
+    data: tuple[str, ...] = ("pydoc",)
+    bits: int = 2
+    L: int = 12
+    steps: int = 40
+    lr: float = 1e-2
+    batch: int = 4
+    ctx: int = 512
+    calibration_windows: int = 24
+    eval_windows: int = 24
+
+    def __post_init__(self) -> None:
+        if self.eval_windows < 2:
+            raise ValueError("evaluation needs at least 2 windows to compare")
+        if self.L < HYBRID_MIN_STATE_BITS:
+            raise ValueError(f"L must be at least {HYBRID_MIN_STATE_BITS} (code HYB), got {self.L}")
+        self.quantize_config()
+        self.distill_config()
+
+    def shortened(self) -> QuickstartConfig:
+        """The smallest sizes that still go the whole way."""
+        return replace(self, L=10, steps=4, batch=2, calibration_windows=8, eval_windows=4, ctx=256)
+
+    def quantize_config(self) -> QuantizeConfig:
+        """How it quantizes."""
+        return QuantizeConfig(
+            bits=self.bits,
+            L=self.L,
+            layers=self.layers,
+            data=self.data,
+            ctx=self.ctx,
+            windows=self.calibration_windows,
+            show_progress=True,
+        )
+
+    def distill_config(self) -> DistillConfig:
+        """How it trains."""
+        return DistillConfig(
+            layers=self.layers,
+            lr=self.lr,
+            steps=self.steps,
+            batch=self.batch,
+            ctx=self.ctx,
+            data=self.data,
+            measure_every=max(1, self.steps // 20),
+            save_every=0,
+            show_progress=True,
+        )
+
+
+def quickstart(config: QuickstartConfig, output: Path, *, force: bool = False) -> None:
+    """Writes ptq/, bcjr-qat/, log.jsonl, results.json, report.html and main.png."""
+    began = time.perf_counter()
+    with whole_directory(output, force=force) as directory:
+        _run(config, directory)
+    print(f"\nReport: {output / 'report.html'}\nCheckpoint: {output / 'bcjr-qat'}")
+    print(f"It took {(time.perf_counter() - began) / 60:.1f} minutes.")
+
+
+def _run(config: QuickstartConfig, directory: Path) -> None:
+    print(f"Teacher: {config.model}")
+    source = load_source(config.model)
+    base, tokenizer = base_of(source), source.tokenizer
+    names = select_layers(source.model, config.layers)
+    held_out = token_windows(
+        tokenizer,
+        load_documents(config.data, split="heldout"),
+        config.ctx,
+        limit=config.eval_windows,
+    )
+    print(
+        f"Quantizing {len(names)} of {len(linear_names(source.model))} linear layers "
+        f"({', '.join(config.layers or ('all',))}) to {config.bits} bits, code hyb, L={config.L}; "
+        "--layers, --L and --steps change that."
+    )
+    quantized = quantize_model(
+        copy.deepcopy(source.model), config.quantize_config(), tokenizer=tokenizer
+    )
+    ptq, trained = directory / "ptq", directory / "bcjr-qat"
+    for path in (ptq, trained):
+        path.mkdir()
+    settings: dict[str, str | int | float] = {
+        "layers": ", ".join(config.layers or ("all",)),
+        "bits": config.bits,
+        "L": config.L,
+        "steps": config.steps,
+        "lr": config.lr,
+        "tokens per step": config.batch * config.ctx,
+        "text": ", ".join(config.data),
+        "held-out windows": held_out.shape[0],
+        "ctx": config.ctx,
+    }
+    save_quantized(quantized, tokenizer, ptq, base=base, provenance={"quickstart": settings})
+    result = distill(
+        quantized,
+        config.distill_config(),
+        teacher=source.model,
+        tokenizer=tokenizer,
+        run_directory=directory,
+    )
+    save_quantized(result.model, tokenizer, trained, base=base, provenance={"quickstart": settings})
+    models = {FULL: source.model, PTQ: load_quantized(ptq), TRAINED: load_quantized(trained)}
+    for model in models.values():
+        dequantize_(model)
+    sizes = {FULL: (float(DENSE_BITS), dense_bytes(source.model))}
+    for name, path in ((PTQ, ptq), (TRAINED, trained)):
+        size = size_report(path)
+        sizes[name] = (size.stored_bits, size.file_bytes)
+    results = score_and_compare(
+        models, held_out, sizes, title="softtrellis quickstart", settings=settings
+    )
+    results["predicted_radius"] = predicted_radius(2**config.L)
+    write_json(directory / "results.json", results)
+    write_report(directory)
+    print("\n" + summary(results))
