@@ -48,9 +48,7 @@ def test_computed_codes_are_bit_exact(name: str) -> None:
     assert torch.equal(values[:, 0], expected.to(torch.float32))
 
 
-@pytest.mark.parametrize(
-    ("name", "rms"), [("3inst", 1.2437), ("mcg", 1.2441), ("mul1", 1.0003)]
-)
+@pytest.mark.parametrize(("name", "rms"), [("3inst", 1.2437), ("mcg", 1.2441), ("mul1", 1.0003)])
 def test_published_rms(name: str, rms: float) -> None:
     values = codebook(name, V1, normalize=False)
     assert abs(float(values.square().mean().sqrt()) - rms) < 5e-5
@@ -79,7 +77,8 @@ def test_hybrid_table_is_reproducible_and_gradients_reach_it() -> None:
     assert torch.equal(default_table(0, "first"), default_table(0, "second").flip(1))
     table = default_table(0, "second").requires_grad_()
     codebook("hyb", V2, table=table).sum().backward()  # type: ignore[no-untyped-call]
-    assert table.grad is not None and bool(table.grad.any())
+    assert table.grad is not None
+    assert bool(table.grad.any())
 
 
 @pytest.mark.parametrize("name", ["1mad", "3inst", "mul1", "mcg", "hyb", "gaussian"])

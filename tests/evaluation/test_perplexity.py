@@ -152,9 +152,8 @@ def test_each_model_runs_once_per_window(tiny_llama):
     calls = []
     tiny_llama.model.register_forward_hook(lambda *_: calls.append(1))
     models = {"base": tiny_llama, "a": perturbed(tiny_llama), "b": perturbed(tiny_llama)}
-    before = len(calls)
     score_many(models, windows_of(128), "base")
-    assert len(calls) - before <= 3 * (5 + 2)  # the copies carry the hook; two probes each
+    assert len(calls) == 3 * (5 + 2)  # the copies carry the hook; two probes each
 
 
 def test_closed_forms():
@@ -238,10 +237,11 @@ class TestBadInput:
 
 def test_stories260k(stories260k, shared_data):
     source = load_source(str(stories260k))
-    documents = load_documents([str(shared_data / "tinystories.txt")], split="heldout")
-    windows = token_windows(source.tokenizer, documents, 256, limit=100)
+    text = load_documents([str(shared_data / "tinystories.txt")], split="heldout")[0]
+    stories = [story.strip() for story in text.split("<|endoftext|>")]
+    windows = token_windows(source.tokenizer, stories, 256, limit=40)
     scores = score_windows(source.model, windows, batch_size=10)
-    assert scores.perplexity == pytest.approx(0.0, rel=1e-3)
+    assert scores.perplexity == pytest.approx(3.8553, rel=1e-4)
 
 
 def wikitext2_windows(source, shared_data, limit):
@@ -250,13 +250,13 @@ def wikitext2_windows(source, shared_data, limit):
 
 
 def test_smollm2_on_the_start_of_wikitext2(smollm2_source, shared_data):
-    windows = wikitext2_windows(smollm2_source, shared_data, 2)[:, :256]
+    windows = wikitext2_windows(smollm2_source, shared_data, 1)[:, :256]
     scores = score_windows(smollm2_source.model, windows)
-    assert scores.nll.tolist() == pytest.approx([909.1201, 966.9498], rel=1e-5)
+    assert scores.nll.tolist() == pytest.approx([909.1201], rel=1e-5)
 
 
 @pytest.mark.slow
 def test_smollm2_on_20_windows_of_wikitext2(smollm2_source, shared_data):
     windows = wikitext2_windows(smollm2_source, shared_data, 20)
     scores = score_windows(smollm2_source.model, windows)
-    assert scores.perplexity == pytest.approx(20.96, abs=0.005)
+    assert scores.perplexity == pytest.approx(20.9667, abs=0.003)

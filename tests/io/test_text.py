@@ -161,6 +161,17 @@ class TestTokenWindows:
         token_windows(tokenizer, documents(), 10, limit=2)  # type: ignore[arg-type]
         assert max(lengths) < 5000
 
+    def test_limit_with_long_tokens(self):
+        from tokenizers import Tokenizer, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+
+        words = {f"{i:040d}": i for i in range(2000)}
+        tokenizer = Tokenizer(models.WordLevel(words, unk_token="0" * 40))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+        windows = token_windows(fast, [" ".join(words)], 100, limit=5)
+        assert windows.flatten().tolist() == list(range(500))
+
     def test_shorter_than_one_window(self, tiny_tokenizer):
         with pytest.raises(ValueError, match="7 tokens, less than one window of 8"):
             token_windows(tiny_tokenizer, ["seven", "!!"], 8)

@@ -42,9 +42,7 @@ def test_bcjr_is_the_average_over_all_paths(
 
 @pytest.mark.parametrize(("spec", "steps"), TINY, ids=TINY_IDS)
 @pytest.mark.parametrize("ends", ["free", "tail_biting_exact", 2])
-def test_viterbi_is_the_least_of_all_paths(
-    spec: TrellisSpec, steps: int, ends: str | int
-) -> None:
+def test_viterbi_is_the_least_of_all_paths(spec: TrellisSpec, steps: int, ends: str | int) -> None:
     if isinstance(ends, int) and ends >= spec.num_overlaps:
         ends = spec.num_overlaps - 1
     w, C = problem(spec, steps)
@@ -107,7 +105,9 @@ def test_log_z_is_the_logarithm_of_the_transfer_matrix_product() -> None:
     w, C = problem(spec, 7, batch=1)
     states = torch.arange(spec.num_states)
     follows = (states[:, None] % spec.num_overlaps == states[None, :] >> spec.shift).double()
-    phi = [log_weights(w[:, t], C, torch.tensor([T], dtype=torch.float64))[0].exp() for t in range(7)]
+    phi = [
+        log_weights(w[:, t], C, torch.tensor([T], dtype=torch.float64))[0].exp() for t in range(7)
+    ]
     vector, closed = phi[0], torch.diag(phi[0])
     for factor in phi[1:]:
         vector = (vector @ follows) * factor
@@ -130,7 +130,9 @@ def test_limits_of_the_temperature(ends: str) -> None:
     torch.testing.assert_close(cold.values, hard.values, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(-1e-4 * cold.log_z, hard.cost, rtol=1e-5, atol=1e-5)
     hot = bcjr(w, C, spec, temperature=1e9, ends=given).values
-    inner = slice(spec.min_closed_steps, -spec.min_closed_steps) if ends == "pinned" else slice(None)
+    inner = (
+        slice(spec.min_closed_steps, -spec.min_closed_steps) if ends == "pinned" else slice(None)
+    )
     mean = C.mean(0).expand_as(hot)
     torch.testing.assert_close(hot[:, inner], mean[:, inner], rtol=1e-6, atol=1e-6)
 

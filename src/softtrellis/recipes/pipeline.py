@@ -164,11 +164,7 @@ def score_and_compare(
         for name in names
     ]
     pairs = [(b, names[0], "nll") for b in names[1:]]
-    pairs += [
-        (b, a, metric)
-        for a, b in zip(names[1:], names[2:], strict=False)
-        for metric in ("kl", "nll")
-    ]
+    pairs += [(b, a, metric) for a, b in pairwise(names[1:]) for metric in ("kl", "nll")]
     return {
         "title": title,
         "rows": rows,

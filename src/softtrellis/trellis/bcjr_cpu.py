@@ -79,8 +79,18 @@ def _candidates(code, i0, message, row, w, at_w, dims, kappa, shape, t, peaks): 
 
 
 @_inlined
-def _weight(t, at, m):  # type: ignore[no-untyped-def]
-    return exp2(larger(load(t, at) - m, splat(_FLOOR)))
+def _weights(shape, t, peaks, sums):  # type: ignore[no-untyped-def]
+    """t_r becomes 2**(t_r - m), between 2**-125 and 1; sums has their sum in every lane."""
+    floor = splat(_FLOOR)
+    at = 0
+    for b in range(shape.chunk):
+        m, s = load(peaks, b * LANES), splat(_ZERO)
+        for _ in range(shape.R):
+            x = exp2(larger(load(t, at) - m, floor))
+            store(t, at, x)
+            s = s + x
+            at += LANES
+        store(sums, b * LANES, s)
 
 
 @_inlined
@@ -121,7 +131,7 @@ def _alpha_sweep(w, g, soft, first, kappa, code, dims, shape, alpha, tangent, sc
     With ``tangent`` [N + 1, width], also the mean of the sum of h up to every overlap.
     """
     V, R, K = len(dims), shape.R, shape.chunk
-    t, peaks, sums, lanes, spare, rows, tangents, tangent_lanes = work
+    t, peaks, sums, lanes, spare, rows, tangents, tangent_lanes, _ = work
     scale[0] = 0.0
     for step in range(shape.N):
         row, at_w = step * shape.width, first + step * V
@@ -143,27 +153,18 @@ def _alpha_sweep(w, g, soft, first, kappa, code, dims, shape, alpha, tangent, sc
         top = splat(_LEAST)
         for i0 in range(0, shape.width, K * LANES):
             _candidates(code, i0, message, start, w, at_w, dims, kappa, shape, t, peaks)
-            at = 0
-            for b in range(K):
-                m, s = load(peaks, b * LANES), splat(_ZERO)
-                if tangent is None:
-                    for _ in range(R):
-                        s = s + _weight(t, at, m)
-                        at += LANES
-                else:
+            _weights(shape, t, peaks, sums)
+            if tangent is not None:
+                at, c = 0, i0 * R * V
+                for b in range(K):
                     i = i0 + b * LANES
-                    y, c = splat(_ZERO), i * R * V
-                    x = start + (i & (shape.period - 1))
+                    x, y = start + (i & (shape.period - 1)), splat(_ZERO)
                     for _ in range(R):
-                        weight = _weight(t, at, m)
-                        before = load(past, x) - rest
-                        s = s + weight
-                        y = y + weight * _gain(code, c, V, g0, g1, before)
+                        y = load(t, at) * _gain(code, c, V, g0, g1, load(past, x)) + y
                         c += V * LANES
                         x += shape.period
                         at += LANES
-                    store(tangent_lanes, i, y / s)
-                store(sums, b * LANES, s)
+                    store(tangent_lanes, i, y / load(sums, b * LANES) - rest)
             for b in range(K):
                 after = load(peaks, b * LANES) + log2(load(sums, b * LANES))
                 store(lanes, i0 + b * LANES, after)
@@ -176,62 +177,60 @@ def _alpha_sweep(w, g, soft, first, kappa, code, dims, shape, alpha, tangent, sc
 
 
 @_kernel
-def _beta_sweep(w, box, first, kappa, code, dims, shape, alpha, scale, log_z, pin, values, entropy, at_entropy, work):  # type: ignore[no-untyped-def]
+def _beta_sweep(w, first, kappa, code, dims, shape, alpha, scale, log_z, pin, values, entropy, at_entropy, work):  # type: ignore[no-untyped-def]
     """Values of one tile: E[C[s]], as the clipped weight plus a mean of differences from it."""
     V, R, K = len(dims), shape.R, shape.chunk
-    t, peaks, sums, lanes, spare, rows, sums0, sums1 = work
+    t, peaks, sums, lanes, spare, rows, sums0, sums1, logs = work
     zero = splat(_ZERO)
     _end(lanes, 0, shape, pin)
     transposed(lanes, rows, spare, shape, _ZERO)
     offset = -log_z
     for step in range(shape.N - 1, -1, -1):
         at_w, row = first + step * V, step * shape.width
-        centre0 = min(max(w[at_w], box[0]), box[1])
-        centre1 = min(max(w[at_w + V - 1], box[2]), box[3])
-        mean0, mean1 = splat(centre0), splat(centre1)
-        top, mass, mass0, mass1, logs = splat(_LEAST), zero, zero, zero, zero
+        top, mass, mass0, mass1, log_mass = splat(_LEAST), zero, zero, zero, zero
         scaled = np.float32(offset + scale[step])
         for i0 in range(0, shape.width, K * LANES):
             _candidates(code, i0, rows, 0, w, at_w, dims, kappa, shape, t, peaks)
-            at = 0
-            for b in range(K):
-                i = i0 + b * LANES
-                m, c = load(peaks, b * LANES), i * R * V
-                s, y0, y1 = zero, zero, zero
-                for _ in range(R):
-                    x = _weight(t, at, m)
-                    s = s + x
-                    y0 = x * (load(code, c) - mean0) + y0
-                    if V == 2:
-                        y1 = x * (load(code, c + LANES) - mean1) + y1
-                    c += V * LANES
-                    at += LANES
-                store(sums, b * LANES, s)
-                store(sums0, b * LANES, y0)
-                store(sums1, b * LANES, y1)
-                if entropy is not None:
-                    e, at = zero, at - R * LANES
+            if entropy is not None:
+                at = 0
+                for b in range(K):
+                    m, e = load(peaks, b * LANES), zero
                     for _ in range(R):
                         x = larger(load(t, at) - m, splat(_FLOOR))
                         e = x * exp2(x) + e
                         at += LANES
-                    power = _posterior(alpha, row + i, m, scaled)
-                    logs = exp2(power) * (power * s + e) + logs
+                    store(logs, b * LANES, e)
+            _weights(shape, t, peaks, sums)
+            at, c = 0, i0 * R * V
+            for b in range(K):
+                y0, y1 = zero, zero
+                for _ in range(R):
+                    x = load(t, at)
+                    y0 = x * load(code, c) + y0
+                    if V == 2:
+                        y1 = x * load(code, c + LANES) + y1
+                    c += V * LANES
+                    at += LANES
+                store(sums0, b * LANES, y0)
+                store(sums1, b * LANES, y1)
             for b in range(K):
                 i, m, s = i0 + b * LANES, load(peaks, b * LANES), load(sums, b * LANES)
                 before = m + log2(s)
                 store(lanes, i, before)
                 top = larger(before, top)
-                p = exp2(_posterior(alpha, row + i, m, scaled))
+                power = _posterior(alpha, row + i, m, scaled)
+                p = exp2(power)
+                if entropy is not None:
+                    log_mass = p * (power * s + load(logs, b * LANES)) + log_mass
                 mass = p * s + mass
                 mass0 = p * load(sums0, b * LANES) + mass0
                 mass1 = p * load(sums1, b * LANES) + mass1
         Z = np.float64(total(mass))
-        values[at_w] = centre0 + total(mass0) / Z
+        values[at_w] = total(mass0) / Z
         if V == 2:
-            values[at_w + 1] = centre1 + total(mass1) / Z
+            values[at_w + 1] = total(mass1) / Z
         if entropy is not None:
-            entropy[at_entropy + step] = max(_LN2 * (math.log2(Z) - total(logs) / Z), 0.0)
+            entropy[at_entropy + step] = max(_LN2 * (math.log2(Z) - total(log_mass) / Z), 0.0)
         shift = largest(top)
         offset += shift - math.log2(Z)
         transposed(lanes, rows, spare, shape, shift)
@@ -241,7 +240,7 @@ def _beta_sweep(w, box, first, kappa, code, dims, shape, alpha, scale, log_z, pi
 def _gradient_sweep(w, g, soft, first, g_log_z, kappa, code, dims, shape, alpha, tangent, scale, log_z, pin, grad_w, grad_code, work):  # type: ignore[no-untyped-def]
     """The second half of the backward pass for one tile: beta, its tangent, and the gradients."""
     V, R, K = len(dims), shape.R, shape.chunk
-    t, peaks, sums, lanes, spare, rows, tangents, tangent_lanes = work
+    t, peaks, sums, lanes, spare, rows, tangents, tangent_lanes, _ = work
     zero = splat(_ZERO)
     two_over_T = np.float32(2.0 * _LN2 * kappa)
     _end(lanes, 0, shape, pin)
@@ -256,19 +255,21 @@ def _gradient_sweep(w, g, soft, first, g_log_z, kappa, code, dims, shape, alpha,
         rest = g[at_w] * soft[at_w]
         if V == 2:
             rest += g[at_w + 1] * soft[at_w + 1]
+        rest = splat(rest)
         top, mass, mass0, mass1 = splat(_LEAST), zero, zero, zero
         scaled = np.float32(offset + scale[step])
         for i0 in range(0, shape.width, K * LANES):
             _candidates(code, i0, rows, 0, w, at_w, dims, kappa, shape, t, peaks)
-            at = 0
+            _weights(shape, t, peaks, sums)
+            at, c = 0, i0 * R * V
             for b in range(K):
                 i = i0 + b * LANES
-                m, c, x = load(peaks, b * LANES), i * R * V, i & (shape.period - 1)
+                m, s, x = load(peaks, b * LANES), load(sums, b * LANES), i & (shape.period - 1)
                 p = exp2(_posterior(alpha, row + i, m, scaled))
-                past = load(tangent, row + i) - splat(rest)
-                s, z, z0, z1 = zero, zero, zero, zero
+                past = load(tangent, row + i) - rest
+                z, z0, z1 = zero, zero, zero
                 for _ in range(R):
-                    weight = _weight(t, at, m)
+                    weight = load(t, at)
                     whole = _gain(code, c, V, g0, g1, load(tangents, x) + past)
                     if grad_code is not None:
                         chance = weight * p
@@ -278,20 +279,18 @@ def _gradient_sweep(w, g, soft, first, g_log_z, kappa, code, dims, shape, alpha,
                         if V == 2:
                             old = load(grad_code, c + LANES) + chance * g1
                             store(grad_code, c + LANES, old - pull * (load(code, c + LANES) - w1))
-                    s = s + weight
                     weight = weight * whole
                     z = z + weight
-                    z0 = weight * (load(code, c) - mean0) + z0
+                    z0 = weight * load(code, c) + z0
                     if V == 2:
-                        z1 = weight * (load(code, c + LANES) - mean1) + z1
+                        z1 = weight * load(code, c + LANES) + z1
                     c += V * LANES
                     x += shape.period
                     at += LANES
-                store(sums, b * LANES, s)
                 store(tangent_lanes, i, z / s - load(tangent, row + i))
                 mass = p * s + mass
-                mass0 = p * z0 + mass0
-                mass1 = p * z1 + mass1
+                mass0 = p * (z0 - mean0 * z) + mass0
+                mass1 = p * (z1 - mean1 * z) + mass1
             for b in range(K):
                 before = load(peaks, b * LANES) + log2(load(sums, b * LANES))
                 store(lanes, i0 + b * LANES, before)
@@ -320,11 +319,12 @@ def _work(shape):  # type: ignore[no-untyped-def]
         np.empty(rows, np.float32),
         np.empty(max(rows, chunk), np.float32),
         np.empty(max(shape.width, chunk), np.float32),
+        np.empty(chunk, np.float32),
     )
 
 
 @_kernel
-def _forward_tiles(start, stride, w, box, kappa, pins, ahead, back, dims, shape, values, log_z, entropy):  # type: ignore[no-untyped-def]
+def _forward_tiles(start, stride, w, kappa, pins, ahead, back, dims, shape, values, log_z, entropy):  # type: ignore[no-untyped-def]
     alpha = np.empty((shape.N + 1) * shape.width, np.float32)
     scale, work = np.empty(shape.N + 1), _work(shape)
     alpha[:] = _NEVER
@@ -339,7 +339,7 @@ def _forward_tiles(start, stride, w, box, kappa, pins, ahead, back, dims, shape,
         )
         log_z[tile] = _LN2 * all_paths
         _beta_sweep(
-            w, box, first, kappa[tile], back, dims, shape, alpha, scale, all_paths, pin,
+            w, first, kappa[tile], back, dims, shape, alpha, scale, all_paths, pin,
             values, entropy, tile * shape.N, work,
         )
 
@@ -391,8 +391,7 @@ def _arguments(w, codebook, spec, temperature, pins):
 def soft_forward(w, codebook, spec, temperature, pins, with_entropy):
     values, log_z = torch.empty_like(w, memory_format=torch.contiguous_format), w.new_empty(w.shape[0])
     entropy = w.new_empty(w.shape[:2]) if with_entropy else None
-    box = torch.stack([codebook.amin(0), codebook.amax(0)], 1).repeat(2 // spec.V, 1)
-    fixed = (_flat(w), _flat(box), *_arguments(w, codebook, spec, temperature, pins))
+    fixed = (_flat(w), *_arguments(w, codebook, spec, temperature, pins))
     results = (_flat(values), _flat(log_z), None if entropy is None else _flat(entropy))
     over_threads(w.shape[0], lambda first, stride: _forward_tiles(first, stride, *fixed, *results))
     return values, log_z, entropy

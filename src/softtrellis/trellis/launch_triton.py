@@ -21,12 +21,18 @@ class Launch:
         block: overlaps of a block, a power of two.
         warps: warps of a program.
         per_processor: programs per multiprocessor; each has its own scratch memory.
+        registers: most registers of a thread, or None for as many as the compiler likes.
+        choices: branches whose codewords are held in registers at once (BCJR's forward sweep).
+        beta_block: overlaps of a block in BCJR's backward sweep, a power of two.
     """
 
     tiles: int
     block: int
     warps: int
     per_processor: int
+    registers: int | None = None
+    choices: int = 16
+    beta_block: int = 1024
 
 
 def processors(device: torch.device) -> int:

@@ -244,5 +244,6 @@ def best_path(
         SPAN=min(1024, spec.num_overlaps),
         PINNED=pins is not None,
         num_warps=launch.warps,
+        maxnreg=launch.registers,
     )
     return states

@@ -1,0 +1,204 @@
+"""Correctness first, then times of several launches of the Triton kernels, on one GPU.
+
+    python benchmarks/bench_gpu.py check            parity with the fp64 reference, many shapes
+    python benchmarks/bench_gpu.py time [NAME ...]  times of the launches below
+
+Compiles all variants in parallel processes first. Prints one line per measurement.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+
+from softtrellis.codes.codebook import codebook
+from softtrellis.spec import TrellisSpec
+from softtrellis.trellis import bcjr_torch, bcjr_triton, viterbi_torch, viterbi_triton
+from softtrellis.trellis.launch_triton import Launch
+
+V2, V1 = TrellisSpec(16, 2, 2), TrellisSpec(16, 2, 1)
+CODES = {V2: "hyb", V1: "mul1"}
+
+BCJR = {
+    "A2": (V2, Launch(2, 512, 8, 2, registers=128, beta_block=512)),
+    "B4w16": (V2, Launch(4, 1024, 16, 1, registers=128, choices=8, beta_block=1024)),
+    "C1w4": (V2, Launch(1, 256, 4, 3, registers=168, beta_block=512)),
+    "D2free": (V2, Launch(2, 512, 8, 1, beta_block=1024)),
+    "E1w8": (V2, Launch(1, 512, 8, 2, registers=128, beta_block=1024)),
+    "F2w16": (V2, Launch(2, 1024, 16, 1, registers=128, beta_block=1024)),
+    "V1a": (V1, Launch(1, 2048, 16, 1, registers=128, beta_block=2048)),
+    "V1b": (V1, Launch(1, 1024, 8, 1, beta_block=1024)),
+}
+VITERBI = {
+    "m4": (V2, Launch(4, 1024, 8, 2, registers=128)),
+    "m8": (V2, Launch(8, 1024, 8, 1)),
+    "m4b": (V2, Launch(4, 2048, 8, 1)),
+    "m8w16": (V2, Launch(8, 1024, 16, 1, registers=128)),
+    "m4w16": (V2, Launch(4, 2048, 16, 1, registers=128)),
+    "v1m2": (V1, Launch(2, 2048, 8, 2, registers=128)),
+    "v1m4": (V1, Launch(4, 2048, 8, 1)),
+    "v1m4w16": (V1, Launch(4, 2048, 16, 1, registers=128)),
+}
+CHECKS = [(16, 2, 2), (16, 2, 1), (12, 2, 2), (14, 2, 2), (8, 1, 1), (9, 4, 2), (11, 3, 2), (12, 4, 1)]
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    error = float((a.double() - b.double()).norm() / b.double().norm())
+    return error if error == error else float("inf")
+
+
+def problem(spec: TrellisSpec, batch: int, seed: int, steps: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(seed)
+    name = CODES.get(spec, "gaussian")
+    table = codebook(name, spec).cuda()
+    return torch.randn(batch, steps or spec.steps(), spec.V, device="cuda"), table
+
+
+def with_outliers(w: torch.Tensor) -> torch.Tensor:
+    hit = torch.rand_like(w) < 0.01
+    return torch.where(hit, w * 4.0, w)
+
+
+def check_viterbi(spec: TrellisSpec, steps: int, launch: Launch | None, pinned: bool, batch: int = 5) -> str:
+    w, table = problem(spec, batch, 1, steps)
+    w = with_outliers(w)
+    pins = torch.randint(spec.num_overlaps, (batch,), device="cuda") if pinned else None
+    ours = viterbi_triton.best_path(w, table, spec, pins, launch)
+    best = viterbi_torch.best_path(w.double(), table.double(), spec, pins)
+    cost = [(table.double()[s.long()] - w.double()).square().sum((1, 2)) for s in (ours, best)]
+    worst = float((cost[0] / cost[1] - 1).abs().max())
+    follows = torch.equal(ours[:, :-1] % spec.num_overlaps, ours[:, 1:] >> spec.shift)
+    return f"same {float((ours == best).float().mean()):.4f} cost {worst:.1e} path {follows}"
+
+
+def check_bcjr(spec: TrellisSpec, steps: int, T: float, launch: Launch | None, pinned: bool, batch: int = 3) -> str:
+    w, table = problem(spec, batch, 2, steps)
+    w = with_outliers(w)
+    pins = torch.randint(spec.num_overlaps, (batch,), device="cuda") if pinned else None
+    g, gz = torch.randn_like(w), torch.randn(batch, device="cuda") * 0.1
+    t = torch.full((batch,), T, device="cuda")
+    exact = [x.double() for x in (w, table, t, g, gz)]
+    v, z, e = bcjr_triton.soft_forward(w, table, spec, t, pins, True, launch)
+    v_, z_, e_ = bcjr_torch.soft_forward(exact[0], exact[1], spec, exact[2], pins, True)
+    gw, _ = bcjr_triton.soft_backward(w, table, spec, t, pins, v, g, 0 * gz, False, launch)
+    gw_, _ = bcjr_torch.soft_backward(exact[0], exact[1], spec, exact[2], pins, v_, exact[3], 0 * exact[4], False)
+    gy, gc = bcjr_triton.soft_backward(w, table, spec, t, pins, v, g, gz, True, launch)
+    gy_, gc_ = bcjr_torch.soft_backward(exact[0], exact[1], spec, exact[2], pins, v_, exact[3], exact[4], True)
+    pairs = {"values": (v, v_), "logz": (z, z_), "entropy": (e, e_), "grad": (gw, gw_), "grad+z": (gy, gy_), "code": (gc, gc_)}
+    return " ".join(f"{k} {relative(*p):.1e}" for k, p in pairs.items())
+
+
+def check_one(job: tuple[str, int, int, int]) -> list[str]:
+    kind, L, k, V = job
+    spec, lines = TrellisSpec(L, k, V), []
+    temperatures = (100.0, 0.3, 0.05, 0.03, 0.02, 0.005) if L == 16 and V == 2 else (0.3, 0.03)
+    cases = [37, spec.steps()] if kind == "viterbi" else list(temperatures)
+    for case in cases:
+        for pinned in (False, True):
+            try:
+                if kind == "viterbi":
+                    said = check_viterbi(spec, int(case), None, pinned)
+                else:
+                    said = check_bcjr(spec, spec.steps(), case, None, pinned)
+            except Exception as error:
+                said = f"FAILED {type(error).__name__}: {str(error)[:300]}"
+            lines.append(f"{kind} {(L, k, V)} {case} {'pinned' if pinned else 'free'}: {said}")
+    return lines
+
+
+def check() -> None:
+    jobs = [(kind, *shape) for shape in CHECKS for kind in ("bcjr", "viterbi")]
+    with multiprocessing.get_context("spawn").Pool(14) as pool:
+        for lines in pool.imap_unordered(check_one, jobs):
+            print("\n".join(lines), flush=True)
+
+
+def measure(run: object, tiles: int, repeats: int = 5) -> str:
+    run()  # type: ignore[operator]
+    torch.cuda.synchronize()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()  # type: ignore[operator]
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / tiles)
+    times.sort()
+    return f"{times[len(times) // 2]:.3f} us/tile ({times[0]:.3f}-{times[-1]:.3f})"
+
+
+def time_bcjr(name: str, tiles: int = 3168, T: float = 0.05, tiny: bool = False) -> None:
+    spec, launch = BCJR[name]
+    tiles = 1 if tiny else tiles // spec.num_overlaps * 4096 if spec.V == 1 else tiles
+    w, table = problem(spec, tiles, 3)
+    t = torch.full((tiles,), T, device="cuda")
+    g, gz = torch.randn_like(w), torch.zeros(tiles, device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    v, _, _ = bcjr_triton.soft_forward(w, table, spec, t, None, False, launch)
+    bcjr_triton.soft_backward(w, table, spec, t, None, v, g, gz, False, launch)
+    if tiny:
+        return
+    peak = (torch.cuda.max_memory_allocated() - before) / 2**30
+    n = min(4, tiles)
+    v_, _, _ = bcjr_torch.soft_forward(w[-n:].double(), table.double(), spec, t[-n:].double(), None, False)
+    gw, _ = bcjr_triton.soft_backward(w, table, spec, t, None, v, g, gz, False, launch)
+    gw_, _ = bcjr_torch.soft_backward(w[-n:].double(), table.double(), spec, t[-n:].double(), None, v_, g[-n:].double(), gz[-n:].double(), False)
+    forward = measure(lambda: bcjr_triton.soft_forward(w, table, spec, t, None, False, launch), tiles)
+    backward = measure(lambda: bcjr_triton.soft_backward(w, table, spec, t, None, v, g, gz, False, launch), tiles)
+    print(f"bcjr {name} T={T} tiles={tiles} fwd {forward} bwd {backward} errors {relative(v[-n:], v_):.1e} {relative(gw[-n:], gw_):.1e} peak {peak:.2f} GiB {launch}", flush=True)
+
+
+def time_viterbi(name: str, tiles: int = 4224, tiny: bool = False, default: bool = False) -> None:
+    spec, launch = VITERBI[name]
+    tiles = 1 if tiny else tiles
+    w, table = problem(spec, tiles, 4)
+    pins = torch.zeros(tiles, dtype=torch.int64, device="cuda")
+    how = None if default else launch
+    states = viterbi_triton.best_path(w, table, spec, pins, how)
+    if tiny:
+        return
+    n = min(4, tiles)
+    best = viterbi_torch.best_path(w[-n:].double(), table.double(), spec, pins[-n:])
+    same = float((states[-n:] == best).float().mean())
+    taken = measure(lambda: viterbi_triton.best_path(w, table, spec, pins, how), tiles)
+    print(f"viterbi {name} tiles={tiles} one pass {taken} same {same:.4f} {how}", flush=True)
+
+
+def compile_one(job: tuple[str, str]) -> str:
+    kind, name = job
+    start = time.time()
+    try:
+        (time_bcjr if kind == "bcjr" else time_viterbi)(name, tiny=True)
+    except Exception as error:
+        return f"{kind} {name} FAILED {type(error).__name__}: {str(error)[:200]}"
+    return f"{kind} {name} {time.time() - start:.0f}s"
+
+
+def main() -> None:
+    print(json.dumps({"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": __import__("triton").__version__}))
+    if sys.argv[1] == "check":
+        check()
+        return
+    chosen = sys.argv[2:]
+    jobs = [("bcjr", n) for n in BCJR if not chosen or n in chosen] + [("viterbi", n) for n in VITERBI if not chosen or n in chosen]
+    with multiprocessing.get_context("spawn").Pool(14) as pool:
+        for line in pool.imap_unordered(compile_one, jobs):
+            print("compiled", line, flush=True)
+    for kind, name in jobs:
+        try:
+            (time_bcjr if kind == "bcjr" else time_viterbi)(name)
+        except Exception as error:
+            print(kind, name, "FAILED", type(error).__name__, str(error)[:300], flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""The training layer and the inference layer agree."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from softtrellis.modules.latent_linear import LatentLinear
+from softtrellis.modules.quantized_linear import LayerFormat, QuantizedLinear
+from softtrellis.quantizers.hard import TrellisCode
+from softtrellis.recipes.ptq import quantize_linear
+from softtrellis.spec import TrellisSpec
+
+CODES = {
+    "qtip": LayerFormat(40, 24, TrellisCode(TrellisSpec(8, 2, 2), "gaussian"), bias=True),
+    "exl3": LayerFormat(
+        130,
+        100,
+        TrellisCode(TrellisSpec(8, 2, 1), "mul1", normalize=False, order="exl3"),
+        multiple=128,
+        block=128,
+        channel_scales=True,
+    ),
+}
+
+
+def quantized(name: str) -> tuple[QuantizedLinear, torch.Tensor, torch.Tensor]:
+    layer = CODES[name]
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(layer.out_features, layer.in_features, generator=generator) * 0.05
+    x = torch.randn(200, layer.in_features, generator=generator)
+    bias = torch.randn(layer.out_features, generator=generator) if layer.bias else None
+    values = layer.code.codebook()
+    module, report = quantize_linear(weight, x.T @ x / 200, layer, values, bias=bias)
+    assert 0.0 < report.proxy_loss < 0.2
+    assert 0.0 < report.error < 0.2
+    return module, weight, x
+
+
+@pytest.mark.parametrize("name", CODES)
+def test_forward_is_the_decoded_weight(name: str) -> None:
+    module, weight, x = quantized(name)
+    expected = torch.nn.functional.linear(x, module.weight(), module.bias)
+    assert torch.equal(module(x), expected)
+    assert torch.equal(module.dequantize()(x), expected)
+    assert float((module.weight() - weight).square().mean() / weight.square().mean()) < 0.2
+
+
+@pytest.mark.parametrize("name", CODES)
+@pytest.mark.parametrize("estimator", ["soft", "straight_through", "identity"])
+def test_untouched_training_layer_hardens_to_the_same_bits(name: str, estimator: str) -> None:
+    module, _, _ = quantized(name)
+    latent = LatentLinear.from_quantized(module, estimator=estimator)  # type: ignore[arg-type]
+    hard = latent.harden()
+    for key, buffer in module.state_dict().items():
+        assert torch.equal(hard.state_dict()[key], buffer), key
+    assert torch.equal(hard.weight(), module.weight())
+
+
+@pytest.mark.parametrize("name", CODES)
+def test_cold_training_layer_is_its_hardened_layer(name: str) -> None:
+    module, _, x = quantized(name)
+    latent = LatentLinear.from_quantized(module)
+    with torch.no_grad():
+        noise = torch.randn(latent.latent.shape, generator=torch.Generator().manual_seed(1))
+        latent.latent.add_(0.3 * noise)
+    latent.reencode()
+    latent.temperature = 0.006 / latent.codebook_variance
+    hard = latent.harden()
+    assert not torch.equal(hard.codes, module.codes)
+    assert float((latent(x) - hard(x)).norm() / hard(x).norm()) < 0.02
+    latent.estimator = "identity"
+    torch.testing.assert_close(latent(x), hard(x), rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_reach_the_latent_weights() -> None:
+    module, _, x = quantized("qtip")
+    latent = LatentLinear.from_quantized(module, temperature=0.3)
+    latent(x).square().sum().backward()
+    assert latent.latent.grad is not None
+    assert bool(torch.isfinite(latent.latent.grad).all())
+    assert float(latent.latent.grad.norm()) > 0
+
+
+def test_codes_are_exactly_k_bits_and_scales_are_few() -> None:
+    layer = LayerFormat(192, 576, TrellisCode(TrellisSpec(8, 2, 2), "gaussian"))
+    bits = QuantizedLinear(layer, layer.code.codebook()).stored_bits()
+    assert bits["codes"] == 2 * 192 * 576
+    assert bits["scales"] == 192 + 576 + 32
+    padded = LayerFormat(172, 64, layer.code)
+    assert QuantizedLinear(padded, layer.code.codebook()).stored_bits()["codes"] == 2 * 176 * 64
+
+
+def test_weights_that_cannot_be_quantized() -> None:
+    layer = CODES["qtip"]
+    values = layer.code.codebook()
+    weight = torch.zeros(24, 40)
+    with pytest.raises(ValueError, match="zero everywhere"):
+        quantize_linear(weight, None, layer, values)
+    weight[3, 4] = torch.inf
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        quantize_linear(weight, None, layer, values)

@@ -1,0 +1,39 @@
+"""The three estimators."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from softtrellis.codes.codebook import codebook
+from softtrellis.quantizers.soft import estimate
+from softtrellis.spec import TrellisSpec
+from softtrellis.trellis.bcjr import bcjr
+from softtrellis.trellis.viterbi import viterbi
+
+SPEC = TrellisSpec(6, 2, 1)
+
+
+def setting() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    w = torch.randn(3, 16, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    C = codebook("gaussian", SPEC).double()
+    return w.requires_grad_(), C, viterbi(w, C, SPEC).states[:, 0] >> 2
+
+
+@pytest.mark.parametrize("estimator", ["soft", "straight_through", "identity"])
+def test_values_and_gradients(estimator: str) -> None:
+    w, C, pins = setting()
+    g = torch.randn(w.shape, dtype=w.dtype, generator=torch.Generator().manual_seed(1))
+    found = estimate(w, C, SPEC, estimator=estimator, temperature=0.2, pins=pins)  # type: ignore[arg-type]
+    (gradient,) = torch.autograd.grad((found * g).sum(), w)
+    soft = bcjr(w, C, SPEC, temperature=0.2, ends=pins).values
+    (exact,) = torch.autograd.grad((soft * g).sum(), w)
+    hard = viterbi(w, C, SPEC, ends=pins).values
+    torch.testing.assert_close(found, soft if estimator == "soft" else hard)
+    torch.testing.assert_close(gradient, g if estimator == "identity" else exact)
+
+
+def test_unknown_estimator() -> None:
+    w, C, pins = setting()
+    with pytest.raises(ValueError, match="unknown estimator"):
+        estimate(w, C, SPEC, estimator="hard", temperature=1.0, pins=pins)  # type: ignore[arg-type]

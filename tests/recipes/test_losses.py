@@ -1,0 +1,56 @@
+"""The distillation loss, the schedules and the drift radius."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from softtrellis.recipes.drift import predicted_radius
+from softtrellis.recipes.losses import forward_kl
+from softtrellis.recipes.schedules import learning_rate_at, temperature_at
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_forward_kl_and_its_gradient(chunk: int) -> None:
+    torch.manual_seed(0)
+    student, teacher = nn.Linear(8, 50), nn.Linear(6, 50)
+    hidden = torch.randn(20, 8, requires_grad=True)
+    target = torch.randn(20, 6)
+    expected = nn.functional.kl_div(
+        student(hidden).log_softmax(-1),
+        teacher(target).log_softmax(-1),
+        reduction="batchmean",
+        log_target=True,
+    )
+    (gradient,) = torch.autograd.grad(expected, hidden)
+    loss = forward_kl(hidden, student, target, teacher, chunk=chunk)
+    (found,) = torch.autograd.grad(3.0 * loss, hidden)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(found, 3.0 * gradient)
+
+
+@pytest.mark.parametrize("schedule", ["exponential", "cosine"])
+def test_temperature_goes_from_start_to_end(schedule: str) -> None:
+    found = [
+        temperature_at(step, 11, t_init=0.1, t_min=0.03, schedule=schedule)  # type: ignore[arg-type]
+        for step in range(11)
+    ]
+    assert found[0] == pytest.approx(0.1)
+    assert found[-1] == pytest.approx(0.03)
+    assert found == sorted(found, reverse=True)
+    middle = math.sqrt(0.1 * 0.03) if schedule == "exponential" else 0.065
+    assert found[5] == pytest.approx(middle)
+
+
+def test_learning_rate_warms_up_and_decays() -> None:
+    found = [learning_rate_at(step, 50, lr=1.0, warmup=5) for step in range(50)]
+    assert found[:6] == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1.0])
+    assert found[-1] == pytest.approx(0.1)
+    assert learning_rate_at(0, 1, lr=1.0, warmup=0) == pytest.approx(1.0)
+
+
+def test_predicted_radius() -> None:
+    assert predicted_radius(65536) == pytest.approx(1 / math.sqrt(2 * math.pi * 65536))
