@@ -54,8 +54,8 @@ class SizeReport:
     Attributes:
         weights: weights of the quantized layers, without padding.
         code_bits: bits of packed codes per such weight; more than k only by padding.
-        stored_bits: bits of codes, scales and signs per such weight.
-        file_bytes: size of all files.
+        stored_bits: bits of codes, scales, signs and the code's table per such weight.
+        file_bytes: size of all files of the checkpoint; a log or a report beside them not counted.
     """
 
     weights: int
@@ -373,5 +373,5 @@ def size_report(directory: Path) -> SizeReport:
         if TABLE in stored:
             table = file.get_tensor(TABLE)
             other += table.numel() * table.element_size() * 8
-    files = sum(path.stat().st_size for path in directory.iterdir() if path.is_file())
+    files = sum((directory / name).stat().st_size for name in (MANIFEST, *manifest.files))
     return SizeReport(weights, codes / weights, (codes + other) / weights, files)

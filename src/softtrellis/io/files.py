@@ -6,26 +6,38 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 
+STATE = "train_state.safetensors"
+"""What an interrupted run can go on from; a partial directory with it is never lost."""
+
+
 class OutputExists(FileExistsError):
-    """The output is already there."""
+    """The output is already there, or cannot be replaced."""
 
 
 def check_output(directory: Path, *, force: bool) -> None:
     """Refuses an output directory that exists, unless forced.
 
     Raises:
-        OutputExists: it exists.
-        NotADirectoryError: a file has that name.
+        OutputExists: it exists; or it is a file, inside a file, a mount point, or contains the
+            current directory, which no force helps against.
     """
-    if directory.exists() and not directory.is_dir():
-        raise NotADirectoryError(f"{directory} is a file; choose another output directory")
-    if directory.exists() and not force:
+    above = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not above.is_dir():
+        raise OutputExists(f"{above} is a file; choose another output directory")
+    if not directory.exists():
+        return
+    if Path.cwd().is_relative_to(directory.resolve()):
+        raise OutputExists(f"{directory} contains the current directory; choose another output")
+    if directory.is_mount():
+        raise OutputExists(f"{directory} is a mount point; choose a directory inside it")
+    if not force:
         raise OutputExists(f"{directory} exists; choose another directory or pass --force")
 
 
@@ -36,17 +48,16 @@ def partial_path(directory: Path) -> Path:
 
 @contextmanager
 def whole_directory(
-    directory: Path, *, force: bool = False, resumable: bool = False, resume: bool = False
+    directory: Path, *, force: bool = False, resume: bool = False
 ) -> Iterator[Path]:
     """A directory to write into that takes the output's name only when all went well.
 
-    The old output stays until then. An interrupted run that is resumable leaves
-    ``<name>.partial``, any other nothing.
+    The old output stays until then. An interrupted run leaves ``<name>.partial`` if it has saved
+    a state there to go on from, and otherwise nothing.
 
     Args:
         directory: the output.
         force: replace an output that exists.
-        resumable: keep the partial directory when interrupted, and refuse to overwrite it.
         resume: go on in the partial directory.
 
     Raises:
@@ -55,31 +66,47 @@ def whole_directory(
         FileNotFoundError: ``resume`` without an interrupted run.
     """
     check_output(directory, force=force)
+    if directory.is_symlink():
+        directory = directory.resolve()
     partial = partial_path(directory)
-    if resume and not partial.exists():
+    resumable = (partial / STATE).is_file()
+    if resume and not resumable:
         raise FileNotFoundError(f"there is no interrupted run in {partial}; start without --resume")
+    if resumable and not resume and not force:
+        raise OutputExists(
+            f"an interrupted run lies in {partial}; go on with 'train --resume', "
+            "or discard it with --force"
+        )
     if partial.exists() and not resume:
-        if resumable and not force:
-            raise OutputExists(
-                f"an interrupted run lies in {partial}; go on with --resume, "
-                "or start over with --force"
-            )
         shutil.rmtree(partial)
     partial.mkdir(parents=True, exist_ok=True)
     try:
         yield partial
-    except BaseException:
-        if not resumable or not any(partial.iterdir()):
+    except BaseException as error:
+        if not (partial / STATE).is_file():
             shutil.rmtree(partial, ignore_errors=True)
+        elif not isinstance(error, ValueError):
+            error.add_note(f"{partial} keeps the run; the same command with --resume goes on")
         raise
-    if directory.exists():
-        old = directory.with_name(directory.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
+    _exchange(partial, directory)
+    (directory / STATE).unlink(missing_ok=True)
+
+
+def _exchange(partial: Path, directory: Path) -> None:
+    """Renames ``partial`` to ``directory`` and deletes what was there."""
+    if not directory.exists():
+        os.rename(partial, directory)
+        return
+    with tempfile.TemporaryDirectory(
+        dir=directory.parent, prefix=f".{directory.name}-", ignore_cleanup_errors=True
+    ) as aside:
+        old = Path(aside) / directory.name
         os.rename(directory, old)
-        os.rename(partial, directory)
-        shutil.rmtree(old)
-    else:
-        os.rename(partial, directory)
+        try:
+            os.rename(partial, directory)
+        except BaseException:
+            os.rename(old, directory)
+            raise
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,6 @@ from softtrellis.modules.replace import dequantize_
 from softtrellis.recipes.environment import environment
 from softtrellis.recipes.ptq import LayerReport, QuantizeConfig, quantize_model
 from softtrellis.recipes.qat import DistillConfig, DistillResult, distill
-from softtrellis.recipes.run_state import STATE
 
 DENSE_BITS = 32
 
@@ -68,7 +68,7 @@ def train_to(
 ) -> DistillResult:
     """Trains a checkpoint and saves the result with its log."""
     manifest = read_manifest(checkpoint)
-    with whole_directory(output, force=force, resumable=True, resume=resume) as directory:
+    with whole_directory(output, force=force, resume=resume) as directory:
         source = load_source(teacher)
         check_base(manifest, source)
         result = distill(
@@ -87,7 +87,6 @@ def train_to(
             source_directory=checkpoint,
             provenance={**manifest.provenance, "train": _settings(config)},
         )
-        (directory / STATE).unlink(missing_ok=True)
     return result
 
 

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LOG, STATE = "log.jsonl", "train_state.safetensors"
+from softtrellis.io.files import STATE
+
+LOG = "log.jsonl"
 
 
 class RunLog:
@@ -25,7 +27,7 @@ class RunLog:
             return
         if resume_at and self.path.is_file():
             lines = self.path.read_text(encoding="utf-8").splitlines()
-            self.records = [json.loads(line) for line in lines][:resume_at]
+            self.records = [json.loads(line) for line in lines[:resume_at]]
         kept = "".join(json.dumps(record) + "\n" for record in self.records)
         self.path.write_text(kept, encoding="utf-8")
 
@@ -71,13 +73,13 @@ def load_state(directory: Path, *, settings: Mapping[str, Any]) -> tuple[int, di
             metadata = file.metadata()
             tensors = {name: torch.clone(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged ({error}); start over without --resume") from error
+        raise ValueError(f"{path} is damaged ({error}); start over with --force") from error
     saved = json.loads(metadata["settings"])
     now = json.loads(json.dumps(settings, sort_keys=True))
     for name in sorted(saved.keys() | now.keys()):
         if saved.get(name) != now.get(name):
             raise ValueError(
                 f"the interrupted run had {name}={saved.get(name)!r}, this one has "
-                f"{now.get(name)!r}; resume with the same settings or start over"
+                f"{now.get(name)!r}; resume with the same settings, or start over with --force"
             )
     return int(metadata["step"]), tensors

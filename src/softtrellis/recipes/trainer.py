@@ -169,7 +169,7 @@ class Trainer:
         norm = torch.stack([g.double().norm() for g in gradients if g is not None]).norm()
         self.optimizer.step()
         record: dict[str, Any] = {
-            "loss": float(loss),
+            "loss": float(loss.detach()),
             "temperature": temperature,
             "lr": lr,
             "grad_norm": float(norm),

@@ -79,18 +79,37 @@ def _candidates(code, i0, message, row, w, at_w, dims, kappa, shape, t, peaks): 
 
 
 @_inlined
-def _weights(shape, t, peaks, sums):  # type: ignore[no-untyped-def]
-    """t_r becomes 2**(t_r - m), between 2**-125 and 1; sums has their sum in every lane."""
+def _weights(shape, t, peaks):  # type: ignore[no-untyped-def]
+    """t_r becomes 2**(t_r - m), which lies between 2**-125 and 1."""
+    floor = splat(_FLOOR)
+    at = 0
+    for b in range(shape.chunk):
+        m = load(peaks, b * LANES)
+        for _ in range(shape.R):
+            store(t, at, exp2(larger(load(t, at) - m, floor)))
+            at += LANES
+
+
+@_inlined
+def _masses(shape, t, peaks, sums):  # type: ignore[no-untyped-def]
+    """The sum over r of 2**(t_r - m) in every lane."""
     floor = splat(_FLOOR)
     at = 0
     for b in range(shape.chunk):
         m, s = load(peaks, b * LANES), splat(_ZERO)
         for _ in range(shape.R):
-            x = exp2(larger(load(t, at) - m, floor))
-            store(t, at, x)
-            s = s + x
+            s = s + exp2(larger(load(t, at) - m, floor))
             at += LANES
         store(sums, b * LANES, s)
+
+
+@_inlined
+def _sum(t, at, R):  # type: ignore[no-untyped-def]
+    s = splat(_ZERO)
+    for _ in range(R):
+        s = s + load(t, at)
+        at += LANES
+    return s
 
 
 @_inlined
@@ -132,6 +151,7 @@ def _alpha_sweep(w, g, soft, first, kappa, code, dims, shape, alpha, tangent, sc
     """
     V, R, K = len(dims), shape.R, shape.chunk
     t, peaks, sums, lanes, spare, rows, tangents, tangent_lanes, _ = work
+    zero = splat(_ZERO)
     scale[0] = 0.0
     for step in range(shape.N):
         row, at_w = step * shape.width, first + step * V
@@ -153,18 +173,23 @@ def _alpha_sweep(w, g, soft, first, kappa, code, dims, shape, alpha, tangent, sc
         top = splat(_LEAST)
         for i0 in range(0, shape.width, K * LANES):
             _candidates(code, i0, message, start, w, at_w, dims, kappa, shape, t, peaks)
-            _weights(shape, t, peaks, sums)
-            if tangent is not None:
+            if tangent is None:
+                _masses(shape, t, peaks, sums)
+            else:
+                _weights(shape, t, peaks)
                 at, c = 0, i0 * R * V
                 for b in range(K):
                     i = i0 + b * LANES
-                    x, y = start + (i & (shape.period - 1)), splat(_ZERO)
+                    x, y = start + (i & (shape.period - 1)), zero
+                    s = _sum(t, at, R)
                     for _ in range(R):
-                        y = load(t, at) * _gain(code, c, V, g0, g1, load(past, x)) + y
+                        weight = load(t, at)
+                        y = weight * _gain(code, c, V, g0, g1, load(past, x)) + y
                         c += V * LANES
                         x += shape.period
                         at += LANES
-                    store(tangent_lanes, i, y / load(sums, b * LANES) - rest)
+                    store(sums, b * LANES, s)
+                    store(tangent_lanes, i, y / s - rest)
             for b in range(K):
                 after = load(peaks, b * LANES) + log2(load(sums, b * LANES))
                 store(lanes, i0 + b * LANES, after)
@@ -200,17 +225,19 @@ def _beta_sweep(w, first, kappa, code, dims, shape, alpha, scale, log_z, pin, va
                         e = x * exp2(x) + e
                         at += LANES
                     store(logs, b * LANES, e)
-            _weights(shape, t, peaks, sums)
+            _weights(shape, t, peaks)
             at, c = 0, i0 * R * V
             for b in range(K):
-                y0, y1 = zero, zero
+                s, y0, y1 = zero, zero, zero
                 for _ in range(R):
                     x = load(t, at)
+                    s = s + x
                     y0 = x * load(code, c) + y0
                     if V == 2:
                         y1 = x * load(code, c + LANES) + y1
                     c += V * LANES
                     at += LANES
+                store(sums, b * LANES, s)
                 store(sums0, b * LANES, y0)
                 store(sums1, b * LANES, y1)
             for b in range(K):
@@ -260,14 +287,15 @@ def _gradient_sweep(w, g, soft, first, g_log_z, kappa, code, dims, shape, alpha,
         scaled = np.float32(offset + scale[step])
         for i0 in range(0, shape.width, K * LANES):
             _candidates(code, i0, rows, 0, w, at_w, dims, kappa, shape, t, peaks)
-            _weights(shape, t, peaks, sums)
+            _weights(shape, t, peaks)
             at, c = 0, i0 * R * V
             for b in range(K):
                 i = i0 + b * LANES
-                m, s, x = load(peaks, b * LANES), load(sums, b * LANES), i & (shape.period - 1)
+                m, x = load(peaks, b * LANES), i & (shape.period - 1)
                 p = exp2(_posterior(alpha, row + i, m, scaled))
                 past = load(tangent, row + i) - rest
                 z, z0, z1 = zero, zero, zero
+                s = _sum(t, at, R)
                 for _ in range(R):
                     weight = load(t, at)
                     whole = _gain(code, c, V, g0, g1, load(tangents, x) + past)
@@ -287,6 +315,7 @@ def _gradient_sweep(w, g, soft, first, g_log_z, kappa, code, dims, shape, alpha,
                     c += V * LANES
                     x += shape.period
                     at += LANES
+                store(sums, b * LANES, s)
                 store(tangent_lanes, i, z / s - load(tangent, row + i))
                 mass = p * s + mass
                 mass0 = p * (z0 - mean0 * z) + mass0
