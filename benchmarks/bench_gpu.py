@@ -26,25 +26,35 @@ from softtrellis.trellis.launch_triton import Launch
 V2, V1 = TrellisSpec(16, 2, 2), TrellisSpec(16, 2, 1)
 CODES = {V2: "hyb", V1: "mul1"}
 
-BCJR = {
-    "A2": (V2, Launch(2, 512, 8, 2, registers=128, beta_block=512)),
-    "B4w16": (V2, Launch(4, 1024, 16, 1, registers=128, choices=8, beta_block=1024)),
-    "C1w4": (V2, Launch(1, 256, 4, 3, registers=168, beta_block=512)),
-    "D2free": (V2, Launch(2, 512, 8, 1, beta_block=1024)),
-    "E1w8": (V2, Launch(1, 512, 8, 2, registers=128, beta_block=1024)),
-    "F2w16": (V2, Launch(2, 1024, 16, 1, registers=128, beta_block=1024)),
-    "V1a": (V1, Launch(1, 2048, 16, 1, registers=128, beta_block=2048)),
-    "V1b": (V1, Launch(1, 1024, 8, 1, beta_block=1024)),
+PIPED = {"touch": False, "beta_stages": 3, "beta_choices": 4}
+FORWARD = {
+    "f4p": (V2, Launch(4, 512, 8, 1, stages=2, **PIPED)),
+    "f4q": (V2, Launch(4, 1024, 16, 1, registers=128, choices=8, **PIPED)),
+    "f2q": (V2, Launch(2, 1024, 16, 1, registers=128, choices=8, **PIPED)),
+    "f3cg": (V2, Launch(3, 1024, 16, 1, registers=128, choices=8, touch=False)),
+    "f3": (V2, Launch(3, 1024, 16, 1, registers=128, choices=8)),
+    "f2": (V2, Launch(2, 1024, 16, 1, registers=128, choices=8)),
+    "f2c16": (V2, Launch(2, 1024, 16, 1, registers=128, choices=16, touch=False)),
+    "fv1m2": (V1, Launch(2, 2048, 16, 1, registers=128, choices=4, beta_block=2048, touch=False)),
+}
+BACKWARD = {
+    "b2": (V2, Launch(2, 1024, 16, 1, registers=128, choices=8)),
+    "b2cg": (V2, Launch(2, 1024, 16, 1, registers=128, choices=8, touch=False)),
+    "b2q": (V2, Launch(2, 1024, 16, 1, registers=128, choices=8, **PIPED)),
+    "b3q": (V2, Launch(3, 1024, 16, 1, registers=128, choices=8, **PIPED)),
+    "b2w8": (V2, Launch(2, 512, 8, 2, registers=128, choices=8, touch=False, beta_block=512)),
+    "b1w16": (V2, Launch(1, 1024, 16, 1, registers=128, choices=16, touch=False)),
+    "bv1m1": (V1, Launch(1, 2048, 16, 1, registers=128, choices=4, beta_block=1024, touch=False)),
 }
 VITERBI = {
-    "m4": (V2, Launch(4, 1024, 8, 2, registers=128)),
-    "m8": (V2, Launch(8, 1024, 8, 1)),
-    "m4b": (V2, Launch(4, 2048, 8, 1)),
-    "m8w16": (V2, Launch(8, 1024, 16, 1, registers=128)),
-    "m4w16": (V2, Launch(4, 2048, 16, 1, registers=128)),
-    "v1m2": (V1, Launch(2, 2048, 8, 2, registers=128)),
-    "v1m4": (V1, Launch(4, 2048, 8, 1)),
-    "v1m4w16": (V1, Launch(4, 2048, 16, 1, registers=128)),
+    "m4": (V2, Launch(4, 2048, 16, 1, registers=128)),
+    "m4p": (V2, Launch(4, 2048, 16, 1, registers=128, choices=4, stages=3, touch=False)),
+    "m8p": (V2, Launch(8, 2048, 16, 1, registers=128, choices=4, stages=3, touch=False)),
+    "m8p2": (V2, Launch(8, 2048, 16, 1, registers=128, choices=8, stages=2, touch=False)),
+    "m4x2": (V2, Launch(4, 2048, 8, 2, registers=128, touch=False)),
+    "m2w16": (V2, Launch(2, 4096, 16, 1, registers=128, touch=False)),
+    "v1m2p": (V1, Launch(2, 4096, 16, 1, registers=128, stages=2, touch=False)),
+    "v1m1": (V1, Launch(1, 4096, 16, 1, registers=128, touch=False)),
 }
 CHECKS = [(16, 2, 2), (16, 2, 1), (12, 2, 2), (14, 2, 2), (8, 1, 1), (9, 4, 2), (11, 3, 2), (12, 4, 1)]
 
@@ -135,26 +145,50 @@ def measure(run: object, tiles: int, repeats: int = 5) -> str:
     return f"{times[len(times) // 2]:.3f} us/tile ({times[0]:.3f}-{times[-1]:.3f})"
 
 
-def time_bcjr(name: str, tiles: int = 3168, T: float = 0.05, tiny: bool = False) -> None:
-    spec, launch = BCJR[name]
-    tiles = 1 if tiny else tiles // spec.num_overlaps * 4096 if spec.V == 1 else tiles
+def bcjr_problem(spec: TrellisSpec, tiles: int, T: float) -> tuple[torch.Tensor, ...]:
     w, table = problem(spec, tiles, 3)
     t = torch.full((tiles,), T, device="cuda")
-    g, gz = torch.randn_like(w), torch.zeros(tiles, device="cuda")
+    return w, table, t, torch.randn_like(w), torch.zeros(tiles, device="cuda")
+
+
+def default_tiles(spec: TrellisSpec) -> int:
+    return 3168 if spec.V == 2 else 792
+
+
+def time_forward(name: str, T: float = 0.05, tiny: bool = False) -> None:
+    spec, launch = FORWARD[name]
+    tiles = 1 if tiny else default_tiles(spec)
+    w, table, t, _, _ = bcjr_problem(spec, tiles, T)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     v, _, _ = bcjr_triton.soft_forward(w, table, spec, t, None, False, launch)
-    bcjr_triton.soft_backward(w, table, spec, t, None, v, g, gz, False, launch)
     if tiny:
         return
     peak = (torch.cuda.max_memory_allocated() - before) / 2**30
-    n = min(4, tiles)
-    v_, _, _ = bcjr_torch.soft_forward(w[-n:].double(), table.double(), spec, t[-n:].double(), None, False)
+    e = [x[-4:].double() for x in (w, t)]
+    v_, _, _ = bcjr_torch.soft_forward(e[0], table.double(), spec, e[1], None, False)
+    taken = measure(lambda: bcjr_triton.soft_forward(w, table, spec, t, None, False, launch), tiles)
+    print(f"forward {name} T={T} tiles={tiles} {taken} error {relative(v[-4:], v_):.1e} peak {peak:.2f} GiB {launch}", flush=True)
+
+
+def time_backward(name: str, T: float = 0.05, tiny: bool = False) -> None:
+    spec, launch = BACKWARD[name]
+    tiles = 1 if tiny else default_tiles(spec)
+    w, table, t, g, gz = bcjr_problem(spec, tiles, T)
+    v = w
+    if not tiny:
+        v, _, _ = bcjr_triton.soft_forward(w, table, spec, t, None, False)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
     gw, _ = bcjr_triton.soft_backward(w, table, spec, t, None, v, g, gz, False, launch)
-    gw_, _ = bcjr_torch.soft_backward(w[-n:].double(), table.double(), spec, t[-n:].double(), None, v_, g[-n:].double(), gz[-n:].double(), False)
-    forward = measure(lambda: bcjr_triton.soft_forward(w, table, spec, t, None, False, launch), tiles)
-    backward = measure(lambda: bcjr_triton.soft_backward(w, table, spec, t, None, v, g, gz, False, launch), tiles)
-    print(f"bcjr {name} T={T} tiles={tiles} fwd {forward} bwd {backward} errors {relative(v[-n:], v_):.1e} {relative(gw[-n:], gw_):.1e} peak {peak:.2f} GiB {launch}", flush=True)
+    if tiny:
+        return
+    peak = (torch.cuda.max_memory_allocated() - before) / 2**30
+    e = [x[-4:].double() for x in (w, t, g, gz)]
+    v_, _, _ = bcjr_torch.soft_forward(e[0], table.double(), spec, e[1], None, False)
+    gw_, _ = bcjr_torch.soft_backward(e[0], table.double(), spec, e[1], None, v_, e[2], e[3], False)
+    taken = measure(lambda: bcjr_triton.soft_backward(w, table, spec, t, None, v, g, gz, False, launch), tiles)
+    print(f"backward {name} T={T} tiles={tiles} {taken} error {relative(gw[-4:], gw_):.1e} peak {peak:.2f} GiB {launch}", flush=True)
 
 
 def time_viterbi(name: str, tiles: int = 4224, tiny: bool = False, default: bool = False) -> None:
@@ -173,14 +207,33 @@ def time_viterbi(name: str, tiles: int = 4224, tiny: bool = False, default: bool
     print(f"viterbi {name} tiles={tiles} one pass {taken} same {same:.4f} {how}", flush=True)
 
 
+TIMERS = {"forward": time_forward, "backward": time_backward, "viterbi": time_viterbi}
+
+
 def compile_one(job: tuple[str, str]) -> str:
     kind, name = job
     start = time.time()
     try:
-        (time_bcjr if kind == "bcjr" else time_viterbi)(name, tiny=True)
+        TIMERS[kind](name, tiny=True)
     except Exception as error:
         return f"{kind} {name} FAILED {type(error).__name__}: {str(error)[:200]}"
     return f"{kind} {name} {time.time() - start:.0f}s"
+
+
+def profile(name: str) -> None:
+    """One launch over one group of tiles per multiprocessor, for a profiler."""
+    for kind, table_of in (("forward", FORWARD), ("backward", BACKWARD), ("viterbi", VITERBI)):
+        if name not in table_of:
+            continue
+        spec, launch = table_of[name]
+        w, table, t, g, gz = bcjr_problem(spec, 132 * launch.tiles, 0.05)
+        if kind == "forward":
+            bcjr_triton.soft_forward(w, table, spec, t, None, False, launch)
+        elif kind == "backward":
+            bcjr_triton.soft_backward(w, table, spec, t, None, w, g, gz, False, launch)
+        else:
+            viterbi_triton.best_path(w, table, spec, None, launch)
+    torch.cuda.synchronize()
 
 
 def main() -> None:
@@ -188,14 +241,18 @@ def main() -> None:
     if sys.argv[1] == "check":
         check()
         return
+    if sys.argv[1] == "profile":
+        profile(sys.argv[2])
+        return
     chosen = sys.argv[2:]
-    jobs = [("bcjr", n) for n in BCJR if not chosen or n in chosen] + [("viterbi", n) for n in VITERBI if not chosen or n in chosen]
-    with multiprocessing.get_context("spawn").Pool(14) as pool:
+    known = {"forward": FORWARD, "backward": BACKWARD, "viterbi": VITERBI}
+    jobs = [(k, n) for k, table in known.items() for n in table if not chosen or n in chosen]
+    with multiprocessing.get_context("spawn").Pool(16) as pool:
         for line in pool.imap_unordered(compile_one, jobs):
             print("compiled", line, flush=True)
     for kind, name in jobs:
         try:
-            (time_bcjr if kind == "bcjr" else time_viterbi)(name)
+            TIMERS[kind](name)
         except Exception as error:
             print(kind, name, "FAILED", type(error).__name__, str(error)[:300], flush=True)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+import ast
+import inspect
 import re
 import runpy
 import shlex
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +15,10 @@ import numpy as np
 import pytest
 import torch
 
+from softtrellis.cli.main import build_parser
 from softtrellis.io.checkpoint import BaseModel, load_quantized, save_quantized
 from softtrellis.modules.quantized_linear import LayerFormat, QuantizedLinear
-from softtrellis.modules.replace import linear_names, quantized_layers, replace_modules
+from softtrellis.modules.replace import quantized_layers, replace_modules, select_layers
 from softtrellis.quantizers.hard import TrellisCode
 from softtrellis.spec import TrellisSpec
 from softtrellis.transforms.hadamard import hadamard_transform
@@ -52,13 +55,13 @@ def reader() -> dict[str, Any]:
 EXL3 = {"multiple": 128, "block": 128, "channel_scales": True}
 FORMATS: dict[str, tuple[TrellisCode, dict[str, Any]]] = {
     "hyb": (TrellisCode(TrellisSpec(12, 2, 2)), {}),
-    "hyb of QTIP's files": (TrellisCode(TrellisSpec(16, 2, 2), flip="first"), {}),
+    "hyb, first flipped": (TrellisCode(TrellisSpec(16, 3, 2), flip="first"), {}),
     "gaussian": (TrellisCode(TrellisSpec(9, 3, 1), "gaussian"), {}),
-    "1mad": (TrellisCode(TrellisSpec(16, 3, 1), "1mad"), {}),
+    "1mad": (TrellisCode(TrellisSpec(12, 3, 1), "1mad"), {}),
     "mul1": (TrellisCode(TrellisSpec(10, 4, 1), "mul1"), {}),
     "exl3": (TrellisCode(TrellisSpec(16, 2, 1), "mul1", normalize=False, order="exl3"), EXL3),
-    "exl3 mcg": (TrellisCode(TrellisSpec(16, 1, 1), "mcg", normalize=False, order="exl3"), EXL3),
-    "exl3 3inst": (TrellisCode(TrellisSpec(16, 4, 1), "3inst", normalize=False, order="exl3"), EXL3),
+    "mcg": (TrellisCode(TrellisSpec(16, 1, 1), "mcg", normalize=False), EXL3),
+    "3inst": (TrellisCode(TrellisSpec(16, 4, 1), "3inst", order="exl3"), {}),
 }
 
 
@@ -91,7 +94,7 @@ def test_the_documented_reader_reads_checkpoints(
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        replace_modules(tiny_llama, linear_names(tiny_llama), make)
+        replace_modules(tiny_llama, select_layers(tiny_llama, ["k_proj", "down_proj"]), make)
     base = BaseModel("tiny", "0" * 64)
     save_quantized(tiny_llama, tiny_tokenizer, tmp_path, base=base)
     expected = quantized_layers(load_quantized(tmp_path))
@@ -127,3 +130,142 @@ def test_the_sign_example() -> None:
     signs = torch.tensor([1 if sign == "+" else -1 for sign in "+--++++--"])
     assert "+ − − + + + + − −" in (ROOT / "docs/checkpoint.md").read_text("utf-8")
     assert bytes(pack_signs(signs).tolist()) == bytes.fromhex("61 80")
+
+
+PUBLIC_FUNCTIONS = ("bcjr", "codebook", "distill", "load_quantized", "pack", "quantize_model")
+PUBLIC_FUNCTIONS += ("unpack", "viterbi")
+PUBLIC_CLASSES = ("DistillConfig", "QuantizeConfig", "TrellisSpec")
+
+
+def test_every_public_name_is_documented() -> None:
+    import softtrellis
+
+    assert {*PUBLIC_FUNCTIONS, *PUBLIC_CLASSES, "__version__"} == set(softtrellis.__all__)
+
+
+@pytest.mark.parametrize("name", [*PUBLIC_FUNCTIONS, *PUBLIC_CLASSES])
+def test_documented_signatures(name: str) -> None:
+    import softtrellis
+
+    page = (ROOT / "docs/api.md").read_text("utf-8")
+    found = re.search(rf"^### {name}\n\n```\n{name}\((.*?)\)(?: -> \w+)?\n```$", page, re.M | re.S)
+    assert found, f"docs/api.md has no section of {name} that starts with its signature"
+    documented = ast.parse(f"def f({found[1]}): ...").body[0]
+    assert isinstance(documented, ast.FunctionDef)
+    arguments = documented.args
+    parameters = inspect.signature(getattr(softtrellis, name)).parameters.values()
+    keyword_only = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    assert [a.arg for a in (*arguments.args, *arguments.kwonlyargs)] == [p.name for p in parameters]
+    assert [a.arg for a in arguments.kwonlyargs] == keyword_only
+    by_position = [p for p in parameters if p.kind is not p.KEYWORD_ONLY]
+    with_default = [p.default for p in by_position if p.default is not p.empty]
+    assert [ast.literal_eval(d) for d in arguments.defaults] == with_default
+    of_keywords = [None if d is None else ast.literal_eval(d) for d in arguments.kw_defaults]
+    expected = [p.default for p in parameters if p.kind is p.KEYWORD_ONLY]
+    assert of_keywords == [None if d is inspect.Parameter.empty else d for d in expected]
+
+
+def subparsers() -> dict[str, argparse.ArgumentParser]:
+    for action in build_parser()._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            return dict(action.choices)
+    raise AssertionError("the parser has no commands")
+
+
+@pytest.mark.parametrize("name", subparsers())
+def test_every_option_is_documented_and_nothing_else(name: str) -> None:
+    page = (ROOT / "docs/api.md").read_text("utf-8")
+    section = page.split(f"### softtrellis {name}\n")[1].split("\n### ")[0]
+    options = {o for a in subparsers()[name]._actions for o in a.option_strings}
+    quoted = " ".join(re.findall("`.*?`", section))
+    documented = set(re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*", quoted))
+    assert options - documented == {"-h", "--help", "--debug"}
+    assert documented <= options
+
+
+def commands() -> list[str]:
+    lines = [
+        line.partition("  #")[0].strip()
+        for page in PAGES
+        for block in blocks(str(page.relative_to(ROOT)), "sh")
+        for line in block.splitlines()
+    ]
+    return [line for line in lines if line.startswith("softtrellis ")]
+
+
+def test_the_commands_on_the_pages_are_valid() -> None:
+    assert len(commands()) >= 10
+    for line in commands():
+        build_parser().parse_args(shlex.split(line)[1:])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8")):
+        if target.startswith(("https://", "mailto:")):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path) if path else page
+        if file.name == "quickstart.png":  # written by the quickstart
+            continue
+        assert file.exists(), f"{page.name}: {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", file.read_text("utf-8"), re.MULTILINE)
+            slugs = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}
+            assert anchor in slugs, f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages_name_no_place_of_one_machine(page: Path) -> None:
+    assert not re.search(r"(?<![\w.])/(work|tmp|home|root|usr)/", page.read_text("utf-8"))
+
+
+def test_the_trellis_example_of_the_readme() -> None:
+    names = run(blocks("README.md")[0], {"L=12": "L=10", "randn(8": "randn(2"})
+    assert torch.isfinite(names["w"].grad).all()
+    assert names["words"].shape == (2, 32)
+
+
+def test_the_example_of_the_api_page() -> None:
+    names = run(blocks("docs/api.md")[0], {"L=12": "L=10", "randn(8": "randn(2"})
+    assert torch.isfinite(names["w"].grad).all()
+
+
+def test_the_model_example_of_the_readme(
+    tiny_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    replaced = {
+        '"smollm2-135m-instruct"': repr(str(tiny_directory)),
+        'L=12, layers=("29",)': 'L=10, layers=("1.mlp.down_proj",), ctx=64, windows=2',
+        "steps=40, show_progress=True": "steps=2, batch=1, ctx=32, windows=2",
+    }
+    names = run(blocks("README.md")[1], replaced)
+    trained, loaded = (quantized_layers(names[m]) for m in ("student", "model"))
+    assert list(loaded) == ["model.layers.1.mlp.down_proj"]
+    for name, module in loaded.items():
+        assert torch.equal(module.weight(), trained[name].weight())
+
+
+def test_soft_quantize(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["soft_quantize.py", "--L", "10", "--tiles", "2"])
+    runpy.run_path(str(ROOT / "examples/soft_quantize.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "2.000 bits per weight" in printed
+    by_gradient, by_difference = map(float, re.findall(r"(-?[\d.]+) by ", printed))
+    assert by_gradient == pytest.approx(by_difference, rel=0.05, abs=2e-3)
+
+
+def test_quantize_own_model(
+    tiny_directory: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = tmp_path / "out"
+    options = "--layers 1.mlp.down_proj --L 10 --steps 2 --ctx 32 --windows 2"
+    arguments = ["quantize_own_model.py", str(tiny_directory), str(output), *options.split()]
+    monkeypatch.setattr("sys.argv", arguments)
+    runpy.run_path(str(ROOT / "examples/quantize_own_model.py"), run_name="__main__")
+    assert "KL, qat less ptq" in capsys.readouterr().out
+    assert load_quantized(output / "qat").config.model_type == "llama"

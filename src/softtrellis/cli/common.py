@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from softtrellis.backend import Backend
 
 Commands = Any
 """argparse's action that sub-parsers are added to."""
@@ -16,12 +21,26 @@ class UsageError(Exception):
 
 
 @contextmanager
-def usage_errors() -> Iterator[None]:
-    """Turns a ValueError, from validating a configuration for instance, into a usage error."""
+def usage_errors(options: argparse.Namespace) -> Iterator[None]:
+    """Turns a ValueError from validating a configuration into a usage error.
+
+    A field that has an option's name is called by it: "t_min must be ..." becomes "--t-min ...".
+    """
     try:
         yield
     except ValueError as error:
+        field, must, rest = str(error).partition(" must ")
+        name = {"k": "bits", "eval_windows": "windows"}.get(field, field)
+        if must and hasattr(options, name):
+            raise UsageError(f"--{name.replace('_', '-')} must {rest}") from error
         raise UsageError(str(error)) from error
+
+
+def check_inputs(output: Path, *inputs: str) -> None:
+    """UsageError if the output is one of the inputs, which ``--force`` would delete."""
+    for name in inputs:
+        if output.exists() and Path(name).exists() and output.samefile(name):
+            raise UsageError(f"{output} is what is read; choose another output directory")
 
 
 def command(
@@ -31,7 +50,7 @@ def command(
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=summary,
-        description=f"{summary[0].upper()}{summary[1:]}.{details and ' ' + details}",
+        description=textwrap.fill(f"{summary[0].upper()}{summary[1:]}. {details}", 79),
         epilog=f"example:\n  {example}",
         formatter_class=_Formatter,
     )
@@ -43,8 +62,10 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
     """Shows defaults, except where there is none, and keeps the example's lines."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, False) or not action.option_strings:
+        if action.default is None or action.default is False or not action.option_strings:
             return action.help
+        if isinstance(action.default, list):
+            return f"{action.help} (default: {' '.join(action.default)})"
         return super()._get_help_string(action)
 
 
@@ -97,8 +118,23 @@ def add_data(parser: argparse.ArgumentParser, purpose: str) -> None:
 def add_backend(parser: argparse.ArgumentParser) -> None:
     """``--backend``."""
     parser.add_argument(
-        "--backend", choices=["auto", "torch", "cpu", "triton"], default="auto", help="trellis code"
+        "--backend",
+        choices=["auto", "torch", "cpu", "triton"],
+        default="auto",
+        help="what runs the trellis; auto takes the fastest that fits the device",
     )
+
+
+def check_backend(backend: Backend) -> None:
+    """UsageError if the backend cannot run here on a float32 tensor in main memory."""
+    import torch
+
+    from softtrellis.backend import resolve_backend
+
+    try:
+        resolve_backend(backend, torch.empty(0))
+    except (RuntimeError, ValueError) as error:
+        raise UsageError(str(error)) from error
 
 
 def temperature(value: str) -> float | str:

@@ -33,6 +33,12 @@ def run(options: argparse.Namespace) -> int:
 
     if len(set(options.models)) != len(options.models):
         raise UsageError("a model is named twice; name each once")
+    if options.ctx < 2:
+        raise UsageError(f"--ctx must be at least 2, got {options.ctx}")
+    if options.windows is not None and options.windows < 1:
+        raise UsageError(f"--windows must be at least 1, got {options.windows}")
+    if options.json and (Path(options.json).is_dir() or not Path(options.json).parent.is_dir()):
+        raise UsageError(f"--json {options.json}: give a file in a directory that exists")
     results = evaluate_models(
         options.models, tuple(options.data), ctx=options.ctx, windows=options.windows
     )

@@ -24,6 +24,7 @@ def add_parser(commands: Commands) -> None:
 def run(options: argparse.Namespace) -> int:
     """Prints the manifest in words."""
     from softtrellis.io.checkpoint import FORMAT_VERSION, read_manifest, verify_files
+    from softtrellis.io.model_card import plain
     from softtrellis.recipes.pipeline import describe_sizes
 
     directory = Path(options.checkpoint)
@@ -41,5 +42,5 @@ def run(options: argparse.Namespace) -> int:
     for name, layer in manifest.layers.items():
         print(f"{name:45}  {layer.out_features:5} x {layer.in_features:<5}  {layer.tiles:6}")
     for name, value in manifest.provenance.items():
-        print(f"\n{name}: {value}")
+        print(f"\n{name}: {plain(value)}")
     return 0

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
 from softtrellis import __version__
 from softtrellis.cli import env, evaluate, inspect, quantize, quickstart, report, train
@@ -14,9 +17,16 @@ from softtrellis.cli.common import UsageError
 FAILURE, USAGE, INTERRUPTED = 1, 2, 130
 
 
+class _Parser(argparse.ArgumentParser):
+    """Wrong options become a UsageError, not a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="softtrellis",
         description="2-bit language models by trellis-coded quantization, trained through the "
         "trellis (QTIP, BCJR-QAT).",
@@ -30,18 +40,38 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code: 0, 1 for a failure, 2 for wrong usage."""
-    options = build_parser().parse_args(arguments)
+    debug = False
     try:
+        options = build_parser().parse_args(arguments)
+        debug = options.debug
         code: int = options.run(options)
+        sys.stdout.flush()
         return code
-    except KeyboardInterrupt:
-        print("softtrellis: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print("; ".join(["softtrellis: interrupted", *_notes(error)]), file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # whoever read the output has seen enough
+        _abandon_output()
+        return FAILURE
     except Exception as error:
-        if options.debug:
+        if debug:
             traceback.print_exc()
-        print(f"softtrellis: error: {_one_line(error)}", file=sys.stderr)
+        words = "; ".join([_in_words(error), *_notes(error)])
+        print(f"softtrellis: error: {words}", file=sys.stderr)
+        _abandon_output()
         return USAGE if _is_usage(error) else FAILURE
+
+
+def _abandon_output() -> None:
+    """Keeps the interpreter from failing, at its end, on output that cannot be written."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _notes(error: BaseException) -> list[str]:
+    return getattr(error, "__notes__", [])
 
 
 def _is_usage(error: Exception) -> bool:
@@ -59,7 +89,15 @@ def _is_usage(error: Exception) -> bool:
     )
 
 
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    known = isinstance(error, ValueError | OSError | ImportError) or _is_usage(error)
-    return text if known else f"{type(error).__name__}: {text} (--debug shows where)"
+def _in_words(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.errno and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    # Writers in Rust raise errors of their own kinds, with the system's number in the text.
+    if getattr(error, "errno", None) == errno.ENOSPC or f"os error {errno.ENOSPC}" in text:
+        return f"the disk is full ({text}); free some space and repeat the command"
+    if isinstance(error, MemoryError) or "can't allocate memory" in text:
+        return f"out of memory ({text or 'no details'}); use a smaller --ctx or fewer --layers"
+    if isinstance(error, ValueError | OSError | ImportError) or _is_usage(error):
+        return text or type(error).__name__
+    return f"{type(error).__name__}: {text} (--debug shows where)"

@@ -10,6 +10,7 @@ from softtrellis.cli.common import (
     add_data,
     add_layers,
     add_output,
+    check_inputs,
     command,
     layers_of,
     usage_errors,
@@ -44,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
     """Runs the whole way."""
     from softtrellis.recipes.quickstart import QuickstartConfig, quickstart
 
-    with usage_errors():
+    with usage_errors(options):
         config = QuickstartConfig(
             model=options.model,
             layers=layers_of(options.layers),
@@ -57,5 +58,7 @@ def run(options: argparse.Namespace) -> int:
         )
         if options.short:
             config = config.shortened()
-    quickstart(config, Path(options.output), force=options.force)
+    output = Path(options.output)
+    check_inputs(output, options.model)
+    quickstart(config, output, force=options.force)
     return 0

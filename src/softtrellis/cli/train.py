@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
 from softtrellis.cli.common import (
@@ -11,6 +12,8 @@ from softtrellis.cli.common import (
     add_data,
     add_layers,
     add_output,
+    check_backend,
+    check_inputs,
     command,
     layers_of,
     temperature,
@@ -34,7 +37,10 @@ def add_parser(commands: Commands) -> None:
     add_layers(parser)
     add_data(parser, "training text")
     parser.add_argument(
-        "--mode", choices=["single", "greedy", "joint"], default="joint", help="how"
+        "--mode",
+        choices=["single", "greedy", "joint"],
+        default="joint",
+        help="joint: all layers at once; greedy: one decoder layer after the other; single: one",
     )
     parser.add_argument(
         "--estimator",
@@ -47,7 +53,10 @@ def add_parser(commands: Commands) -> None:
     )
     parser.add_argument("--t-min", type=float, default=0.03, help="last temperature")
     parser.add_argument(
-        "--schedule", choices=["exponential", "cosine"], default="exponential", help="between them"
+        "--schedule",
+        choices=["exponential", "cosine"],
+        default="exponential",
+        help="how the temperature falls from the first to the last",
     )
     parser.add_argument("--lr", type=float, default=1e-2, help="peak learning rate of AdamW")
     parser.add_argument("--steps", type=int, default=100, help="optimizer steps (per stage)")
@@ -55,9 +64,15 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("--batch", type=int, default=4, help="windows per step")
     parser.add_argument("--ctx", type=int, default=512, help="tokens per window")
     parser.add_argument("--windows", type=int, help="use at most so many windows of the text")
-    parser.add_argument("--reencode-every", type=int, default=25, help="steps; 0 is never")
-    parser.add_argument("--measure-every", type=int, default=5, help="steps; 0 is never")
-    parser.add_argument("--save-every", type=int, default=10, help="steps; 0 is never")
+    every = (
+        ("--reencode-every", 25, "moves of the paths' ends"),
+        ("--measure-every", 5, "measurements of drift and changed codes"),
+        ("--save-every", 10, "saved states, which --resume goes on from"),
+    )
+    for option, default, what in every:
+        parser.add_argument(
+            option, metavar="N", type=int, default=default, help=f"steps between {what}; 0 is never"
+        )
     parser.add_argument("--seed", type=int, default=0, help="of the order of the text")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     add_backend(parser)
@@ -69,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
     from softtrellis.recipes.pipeline import describe_sizes, train_to
     from softtrellis.recipes.qat import DistillConfig
 
-    with usage_errors():
+    with usage_errors(options):
         config = DistillConfig(
             layers=layers_of(options.layers),
             mode=options.mode,
@@ -91,7 +106,9 @@ def run(options: argparse.Namespace) -> int:
             backend=options.backend,
             show_progress=True,
         )
+    check_backend(options.backend)
     output = Path(options.output)
+    check_inputs(output, options.checkpoint, options.teacher)
     result = train_to(
         Path(options.checkpoint),
         options.teacher,
@@ -107,5 +124,6 @@ def run(options: argparse.Namespace) -> int:
         f"{last['loss']:.4f}, {changed:.2%} of codes changed"
     )
     print(describe_sizes(output))
-    print(f"Next: softtrellis eval {options.teacher} {options.checkpoint} {output} --data pydoc")
+    following = ["eval", options.teacher, options.checkpoint, str(output), "--data", "pydoc"]
+    print(f"Next: softtrellis {shlex.join(following)}")
     return 0

@@ -224,11 +224,20 @@ def read_manifest(directory: Path) -> Manifest:
         layers = {
             name: LayerFormat(code=trellis_code, **layer) for name, layer in value["layers"].items()
         }
-        return Manifest(BaseModel(**value["base"]), layers, value["files"], value["provenance"])
+        if not layers or min(layer.tiles for layer in layers.values()) < 1:
+            raise ValueError("a layer without weights, or no layer")
+        files = {
+            name: {"sha256": str(file["sha256"]), "bytes": int(file["bytes"])}
+            for name, file in value["files"].items()
+        }
+        if not files.keys() >= {WEIGHTS, "config.json"}:
+            raise ValueError("files that it must list are missing")
+        return Manifest(BaseModel(**value["base"]), layers, files, dict(value["provenance"]))
     except CheckpointError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); copy the checkpoint again") from error
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{path} is damaged ({reason}); copy the checkpoint again") from error
 
 
 def verify_files(directory: Path, manifest: Manifest) -> None:
@@ -303,8 +312,15 @@ def load_quantized(path: str | Path, config: LoadConfig | None = None) -> PreTra
         model_config = AutoConfig.for_model(model_type, **settings)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(model_config)  # type: ignore[no-untyped-call]
     layers = manifest.layers
-    replace_modules(model, layers, lambda name, _: QuantizedLinear(layers[name], codebook))
-    missing = _assign(model, tensors)
+    try:
+        replace_modules(model, layers, lambda name, _: QuantizedLinear(layers[name], codebook))
+        missing = _assign(model, tensors)
+    except (AttributeError, RuntimeError) as error:
+        reason = "".join(str(error).splitlines()[:2])
+        raise CheckpointError(
+            f"{directory / MANIFEST} does not fit the tensors beside it ({reason}); "
+            "copy the checkpoint again"
+        ) from error
     if missing:
         raise CheckpointError(
             f"{directory / WEIGHTS} lacks {missing[0]}; copy the checkpoint again"
@@ -337,6 +353,17 @@ def load_any(name: str, *, device: str = "cpu") -> Source:
     with quiet():
         tokenizer = AutoTokenizer.from_pretrained(path)
     return Source(name, model, tokenizer, path, read_manifest(path).base.licence)
+
+
+def load_full_precision(name: str) -> Source:
+    """``load_source``, with a CheckpointError for one of our checkpoints."""
+    if is_checkpoint(Path(name)):
+        base = read_manifest(Path(name)).base.name
+        raise CheckpointError(
+            f"{name} is a softtrellis checkpoint; give the full-precision model that it was made "
+            f"from ({base})"
+        )
+    return load_source(name)
 
 
 def base_of(source: Source) -> BaseModel:

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-
 STATE = "train_state.safetensors"
 """What an interrupted run can go on from; a partial directory with it is never lost."""
 

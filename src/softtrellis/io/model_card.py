@@ -19,7 +19,7 @@ def model_card(
     """README.md of a checkpoint: YAML front matter for hubs, then what it is and how to load it."""
     spec = code.spec
     weights = sum(layer.in_features * layer.out_features for layer in layers.values())
-    steps = "".join(f"- {name}: {_plain(value)}\n" for name, value in provenance.items())
+    steps = "".join(f"- {name}: {plain(value)}\n" for name, value in provenance.items())
     return f"""---
 license: {licence}
 base_model: {base}
@@ -50,7 +50,8 @@ Methods: QTIP (arXiv 2406.11235) for the codes, BCJR-QAT (arXiv 2605.10655) for 
 {steps or "Not recorded."}"""
 
 
-def _plain(value: Any) -> str:
+def plain(value: Any) -> str:
+    """Settings as text."""
     if isinstance(value, Mapping):
         return ", ".join(f"{k}={v}" for k, v in value.items())
     return str(value)

@@ -15,8 +15,8 @@ import tempfile
 import warnings
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
+from contextlib import contextmanager, redirect_stderr, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -84,7 +84,7 @@ def load_source(
     """
     path = Path(name)
     if name == EMBEDDED:
-        return _load_gguf(name, fetch_smollm2(), dtype, device)
+        return _load_embedded(dtype, device)
     if path.is_dir():
         return _load_directory(name, path, dtype, device)
     if path.is_file():
@@ -95,6 +95,23 @@ def load_source(
             f"a hub id such as HuggingFaceTB/SmolLM2-135M, or {EMBEDDED}."
         )
     return _load_directory(name, _download(name), dtype, device)
+
+
+def _load_embedded(dtype: torch.dtype, device: str | torch.device) -> Source:
+    """The embedded default; its dense form is kept beside the GGUF file, which is slow to read."""
+    path = fetch_smollm2()
+    dense = path.with_name(f"{EMBEDDED}-{SMOLLM2_SHA256[:8]}")
+    if not dense.is_dir():
+        source = _load_gguf(EMBEDDED, path, torch.float32, "cpu")
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".dense-") as temporary:
+            made = Path(temporary) / "model"
+            with quiet():
+                source.model.save_pretrained(made)
+                source.tokenizer.save_pretrained(made)
+            (made / "README.md").write_text(f"---\nlicense: {source.licence}\n---\n")
+            with suppress(FileExistsError, OSError):
+                os.rename(made, dense)
+    return replace(_load_directory(EMBEDDED, dense, dtype, device), directory=None)
 
 
 def fetch_smollm2(cache_dir: Path | None = None) -> Path:

@@ -14,6 +14,13 @@ from softtrellis.modules.replace import decoder_index, get_linear
 from softtrellis.modules.tail import run_prefix, stop_before
 
 
+def check_finite(model: nn.Module) -> None:
+    """ValueError, naming the tensor, if a weight of the model is NaN or infinite."""
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise ValueError(f"{name} holds NaN or infinity; repair the model first")
+
+
 class HessianHook:
     """Accumulates sum x x^T over the inputs of one linear layer."""
 

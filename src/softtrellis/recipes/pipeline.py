@@ -19,13 +19,13 @@ from softtrellis.io.checkpoint import (
     check_base,
     is_checkpoint,
     load_any,
+    load_full_precision,
     load_quantized,
     read_manifest,
     save_quantized,
     size_report,
 )
 from softtrellis.io.files import whole_directory
-from softtrellis.io.sources import load_source
 from softtrellis.io.text import load_documents, token_windows
 from softtrellis.modules.replace import dequantize_
 from softtrellis.recipes.environment import environment
@@ -40,7 +40,7 @@ def quantize_to(
 ) -> dict[str, LayerReport]:
     """Loads, quantizes and saves a model; a report per layer."""
     with whole_directory(output, force=force) as directory:
-        source = load_source(model)
+        source = load_full_precision(model)
         base = base_of(source)
         reports: dict[str, LayerReport] = {}
         quantized = quantize_model(
@@ -69,7 +69,7 @@ def train_to(
     """Trains a checkpoint and saves the result with its log."""
     manifest = read_manifest(checkpoint)
     with whole_directory(output, force=force, resume=resume) as directory:
-        source = load_source(teacher)
+        source = load_full_precision(teacher)
         check_base(manifest, source)
         result = distill(
             load_quantized(checkpoint),
@@ -164,6 +164,8 @@ def score_and_compare(
     ]
     pairs = [(b, names[0], "nll") for b in names[1:]]
     pairs += [(b, a, metric) for a, b in pairwise(names[1:]) for metric in ("kl", "nll")]
+    if windows.shape[0] < 2:
+        pairs = []  # a bootstrap over windows needs two
     return {
         "title": title,
         "rows": rows,
@@ -204,4 +206,6 @@ def summary(results: Mapping[str, Any]) -> str:
     for found in results["comparisons"]:
         baseline = measured[found["b"]]["kl"] if found["metric"] == "kl" else None
         lines.append(verdict(Comparison(**found), baseline)[1])
+    if len(measured) > 1 and not results["comparisons"]:
+        lines.append("One window of text is too few to compare models; use two or more.")
     return "\n".join(lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from softtrellis.backend import Backend
+from softtrellis.io.checkpoint import load_full_precision
 from softtrellis.io.progress import progress
-from softtrellis.io.sources import load_source
 from softtrellis.io.text import load_documents, token_windows
 from softtrellis.modules.quantized_linear import LayerFormat, QuantizedLinear
 from softtrellis.modules.replace import (
@@ -25,7 +26,7 @@ from softtrellis.modules.replace import (
 from softtrellis.quantizers.basis import WeightBasis
 from softtrellis.quantizers.hard import TrellisCode
 from softtrellis.quantizers.ldlq import BLOCK, block_ldl, ldlq, proxy_loss
-from softtrellis.recipes.calibration import collect_hessians
+from softtrellis.recipes.calibration import check_finite, collect_hessians
 from softtrellis.spec import TrellisSpec
 
 if TYPE_CHECKING:
@@ -75,10 +76,11 @@ class QuantizeConfig:
     def __post_init__(self) -> None:
         if self.profile not in get_args(Profile):
             raise ValueError(f"unknown profile {self.profile!r}; use 'qtip' or 'exl3'")
-        if self.ctx < 2 or self.windows < 1:
-            raise ValueError("ctx must be at least 2 and windows at least 1")
-        if not self.damping > 0:
-            raise ValueError(f"damping must be positive, got {self.damping}")
+        for name, least in (("ctx", 2), ("windows", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not 0 < self.damping < math.inf:
+            raise ValueError(f"damping must be a positive number, got {self.damping}")
         object.__setattr__(self, "trellis_code", self._trellis_code())
 
     def _trellis_code(self) -> TrellisCode:
@@ -202,17 +204,16 @@ def quantize_model(
 
     Raises:
         ValueError: layers that do not exist, text shorter than a window, or weights with NaN or
-            infinity (named by layer).
+            infinity (named by tensor).
     """
     if isinstance(model, str | Path):
-        source = load_source(str(model))
+        source = load_full_precision(str(model))
         model, tokenizer = source.model, source.tokenizer
     names = select_layers(model, config.layers)
     for name in names:
         if name in quantized_layers(model):
             raise ValueError(f"{name} is quantized already; quantize the full-precision model")
-        if not bool(torch.isfinite(get_linear(model, name).weight).all()):
-            raise ValueError(f"{name}.weight holds NaN or infinity; repair the model first")
+    check_finite(model)
     hessians: dict[str, Tensor] = {}
     if config.error_feedback:
         if tokenizer is None:

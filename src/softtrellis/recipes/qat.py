@@ -11,13 +11,19 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from torch import Tensor, nn
 
 from softtrellis.backend import Backend
-from softtrellis.io.checkpoint import check_base, load_any, load_quantized, read_manifest
+from softtrellis.io.checkpoint import (
+    check_base,
+    load_any,
+    load_full_precision,
+    load_quantized,
+    read_manifest,
+)
 from softtrellis.io.progress import progress
-from softtrellis.io.sources import load_source
 from softtrellis.io.text import load_documents, token_windows
 from softtrellis.modules.replace import decoder_index, quantized_layers, select_layers
 from softtrellis.quantizers.soft import Estimator, check_estimator
-from softtrellis.recipes.run_state import RunLog, load_state, save_state
+from softtrellis.recipes.calibration import check_finite
+from softtrellis.recipes.run_state import RunLog, digest, load_state, save_state
 from softtrellis.recipes.schedules import TemperatureSchedule, check_schedule
 from softtrellis.recipes.trainer import Trainer
 
@@ -25,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Mode = Literal["single", "greedy", "joint"]
-_FREE_TO_CHANGE = ("backend", "show_progress", "save_every")
+_FREE_TO_CHANGE = ("backend", "show_progress", "save_every", "data")
 
 
 @dataclass(frozen=True)
@@ -89,9 +95,16 @@ class DistillConfig:
                 continue
             if not isinstance(value, float | int) or not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name} must be a positive number, got {value!r}")
+        if self.t_init != "auto" and self.t_min > self.t_init:
+            raise ValueError(
+                f"t_min must not be above t_init, got {self.t_min} and {self.t_init}; "
+                "the temperature falls from t_init to t_min"
+            )
         for name, least in (("steps", 1), ("batch", 1), ("ctx", 2), ("warmup", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.windows is not None and self.windows < 1:
+            raise ValueError(f"windows must be at least 1, got {self.windows}")
         for name in ("reencode_every", "measure_every", "save_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 (never) or more, got {getattr(self, name)}")
@@ -145,7 +158,7 @@ def distill(
     else:
         manifest, student = None, model
     if isinstance(teacher, str | Path):
-        source = load_source(str(teacher))
+        source = load_full_precision(str(teacher))
         if manifest is not None:
             check_base(manifest, source)
         teacher, tokenizer = source.model, tokenizer or source.tokenizer
@@ -157,7 +170,11 @@ def distill(
     stages = _stages(student, names, config.mode)
     documents = load_documents(config.data, split="train")
     windows = token_windows(tokenizer, documents, config.ctx, limit=config.windows)
+    check_finite(teacher)
     settings = {k: v for k, v in asdict(config).items() if k not in _FREE_TO_CHANGE}
+    quantized = quantized_layers(student).values()
+    settings["checkpoint"] = digest(t for layer in quantized for t in (layer.codes, layer.scale))
+    settings["text"] = digest([windows])
     done, state = 0, dict[str, Tensor]()
     if resume and run_directory is not None:
         done, state = load_state(run_directory, settings=settings)

@@ -9,9 +9,15 @@ from pathlib import Path
 
 from softtrellis.codes.codebook import HYBRID_MIN_STATE_BITS
 from softtrellis.evaluation.report import write_report
-from softtrellis.io.checkpoint import base_of, load_quantized, save_quantized, size_report
+from softtrellis.io.checkpoint import (
+    base_of,
+    load_full_precision,
+    load_quantized,
+    save_quantized,
+    size_report,
+)
 from softtrellis.io.files import whole_directory, write_json
-from softtrellis.io.sources import EMBEDDED, load_source
+from softtrellis.io.sources import EMBEDDED
 from softtrellis.io.text import load_documents, token_windows
 from softtrellis.modules.replace import dequantize_, linear_names, select_layers
 from softtrellis.recipes.drift import predicted_radius
@@ -50,7 +56,7 @@ class QuickstartConfig:
 
     def __post_init__(self) -> None:
         if self.eval_windows < 2:
-            raise ValueError("evaluation needs at least 2 windows to compare")
+            raise ValueError(f"eval_windows must be at least 2, got {self.eval_windows}")
         if self.L < HYBRID_MIN_STATE_BITS:
             raise ValueError(f"L must be at least {HYBRID_MIN_STATE_BITS} (code HYB), got {self.L}")
         self.quantize_config()
@@ -98,7 +104,7 @@ def quickstart(config: QuickstartConfig, output: Path, *, force: bool = False) -
 
 def _run(config: QuickstartConfig, directory: Path) -> None:
     print(f"Teacher: {config.model}")
-    source = load_source(config.model)
+    source = load_full_precision(config.model)
     base, tokenizer = base_of(source), source.tokenizer
     names = select_layers(source.model, config.layers)
     held_out = token_windows(

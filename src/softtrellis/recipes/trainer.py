@@ -23,6 +23,7 @@ from softtrellis.modules.tail import Tail
 from softtrellis.recipes.drift import combine, measure
 from softtrellis.recipes.losses import forward_kl
 from softtrellis.recipes.schedules import learning_rate_at, temperature_at
+from softtrellis.trellis.bcjr import FLOAT32_TEMPERATURES
 
 if TYPE_CHECKING:
     from softtrellis.recipes.qat import DistillConfig
@@ -90,6 +91,7 @@ class Trainer:
                 temperature=self.t_init,
                 backend=config.backend,
             )
+        self._check_temperatures()
         replace_modules(student, names, lambda name, _: self.layers[name])
         self.optimizer = torch.optim.AdamW(
             [layer.latent for layer in self.layers.values()],
@@ -109,6 +111,17 @@ class Trainer:
             error += float((found - weight).double().square().sum())
             energy += float(weight.double().square().sum())
         return max(2.0 * error / energy, self.config.t_min)
+
+    def _check_temperatures(self) -> None:
+        low, high = FLOAT32_TEMPERATURES
+        for layer in self.layers.values():
+            variance = layer.codebook_variance
+            if self.config.t_min * variance < low * (1 - 1e-6) or self.t_init * variance > high:
+                raise ValueError(
+                    f"temperatures of this code must lie between {low / variance:.3g} and "
+                    f"{high / variance:.3g}, got t_init={self.t_init:.3g}, "
+                    f"t_min={self.config.t_min:.3g}"
+                )
 
     def _batch(self, step: int) -> list[int]:
         """Indices of the windows of a step: every epoch a new permutation, from the seed."""

@@ -39,19 +39,20 @@ def _sweeps(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHOICES: tl.constexpr,
     BETA_ROWS: tl.constexpr, BETA_COLUMNS: tl.constexpr, BETA_CHOICES: tl.constexpr,
     SPAN: tl.constexpr, PINNED: tl.constexpr, TANGENT: tl.constexpr, ENTROPY: tl.constexpr,
-    CODEBOOK: tl.constexpr, FAST: tl.constexpr,
+    CODEBOOK: tl.constexpr, FAST: tl.constexpr, THREADS: tl.constexpr,
+    ALPHA_STAGES: tl.constexpr, BETA_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Both sweeps over groups of M tiles; values and log_z, or with TANGENT their gradients.
 
-    scratch holds per program [M, 1 or 2, N + 3, U]: alpha_0 to alpha_N and two betas, the same
-    again for the tangents. shifts is [programs, M, N].
+    scratch holds per program [N + 3, 1 or 2, M, U]: alpha_0 to alpha_N and two betas, each with its
+    tangent where there is one. shifts is [programs, M, N].
     """
     ACROSS: tl.constexpr = U // R if R < U else 1
     RM: tl.constexpr = U // ACROSS
     FIELDS: tl.constexpr = 2 if TANGENT else 1
     program = tl.program_id(0).to(tl.int64)
-    field = (N + 3) * U
-    own = scratch + program * M * FIELDS * field
+    ROW: tl.constexpr = FIELDS * M * U
+    own = scratch + program * (N + 3) * ROW
     own_shifts = shifts + program * M * N
     own_sum = codebook_sums
     if CODEBOOK:
@@ -62,16 +63,13 @@ def _sweeps(
         tile = ()
         pin = ()
         scale = ()
-        at = ()
         shift = ()
         grad_z = ()
         factor = ()
         for m in tl.static_range(M):
             index = tl.minimum(group * M + m, batch - 1).to(tl.int64)
-            here = own + m * FIELDS * field
             tile = tile + (index,)
             scale = scale + (tl.load(scales + index),)
-            at = at + (here,)
             shift = shift + (0.0,)
             place = 0
             if PINNED:
@@ -86,26 +84,18 @@ def _sweeps(
                 start = tl.zeros([SPAN], tl.float32)
                 if PINNED:
                     start = tl.where(u == place, 0.0, IMPOSSIBLE)
-                tl.store(here + u, start)
+                tl.store(own + m * U + u, start)
                 if TANGENT:
-                    tl.store(here + field + u, tl.zeros([SPAN], tl.float32))
+                    tl.store(own + (M + m) * U + u, tl.zeros([SPAN], tl.float32))
         tl.debug_barrier()
 
         t = 0
         while t < N:
-            alpha = ()
-            target = ()
-            a = ()
-            target_a = ()
+            alpha = own + t * ROW
             x = ()
             gain = ()
             gain_mean = ()
             for m in tl.static_range(M):
-                row = at[m] + t * U
-                alpha = alpha + (row,)
-                target = target + (row + U,)
-                a = a + (row + field,)
-                target_a = target_a + (row + field + U,)
                 tl.store(own_shifts + m * N + t, shift[m])
                 mean = 0.0
                 for v in tl.static_range(V):
@@ -118,15 +108,17 @@ def _sweeps(
                         mean += g * (tl.load(values + entry) - weight)
                 gain_mean = gain_mean + (mean,)
             shift = alpha_step(
-                codebook, alpha, a, target, target_a, x, gain, gain_mean, scale, shift,
-                U, R, V, M, ROWS, COLUMNS, CHOICES, TANGENT, FAST,
+                codebook, alpha, alpha + M * U, alpha + ROW, alpha + ROW + M * U,
+                x, gain, gain_mean, scale, shift, t % 2 == 1,
+                U, R, V, M, ROWS, COLUMNS, CHOICES, TANGENT, FAST, THREADS,
+                ALPHA_STAGES,
             )  # fmt: skip
             tl.debug_barrier()
             t += 1
 
         total = ()
         for m in tl.static_range(M):
-            last = at[m] + N * U
+            last = own + N * ROW + m * U
             if PINNED:
                 log2_z = tl.load(last + pin[m])
             else:
@@ -140,9 +132,9 @@ def _sweeps(
                 if PINNED:
                     u = (position % ACROSS) * RM + position // ACROSS
                     end = tl.where(u == pin[m], end, IMPOSSIBLE)
-                tl.store(last + U + position, end)
+                tl.store(last + ROW + position, end)
                 if TANGENT:
-                    tl.store(last + field + U + position, tl.zeros([SPAN], tl.float32))
+                    tl.store(last + ROW + M * U + position, tl.zeros([SPAN], tl.float32))
             if not TANGENT:
                 whole = log2_z.to(tl.float64)
                 i = 0
@@ -156,27 +148,15 @@ def _sweeps(
         slot = 0
         while t > 0:
             t -= 1
-            alpha = ()
-            beta = ()
-            new_beta = ()
-            a = ()
-            b = ()
-            new_b = ()
+            alpha = own + t * ROW
+            beta = own + (N + 1 + slot) * ROW
+            new_beta = own + (N + 2 - slot) * ROW
             x = ()
             gain = ()
             gain_mean = ()
             grad = ()
             shift = ()
             for m in tl.static_range(M):
-                row = at[m] + t * U
-                beta_row = at[m] + (N + 1 + slot) * U
-                new_row = at[m] + (N + 2 - slot) * U
-                alpha = alpha + (row,)
-                beta = beta + (beta_row,)
-                new_beta = new_beta + (new_row,)
-                a = a + (row + field,)
-                b = b + (beta_row + field,)
-                new_b = new_b + (new_row + field,)
                 shift = shift + (tl.load(own_shifts + m * N + t) + tl.log2(total[m]),)
                 mean = 0.0
                 for v in tl.static_range(V):
@@ -192,10 +172,10 @@ def _sweeps(
                             grad = grad + (g * counts,)
                 gain_mean = gain_mean + (mean,)
             total, total_h, total_d, total_x = beta_step(
-                successors, alpha, beta, a, b, new_beta, new_b, x, gain, gain_mean, scale, shift,
-                own_sum, grad, grad_z, factor,
+                successors, alpha, beta, alpha + M * U, beta + M * U, new_beta, new_beta + M * U,
+                x, gain, gain_mean, scale, shift, slot == 1, own_sum, grad, grad_z, factor,
                 U, R, V, M, BETA_ROWS, BETA_COLUMNS, BETA_CHOICES, TANGENT, ENTROPY, CODEBOOK,
-                FAST,
+                FAST, THREADS, BETA_STAGES,
             )  # fmt: skip
             for m in tl.static_range(M):
                 step = tile[m] * N + t
@@ -281,13 +261,16 @@ def _run(
         CHOICES=min(branches, launch.choices),
         BETA_ROWS=min(max(1, launch.beta_block // beta_columns), columns),
         BETA_COLUMNS=beta_columns,
-        BETA_CHOICES=min(branches, _CHOICES),
+        BETA_CHOICES=min(branches, launch.beta_choices),
         SPAN=min(1024, overlaps),
         PINNED=pins is not None,
         TANGENT=tangent,
         ENTROPY=entropy is not None,
         CODEBOOK=with_codebook,
         FAST=w.is_cuda,
+        THREADS=launch.threads(device),
+        ALPHA_STAGES=launch.stages,
+        BETA_STAGES=launch.beta_stages,
         num_warps=launch.warps,
         maxnreg=launch.registers,
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from softtrellis.spec import TrellisSpec
@@ -24,6 +26,7 @@ class Launch:
         registers: most registers of a thread, or None for as many as the compiler likes.
         choices: branches whose codewords are held in registers at once (BCJR's forward sweep).
         beta_block: overlaps of a block in BCJR's backward sweep, a power of two.
+        touch: bring a step's messages into the processor's cache before it starts.
     """
 
     tiles: int
@@ -33,6 +36,14 @@ class Launch:
     registers: int | None = None
     choices: int = 16
     beta_block: int = 1024
+    touch: bool = True
+    stages: int = 1
+    beta_stages: int = 1
+    beta_choices: int = 16
+
+    def threads(self, device: torch.device) -> int:
+        """Threads that ask for a step's messages; 0 where nobody does."""
+        return 32 * self.warps if self.touch and device.type == "cuda" else 0
 
 
 def processors(device: torch.device) -> int:
@@ -71,3 +82,36 @@ def successor_planes(codebook: Tensor, spec: TrellisSpec) -> Tensor:
     """float32 [V, R, U] from the codebook [S, V]: entry [v, c, u] belongs to state u * R + c."""
     shape = (spec.num_overlaps, spec.num_branches, spec.V)
     return codebook.to(torch.float32).reshape(shape).permute(2, 1, 0).contiguous()
+
+
+@triton.jit
+def touch(messages, COUNT: tl.constexpr, THREADS: tl.constexpr):
+    """Asks for COUNT floats, which other threads have just written, to come into the L1 cache."""
+    SECTORS: tl.constexpr = COUNT // 8
+    lane = tl.arange(0, THREADS)
+    for i in tl.static_range((SECTORS + THREADS - 1) // THREADS):
+        sector = tl.minimum(i * THREADS + lane, SECTORS - 1)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L1 [$1]; mov.u32 $0, 0;",
+            "=r,l",
+            [messages + sector * 8],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def scatter(pointers, values, FAST: tl.constexpr):
+    """tl.store of floats that keeps the layout of ``values``: no exchange between threads."""
+    if FAST:
+        tl.inline_asm_elementwise(
+            "st.global.b32 [$1], $2; mov.u32 $0, 0;",
+            "=r,l,r",
+            [pointers.to(tl.int64), values.to(tl.int32, bitcast=True)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        tl.store(pointers, values)

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
+from softtrellis.trellis.launch_triton import scatter, touch
+
 IMPOSSIBLE = tl.constexpr(-1e30)
 
 
@@ -42,22 +44,29 @@ def _maximum(values, COUNT: tl.constexpr):
 
 @triton.jit
 def alpha_step(
-    codebook, alpha, a, new_alpha, new_a, w, gain, gain_mean, scale, shift,
+    codebook, alpha, a, new_alpha, new_a, w, gain, gain_mean, scale, shift, turn,
     U: tl.constexpr, R: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHOICES: tl.constexpr, TANGENT: tl.constexpr,
-    FAST: tl.constexpr,
+    FAST: tl.constexpr, THREADS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """alpha_{t+1} (and a_{t+1}) from alpha_t (and a_t) for M tiles; returns the greatest [M].
 
-    codebook [V, S]. Every other argument is a tuple of M: rows of messages, and the scalars of the
-    step; ``w`` and ``gain`` hold V scalars per tile.
+    codebook [V, S]; messages are rows [M, U]; the scalars of the step come as tuples of M (``w``
+    and ``gain``: V per tile). ``turn`` reverses the order of the blocks: taken forth and back by
+    turns, the end of the codebook is still in the processor's cache.
     """
     row = tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, COLUMNS)[None, :]
+    if THREADS > 0:
+        touch(alpha, M * U, THREADS)
+        if TANGENT:
+            touch(a, M * U, THREADS)
+    CACHE: tl.constexpr = "" if THREADS > 0 else ".cg"
     peak = ()
     for m in tl.static_range(M):
         peak = peak + (tl.full([ROWS, COLUMNS], -3e38, tl.float32),)
-    for j in range(U // (ROWS * COLUMNS)):
+    for i_block in tl.range(0, U // (ROWS * COLUMNS), num_stages=STAGES):
+        j = tl.where(turn, U // (ROWS * COLUMNS) - 1 - i_block, i_block)
         rows = j * ROWS + row
         v = rows * COLUMNS + column
         top = ()
@@ -84,9 +93,10 @@ def alpha_step(
                 for i in tl.static_range(CHOICES):
                     u = ((chunk * CHOICES + i) * U + rows * COLUMNS) // R
                     d = tl.fma(c0[i], scale[m], -w[m * V])
-                    y = tl.fma(d * -1.0, d, tl.load(alpha[m] + u))
+                    y = tl.fma(d * -1.0, d, tl.load(alpha + m * U + u, cache_modifier=CACHE))
                     if TANGENT:
-                        g = tl.fma(gain[m * V], d, tl.load(a[m] + u))
+                        known = tl.load(a + m * U + u, cache_modifier=CACHE)
+                        g = tl.fma(gain[m * V], d, known)
                     if V == 2:
                         d = tl.fma(c1[i], scale[m], -w[m * V + 1])
                         y = tl.fma(d * -1.0, d, y)
@@ -117,9 +127,10 @@ def alpha_step(
         new_peak = ()
         for m in tl.static_range(M):
             message = (top[m] - shift[m]) + log2(mass[m], FAST)
-            tl.store(new_alpha[m] + v, message)
+            tl.store(new_alpha + m * U + v, message)
             if TANGENT:
-                tl.store(new_a[m] + v, _divide(sum_a[m], mass[m], FAST) - gain_mean[m])
+                mean = _divide(sum_a[m], mass[m], FAST) - gain_mean[m]
+                tl.store(new_a + m * U + v, mean)
             new_peak = new_peak + (tl.maximum(peak[m], message),)
         peak = new_peak
     greatest = ()
@@ -131,10 +142,11 @@ def alpha_step(
 @triton.jit
 def beta_step(
     codebook, alpha, beta, a, b, new_beta, new_b, w, gain, gain_mean, scale, shift,
-    codebook_sum, grad, grad_log_z, factor,
+    turn, codebook_sum, grad, grad_log_z, factor,
     U: tl.constexpr, R: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHOICES: tl.constexpr,
     TANGENT: tl.constexpr, ENTROPY: tl.constexpr, CODEBOOK: tl.constexpr, FAST: tl.constexpr,
+    THREADS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """beta_t (and b_t) from beta_{t+1} (and b_{t+1}), and what the posterior of step t yields.
 
@@ -148,6 +160,10 @@ def beta_step(
     ACROSS: tl.constexpr = U // RM
     row = tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, COLUMNS)[None, :]
+    if THREADS > 0:
+        touch(beta, M * U, THREADS)
+        if TANGENT:
+            touch(b, M * U, THREADS)
     mass = ()
     mass_h = ()
     mass_d = ()
@@ -158,7 +174,8 @@ def beta_step(
         mass_x = mass_x + (tl.zeros([ROWS, COLUMNS], tl.float32),)
         for _ in tl.static_range(V):
             mass_d = mass_d + (tl.zeros([ROWS, COLUMNS], tl.float32),)
-    for j in range(U // (ROWS * COLUMNS)):
+    for i_block in range(U // (ROWS * COLUMNS)):
+        j = tl.where(turn, U // (ROWS * COLUMNS) - 1 - i_block, i_block)
         columns = (j % (ACROSS // COLUMNS)) * COLUMNS + column
         u = ((j // (ACROSS // COLUMNS)) * ROWS + row) * ACROSS + columns
         before = ()
@@ -166,12 +183,13 @@ def beta_step(
         p_of_u = ()
         h_of_u = ()
         for m in tl.static_range(M):
-            before = before + (tl.load(alpha[m] + u) - shift[m],)
+            before = before + (tl.load(alpha + m * U + u, cache_modifier=".cg") - shift[m],)
             p_of_u = p_of_u + (tl.zeros([ROWS, COLUMNS], tl.float32),)
             h_of_u = h_of_u + (tl.zeros([ROWS, COLUMNS], tl.float32),)
             if TANGENT:
-                before_a = before_a + (tl.load(a[m] + u) - gain_mean[m],)
-        for chunk in range(R // CHOICES):
+                known = tl.load(a + m * U + u, cache_modifier=".cg")
+                before_a = before_a + (known - gain_mean[m],)
+        for chunk in tl.range(0, R // CHOICES, num_stages=STAGES):
             for i in tl.static_range(CHOICES):
                 c = chunk * CHOICES + i
                 c0 = tl.load(codebook + c * U + u)
@@ -186,9 +204,9 @@ def beta_step(
                 for m in tl.static_range(M):
                     at = (c % RM) * ACROSS + columns
                     d0 = tl.fma(c0, scale[m], -w[m * V])
-                    x = tl.fma(d0 * -1.0, d0, before[m] + tl.load(beta[m] + at))
+                    x = tl.fma(d0 * -1.0, d0, before[m] + tl.load(beta + m * U + at))
                     if TANGENT:
-                        h = tl.fma(gain[m * V], d0, before_a[m] + tl.load(b[m] + at))
+                        h = tl.fma(gain[m * V], d0, before_a[m] + tl.load(b + m * U + at))
                     if V == 2:
                         d1 = tl.fma(c1, scale[m], -w[m * V + 1])
                         x = tl.fma(d1 * -1.0, d1, x)
@@ -225,13 +243,14 @@ def beta_step(
         new_mass_h = ()
         for m in tl.static_range(M):
             alive = p_of_u[m] > 0.0
-            known = tl.load(alpha[m] + u)
             at = (u % RM) * ACROSS + u // RM
-            tl.store(new_beta[m] + at, tl.where(alive, log2(p_of_u[m], FAST) - known, IMPOSSIBLE))
+            message = (log2(p_of_u[m], FAST) - before[m]) - shift[m]
+            message = tl.where(alive, message, IMPOSSIBLE)
+            scatter(new_beta + m * U + at, message, FAST)
             new_mass = new_mass + (mass[m] + p_of_u[m],)
             if TANGENT:
-                mean = _divide(h_of_u[m], p_of_u[m], FAST) - tl.load(a[m] + u)
-                tl.store(new_b[m] + at, tl.where(alive, mean, 0.0))
+                mean = _divide(h_of_u[m], p_of_u[m], FAST) - (before_a[m] + gain_mean[m])
+                scatter(new_b + m * U + at, tl.where(alive, mean, 0.0), FAST)
                 new_mass_h = new_mass_h + (mass_h[m] + h_of_u[m],)
         mass = new_mass
         if TANGENT:

@@ -19,12 +19,12 @@ from softtrellis.trellis.launch_triton import (
     planes,
     programs,
     tiles_at_once,
+    touch,
 )
 
 IMPOSSIBLE = tl.constexpr(1e30)
 _SCRATCH_BYTES = 4 << 30
 _PATHS_PER_HOP = 256
-_CHOICES = 16
 
 
 @triton.jit
@@ -48,20 +48,28 @@ def _error(c0, c1, w0, w1, before, V: tl.constexpr):
 
 @triton.jit
 def _step(
-    codebook, source, target, w0, w1,
+    codebook, source, target, w0, w1, turn,
     U: tl.constexpr, R: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHOICES: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHOICES: tl.constexpr, THREADS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One step of M tiles: target(v) = min over c of source((c U + v) / R) + error."""
+    """One step of M tiles: target(v) = min over c of source((c U + v) / R) + error.
+
+    ``turn`` reverses the order of the blocks: taken forth and back by turns, the end of the
+    codebook is still in the processor's cache.
+    """
+    if THREADS > 0:
+        touch(source, M * U, THREADS)
     row = tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, COLUMNS)[None, :]
-    for j in range(U // (ROWS * COLUMNS)):
+    for i_block in tl.range(0, U // (ROWS * COLUMNS), num_stages=STAGES):
+        j = tl.where(turn, U // (ROWS * COLUMNS) - 1 - i_block, i_block)
         rows = j * ROWS + row
         v = rows * COLUMNS + column
         best = ()
         for m in tl.static_range(M):
             best = best + (tl.full([ROWS, COLUMNS], 3e38, tl.float32),)
-        for chunk in range(R // CHOICES):
+        for chunk in tl.range(0, R // CHOICES, num_stages=STAGES):
             for i in tl.static_range(CHOICES):
                 c = chunk * CHOICES + i
                 c0 = tl.load(codebook + c * U + v)
@@ -70,12 +78,12 @@ def _step(
                     c1 = tl.load(codebook + (R * U + c * U) + v)
                 found = ()
                 for m in tl.static_range(M):
-                    before = tl.load(source[m] + (c * U + rows * COLUMNS) // R)
+                    before = tl.load(source + m * U + (c * U + rows * COLUMNS) // R)
                     x = _error(c0, c1, w0[m], w1[m], before, V)
                     found = found + (tl.minimum(best[m], x),)
                 best = found
         for m in tl.static_range(M):
-            tl.store(target[m] + v, best[m])
+            tl.store(target + m * U + v, best[m])
 
 
 @triton.jit
@@ -118,6 +126,7 @@ def _viterbi(
     U: tl.constexpr, R: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHOICES: tl.constexpr,
     KEEP: tl.constexpr, PATHS: tl.constexpr, SPAN: tl.constexpr, PINNED: tl.constexpr,
+    THREADS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     own = scratch + tl.program_id(0).to(tl.int64) * M * rows_of_tile * U
     span = tl.arange(0, SPAN)
@@ -127,7 +136,7 @@ def _viterbi(
     while group * M < batch:
         tile = tl.minimum(group * M + member, batch - 1).to(tl.int64)
         valid = group * M + member < batch
-        first = own + 2 * U
+        first = own + 2 * M * U
         for m in tl.static_range(M):
             pin = 0
             if PINNED:
@@ -136,30 +145,29 @@ def _viterbi(
                 start = tl.zeros([SPAN], tl.float32)
                 if PINNED:
                     start = tl.where(j * SPAN + span == pin, 0.0, IMPOSSIBLE)
-                tl.store(first + m * rows_of_tile * U + j * SPAN + span, start)
+                tl.store(first + m * U + j * SPAN + span, start)
         tl.debug_barrier()
         t = 0
         while t < N:
-            here, there = _slot(t, rest, KEEP) * U, _slot(t + 1, rest, KEEP) * U
-            source = ()
-            target = ()
+            here, there = _slot(t, rest, KEEP) * (M * U), _slot(t + 1, rest, KEEP) * (M * U)
             w0 = ()
             w1 = ()
             for m in tl.static_range(M):
                 at = w + (tl.minimum(group * M + m, batch - 1).to(tl.int64) * N + t) * V
-                source = source + (own + m * rows_of_tile * U + here,)
-                target = target + (own + m * rows_of_tile * U + there,)
                 w0 = w0 + (tl.load(at),)
                 w1 = w1 + (tl.load(at + (V - 1)),)
-            _step(codebook, source, target, w0, w1, U, R, V, M, ROWS, COLUMNS, CHOICES)
+            _step(
+                codebook, own + here, own + there, w0, w1, t % 2 == 1,
+                U, R, V, M, ROWS, COLUMNS, CHOICES, THREADS, STAGES,
+            )  # fmt: skip
             tl.debug_barrier()
             t += 1
 
-        messages = own + member * rows_of_tile * U
+        messages = own + member * U
         if PINNED:
             overlap = tl.load(pins + tile).to(tl.int32)
         else:
-            last = messages + _slot(N, rest, KEEP) * U
+            last = messages + _slot(N, rest, KEEP) * (M * U)
             overlap = tl.zeros([M], tl.int32)
             least = tl.full([M], 3e38, tl.float32)
             for j in range(U // SPAN):
@@ -170,13 +178,13 @@ def _viterbi(
                 least = tl.minimum(low, least)
         while t > rest:
             t -= KEEP
-            row = messages + _slot(t, rest, KEEP) * U
+            row = messages + _slot(t, rest, KEEP) * (M * U)
             overlap = _hop(
                 codebook, w, row, states, t, overlap, tile, valid, N, U, R, V, KEEP, PATHS
             )
         while t > 0:
             t -= 1
-            row = messages + _slot(t, rest, KEEP) * U
+            row = messages + _slot(t, rest, KEEP) * (M * U)
             overlap = _hop(codebook, w, row, states, t, overlap, tile, valid, N, U, R, V, 1, R)
         tl.debug_barrier()
         group += tl.num_programs(0)
@@ -238,11 +246,13 @@ def best_path(
         M=launch.tiles,
         ROWS=min(launch.block, spec.num_overlaps) // columns,
         COLUMNS=columns,
-        CHOICES=min(spec.num_branches, _CHOICES),
+        CHOICES=min(spec.num_branches, launch.choices),
         KEEP=keep,
         PATHS=spec.num_branches**keep,
         SPAN=min(1024, spec.num_overlaps),
         PINNED=pins is not None,
+        THREADS=launch.threads(w.device),
+        STAGES=launch.stages,
         num_warps=launch.warps,
         maxnreg=launch.registers,
     )

@@ -1,0 +1,195 @@
+"""Help, versions, and options that make no sense."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cli.support import Command, Refused
+
+from softtrellis import __version__
+from softtrellis.cli.main import build_parser, main
+
+COMMANDS = ["quickstart", "quantize", "train", "eval", "inspect", "report", "env"]
+
+
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def help_of(command: str, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    assert re.findall(r"^    (\w+)(?: |$)", out, re.MULTILINE) == COMMANDS
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_an_example_that_works(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    example = help_of(command, capsys).partition("example:\n")[2].strip()
+    name, *arguments = shlex.split(example)
+    assert name == "softtrellis"
+    assert build_parser().parse_args(arguments).command == command
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_explains_every_option(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = help_of(command, capsys)
+    assert "--debug" in text
+    actions = build_parser()._subparsers._group_actions[0].choices[command]._actions
+    assert all(action.help for action in actions)
+    assert "['" not in text
+
+
+def test_defaults_of_zero_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "of the rotations (default: 0)" in help_of("quantize", capsys)
+
+
+def test_help_needs_no_heavy_imports() -> None:
+    code = (
+        "import sys\n"
+        "from softtrellis.cli.main import main\n"
+        f"for command in {COMMANDS}:\n"
+        "    try: main([command, '--help'])\n"
+        "    except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'numba', 'matplotlib'} & set(sys.modules)\n"
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_version() -> None:
+    command = [sys.executable, "-m", "softtrellis", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"softtrellis {__version__}\n")
+
+
+def test_env(softtrellis: Command) -> None:
+    result = softtrellis("env")
+    facts = dict(line.split(maxsplit=1) for line in result.out.splitlines())
+    assert result.code == 0
+    assert facts["softtrellis"] == __version__
+    assert facts["python"] == sys.version.split()[0]
+    assert facts.keys() >= {"torch", "transformers", "numba", "processor", "cores", "gpu"}
+    assert result.err == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "required: COMMAND; see softtrellis --help"),
+        (["compress"], "invalid choice: 'compress'"),
+        (["quantize", "m"], "required: -o/--output; see softtrellis quantize --help"),
+        (["quantize", "m", "-o", "d", "--L", "many"], "--L: invalid int value: 'many'"),
+        (["quantize", "m", "-o", "d", "--wide"], "unrecognized arguments: --wide"),
+        (["train", "d", "-o", "e"], "required: --teacher"),
+        (["train", "d", "--teacher", "m", "-o", "e", "--t-init", "hot"], "--t-init: invalid"),
+        (["train", "d", "--teacher", "m", "-o", "e", "--mode", "all"], "--mode: invalid choice"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_options_that_do_not_exist(refused: Refused, arguments: list[str], message: str) -> None:
+    assert message in refused(*arguments, code=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--L 3", "--L must be from 4 to 16, got 3"),
+        ("--bits 5", "--bits must be from 1 to 4 bits per weight, got 5"),
+        ("--bits 4 --L 4 --code mul1", "k * V must be smaller than L"),
+        ("--code zip", "unknown code 'zip'; use one of 1mad, "),
+        ("--L 8", "'hyb' needs L of at least 10, got 8; use 'gaussian'"),
+        ("--profile exl3 --L 12", "profile 'exl3' has L=16, got 12; use profile 'qtip'"),
+        ("--profile exl3 --code hyb", "profile 'exl3' has the codes mul1, mcg, 3inst"),
+        ("--ctx 1", "--ctx must be at least 2, got 1"),
+        ("--windows 0", "--windows must be at least 1, got 0"),
+        ("--damping 0", "--damping must be a positive number, got 0.0"),
+        ("--damping inf", "--damping must be a positive number, got inf"),
+        ("--layers ,", "--layers is empty; name some"),
+    ],
+)
+def test_quantize_settings(refused: Refused, tmp_path: Path, options: str, message: str) -> None:
+    found = refused("quantize", "model", "-o", tmp_path / "out", *options.split(), code=2)
+    assert message in found
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--t-init 0", "--t-init must be a positive number, got 0.0"),
+        ("--t-init nan", "--t-init must be a positive number, got nan"),
+        ("--t-min -1", "--t-min must be a positive number, got -1.0"),
+        ("--t-init 0.01", "--t-min must not be above t_init, got 0.03 and 0.01"),
+        ("--lr 0", "--lr must be a positive number, got 0.0"),
+        ("--lr inf", "--lr must be a positive number, got inf"),
+        ("--steps 0", "--steps must be at least 1, got 0"),
+        ("--batch 0", "--batch must be at least 1, got 0"),
+        ("--ctx 1", "--ctx must be at least 2, got 1"),
+        ("--windows 0", "--windows must be at least 1, got 0"),
+        ("--warmup -1", "--warmup must be at least 0, got -1"),
+        ("--save-every -1", "--save-every must be 0 (never) or more, got -1"),
+    ],
+)
+def test_train_settings(refused: Refused, tmp_path: Path, options: str, message: str) -> None:
+    found = refused(
+        "train", "d", "--teacher", "m", "-o", tmp_path / "out", *options.split(), code=2
+    )
+    assert message in found
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--L 9", "--L must be at least 10"),
+        ("--steps 0", "--steps must be at least 1"),
+        ("--windows 1", "--windows must be at least 2"),
+        ("--lr -1", "--lr must be a positive number"),
+    ],
+)
+def test_quickstart_settings(refused: Refused, tmp_path: Path, options: str, message: str) -> None:
+    assert message in refused("quickstart", "-o", tmp_path / "out", *options.split(), code=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["m", "m"], "named twice"),
+        (["m", "--ctx", "1"], "--ctx must be at least 2"),
+        (["m", "--windows", "0"], "--windows must be at least 1"),
+        (["m", "--json", "no/such/folder/out.json"], "give a file in a directory that exists"),
+    ],
+)
+def test_eval_settings(refused: Refused, arguments: list[str], message: str) -> None:
+    assert message in refused("eval", *arguments, code=2)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["quantize", "m", "-o", "out"], ["train", "d", "--teacher", "m", "-o", "out"]],
+)
+def test_triton_without_a_gpu(
+    refused: Refused, tmp_path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    message = refused(*arguments, "--backend", "triton", code=2)
+    assert "backend 'triton'" in message
+    assert "use backend='torch'" in message or "--backend" in message
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,411 @@
+"""Output directories: whole or not there, and never lost."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+from cli.support import QUANTIZE, SMALL, TRAIN, Command, Refused, contents
+
+from softtrellis.io.checkpoint import WEIGHTS
+from softtrellis.io.files import STATE
+from softtrellis.recipes.trainer import Trainer
+
+Arguments = list[str | Path]
+Start = Callable[[Path], Arguments]
+Interrupt = Callable[..., None]
+
+
+@pytest.fixture
+def quantize(model: Path, text: Path) -> Start:
+    return lambda output: ["quantize", model, "-o", output, "--data", text, *QUANTIZE]
+
+
+@pytest.fixture
+def train(checkpoint: Path, model: Path, text: Path) -> Start:
+    command = ["train", checkpoint, "--teacher", model, "--data", text, *TRAIN]
+    return lambda output: [*command, "-o", output]
+
+
+@pytest.fixture(params=["quantize", "train"])
+def start(request: pytest.FixtureRequest) -> Start:
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    """A directory with something in it."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "precious").write_text("do not lose", encoding="utf-8")
+    return folder
+
+
+def fail_with(error: BaseException) -> Callable[..., NoReturn]:
+    def fail(*_: Any, **__: Any) -> NoReturn:
+        raise error
+
+    return fail
+
+
+@pytest.fixture
+def interrupt(monkeypatch: pytest.MonkeyPatch) -> Interrupt:
+    """Makes training raise an error before the given step; None lets it pass again."""
+    whole = Trainer.step
+
+    def arrange(before: int | None, error: BaseException | None = None) -> None:
+        def step(self: Trainer, number: int) -> dict[str, Any]:
+            if number == before:
+                raise error or KeyboardInterrupt
+            return whole(self, number)
+
+        monkeypatch.setattr(Trainer, "step", step)
+
+    return arrange
+
+
+# Outputs that exist
+
+
+def test_an_output_that_exists_is_refused(refused: Refused, start: Start, output: Path) -> None:
+    before = contents(output.parent)
+    message = refused(*start(output), code=2)
+    assert message == f"{output} exists; choose another directory or pass --force"
+    assert contents(output.parent) == before
+
+
+def test_quickstart_refuses_an_output_that_exists(refused: Refused, output: Path) -> None:
+    assert "pass --force" in refused("quickstart", "-o", output, code=2)
+    assert list(contents(output)) == ["precious"]
+
+
+def test_force_replaces_and_spares_the_neighbours(
+    softtrellis: Command, quantize: Start, output: Path, checkpoint: Path
+) -> None:
+    neighbour = output.with_name("out.old")
+    shutil.copytree(output, neighbour)
+    assert softtrellis(*quantize(output), "--force").code == 0
+    assert contents(output) == contents(checkpoint)
+    assert contents(neighbour) == {"precious": b"do not lose"}
+    assert {path.name for path in output.parent.iterdir()} == {"out", "out.old"}
+
+
+def test_force_replaces_what_a_link_points_to(
+    softtrellis: Command, quantize: Start, output: Path, checkpoint: Path
+) -> None:
+    link = output.with_name("link")
+    link.symlink_to(output)
+    assert softtrellis(*quantize(link), "--force").code == 0
+    assert link.is_symlink()
+    assert contents(output) == contents(checkpoint)
+    assert {path.name for path in output.parent.iterdir()} == {"out", "link"}
+
+
+def test_outputs_that_no_force_helps_against(
+    refused: Refused,
+    start: Start,
+    output: Path,
+    model: Path,
+    text: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(output)
+    before = contents(output), contents(model)
+    for place, message in (
+        (text, f"{text} is a file; choose another output directory"),
+        (text / "below", f"{text} is a file; choose another output directory"),
+        (Path("."), ". contains the current directory; choose another output"),
+        (output.parent, f"{output.parent} contains the current directory"),
+        (Path("/proc"), "/proc is a mount point; choose a directory inside it"),
+        (model, f"{model} is what is read; choose another output directory"),
+    ):
+        assert refused(*start(place), "--force", code=2).startswith(message)
+    assert (contents(output), contents(model)) == before
+
+
+# Crashes
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_crash_while_saving(
+    softtrellis: Command,
+    quantize: Start,
+    output: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    existing: bool,
+) -> None:
+    if not existing:
+        shutil.rmtree(output)
+    before = contents(output.parent)
+    monkeypatch.setattr("softtrellis.io.checkpoint.model_card", fail_with(RuntimeError("broken")))
+    result = softtrellis(*quantize(output), "--force")
+    assert result.error == "RuntimeError: broken (--debug shows where)"
+    assert (result.code, result.out) == (1, "")
+    assert contents(output.parent) == before
+    assert [path.name for path in output.parent.iterdir()] == (["out"] if existing else [])
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_an_interrupted_quantize(
+    softtrellis: Command,
+    quantize: Start,
+    output: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    existing: bool,
+) -> None:
+    if not existing:
+        shutil.rmtree(output)
+    before = contents(output.parent)
+    monkeypatch.setattr("softtrellis.recipes.ptq.quantize_linear", fail_with(KeyboardInterrupt()))
+    result = softtrellis(*quantize(output), "--force")
+    assert (result.code, result.out) == (130, "")
+    assert result.err.splitlines()[-1] == "softtrellis: interrupted"
+    assert contents(output.parent) == before
+    assert [path.name for path in output.parent.iterdir()] == (["out"] if existing else [])
+
+
+def test_a_rename_that_fails(
+    softtrellis: Command, quantize: Start, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = os.rename
+
+    def fail(source: Path, target: Path) -> None:
+        if Path(source).name == "out.partial":
+            raise OSError(errno.EIO, "Input/output error", str(source))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fail)
+    result = softtrellis(*quantize(output), "--force")
+    assert result.error == f"{output}.partial: Input/output error"
+    assert contents(output) == {"precious": b"do not lose"}
+
+
+# Full disks
+
+
+def disk_full() -> list[Exception]:
+    from safetensors import SafetensorError
+
+    return [
+        OSError(errno.ENOSPC, "No space left on device", "model.safetensors"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+    ]
+
+
+@pytest.mark.parametrize("error", disk_full(), ids=lambda error: type(error).__name__)
+def test_a_disk_that_is_full_at_the_end(
+    softtrellis: Command,
+    quantize: Start,
+    output: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+) -> None:
+    monkeypatch.setattr("safetensors.torch.save_file", fail_with(error))
+    result = softtrellis(*quantize(output), "--force")
+    assert (result.code, result.out) == (1, "")
+    assert result.error.startswith("the disk is full (")
+    assert result.error.endswith("); free some space and repeat the command")
+    assert contents(output.parent) == {"out/precious": b"do not lose"}
+
+
+def test_a_disk_that_fills_up_in_training(
+    softtrellis: Command,
+    train: Start,
+    trained: Path,
+    tmp_path: Path,
+    interrupt: Interrupt,
+) -> None:
+    interrupt(3, disk_full()[0])
+    result = softtrellis(*train(tmp_path / "out"))
+    assert result.code == 1
+    assert result.error.startswith("the disk is full (model.safetensors: No space left")
+    assert f"{tmp_path / 'out.partial'} keeps the run; the same command with" in result.error
+    interrupt(None)
+    assert softtrellis(*train(tmp_path / "out"), "--resume").code == 0
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (trained / WEIGHTS).read_bytes()
+
+
+def test_a_file_system_that_is_full(model: Path, text: Path, tmp_path: Path) -> None:
+    """Really fills a small file system, in a mount namespace of its own."""
+    script = (
+        "mount -t tmpfs -o size=200k none disk || exit 9\n"
+        "mkdir disk/out && echo old >disk/out/old\n"
+        '"$@"; code=$?\n'
+        "ls -A disk disk/out; exit $code"
+    )
+    (tmp_path / "disk").mkdir()
+    arguments = ["-o", "disk/out", "--force", "--data", text, "--no-hessian", *QUANTIZE]
+    command = [sys.executable, "-m", "softtrellis", "quantize", model, *arguments]
+    wrapped = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, "sh"]
+    if shutil.which("unshare") is None:
+        pytest.skip("needs unshare")
+    done = subprocess.run(
+        [*wrapped, *map(str, command)], cwd=tmp_path, capture_output=True, text=True
+    )
+    if done.returncode == 9 or "unshare: " in done.stderr:
+        pytest.skip("needs leave to mount a tmpfs in a namespace of its own")
+    assert done.returncode == 1, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("softtrellis: error: the disk is full (")
+    assert "Traceback" not in done.stderr
+    assert done.stdout.split() == ["disk:", "out", "disk/out:", "old"]
+
+
+# Interrupted training
+
+
+def weights_and_losses(run: Path) -> tuple[bytes, list[dict[str, Any]]]:
+    lines = (run / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    return (run / WEIGHTS).read_bytes(), [r | {"seconds": 0.0} for r in records]
+
+
+def test_resume_equals_no_interruption(
+    softtrellis: Command,
+    refused: Refused,
+    train: Start,
+    trained: Path,
+    tmp_path: Path,
+    interrupt: Interrupt,
+) -> None:
+    output, partial = tmp_path / "out", tmp_path / "out.partial"
+    interrupt(3)
+    result = softtrellis(*train(output))
+    assert (result.code, result.out) == (130, "")
+    assert result.err.splitlines()[-1] == (
+        f"softtrellis: interrupted; {partial} keeps the run; the same command with --resume goes on"
+    )
+    assert set(contents(tmp_path)) == {f"out.partial/{STATE}", "out.partial/log.jsonl"}
+    kept = contents(partial)
+
+    message = refused(*train(output), code=2)
+    assert message.startswith(f"an interrupted run lies in {partial}; go on with")
+    assert "--resume" in message
+    assert "--force" in message
+    for change, name in ((["--lr", "0.2"], "lr=0.3"), (["--seed", "1"], "seed=0")):
+        result = softtrellis(*train(output), *change, "--resume")
+        assert result.code == 1
+        assert f"the interrupted run had {name}" in result.error
+        assert "same settings" in result.error
+    assert contents(partial) == kept
+
+    with (partial / "log.jsonl").open("a", encoding="utf-8") as log:
+        log.write('{"step": 3, "loss"')  # a process that was killed while it wrote
+    interrupt(None)
+    result = softtrellis(*train(output), "--resume")
+    assert result.code == 0, result.err
+    assert result.out.startswith("4 steps in ")
+    assert weights_and_losses(output) == weights_and_losses(trained)
+    assert set(contents(output)) == set(contents(trained))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.fixture
+def partial(
+    shelf: Path, train: Start, tmp_path: Path, softtrellis: Command, interrupt: Interrupt
+) -> Path:
+    """What training to `out` left when it was interrupted."""
+    kept = shelf / "kept.partial"
+    if not kept.exists():
+        interrupt(3)
+        assert softtrellis(*train(shelf / "kept")).code == 130
+        interrupt(None)
+    return shutil.copytree(kept, tmp_path / "out.partial")
+
+
+def test_resume_with_another_checkpoint_or_text(
+    softtrellis: Command, partial: Path, model: Path, checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    options = ["-o", other, "--data", text, *QUANTIZE, "--seed", "1"]
+    assert softtrellis("quantize", model, *options).code == 0
+    reverse = tmp_path / "reverse.txt"
+    reverse.write_text(text.read_text(encoding="utf-8")[::-1], encoding="utf-8")
+    kept = contents(partial)
+    for start, data, name in ((other, text, "checkpoint"), (checkpoint, reverse, "text")):
+        command = ["train", start, "--teacher", model, "-o", tmp_path / "out", "--data", data]
+        result = softtrellis(*command, *TRAIN, "--resume")
+        assert result.code == 1
+        assert f"the interrupted run had {name}=" in result.error
+    assert contents(partial) == kept
+
+
+def test_other_commands_spare_an_interrupted_run(
+    refused: Refused, softtrellis: Command, quantize: Start, partial: Path, tmp_path: Path
+) -> None:
+    kept = contents(partial)
+    message = refused(*quantize(tmp_path / "out"), code=2)
+    assert message.startswith(f"an interrupted run lies in {partial}")
+    assert contents(partial) == kept
+    assert softtrellis(*quantize(tmp_path / "out"), "--force").code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_damaged_state(softtrellis: Command, train: Start, partial: Path, tmp_path: Path) -> None:
+    data = (partial / STATE).read_bytes()
+    (partial / STATE).write_bytes(data[: len(data) // 2])
+    result = softtrellis(*train(tmp_path / "out"), "--resume")
+    assert result.code == 1
+    assert f"{partial / STATE} is damaged" in result.error
+    assert "--force" in result.error
+
+
+def test_nothing_to_resume(refused: Refused, train: Start, tmp_path: Path) -> None:
+    message = refused(*train(tmp_path / "out"), "--resume", code=1)
+    assert message == (
+        f"there is no interrupted run in {tmp_path / 'out.partial'}; start without --resume"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interruption_before_the_first_saved_state(
+    softtrellis: Command, train: Start, tmp_path: Path, interrupt: Interrupt
+) -> None:
+    interrupt(1)
+    result = softtrellis(*train(tmp_path / "out"))
+    assert result.code == 130
+    assert result.err.splitlines()[-1] == "softtrellis: interrupted"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_signal_to_the_process(checkpoint: Path, model: Path, text: Path, tmp_path: Path) -> None:
+    """Control-C while training, in a process of its own."""
+    code = (
+        "import signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "import torch\n"
+        "torch.set_num_threads(1)\n"
+        "from softtrellis.cli.main import main\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    options = ["--steps", "10000", "--save-every", "1", "--data", text, *SMALL]
+    command = ["train", checkpoint, "--teacher", model, "-o", tmp_path / "out", *options]
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "out.partial" / STATE).exists() and time.monotonic() < deadline:
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert (process.returncode, out) == (130, "")
+    assert "Traceback" not in err
+    assert "--resume goes on" in err.splitlines()[-1]
+    assert (tmp_path / "out.partial" / STATE).exists()

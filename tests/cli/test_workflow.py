@@ -1,0 +1,155 @@
+"""The commands one after the other, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cli.support import LAYERS, QUANTIZE, SMALL, Command, contents
+
+from softtrellis.cli.main import build_parser
+from softtrellis.io.checkpoint import load_quantized
+from softtrellis.modules.replace import quantized_layers
+
+
+def next_command(out: str) -> list[str]:
+    (line,) = [line for line in out.splitlines() if line.startswith("Next: softtrellis ")]
+    return shlex.split(line)[2:]
+
+
+def test_quantize(softtrellis: Command, model: Path, text: Path, tmp_path: Path) -> None:
+    output = tmp_path / "with a space"
+    result = softtrellis("quantize", model, "-o", output, "--data", text, *QUANTIZE)
+    assert result.code == 0
+    assert list(quantized_layers(load_quantized(output))) == LAYERS
+    rows = [line.split() for line in result.out.splitlines() if line.startswith("model.")]
+    assert [name for name, *_ in rows] == LAYERS
+    assert all(0 < float(proxy) < float(error) < 1 for _, proxy, error in rows)
+    assert "calibrate" in result.err
+    assert "quantize" in result.err
+    assert "%|" not in result.out
+    options = build_parser().parse_args(next_command(result.out))
+    assert (options.checkpoint, options.teacher) == (str(output), str(model))
+    assert [path.name for path in tmp_path.iterdir()] == ["with a space"]
+
+
+def test_inspect(softtrellis: Command, checkpoint: Path) -> None:
+    result = softtrellis("inspect", checkpoint)
+    assert (result.code, result.err) == (0, "")
+    assert "code         1mad, L=4 k=2 V=1" in result.out
+    assert "(licence mit)" in result.out
+    assert "checksums match" in result.out
+    assert all(re.search(rf"{re.escape(name)} +32 x 64 +8\n", result.out) for name in LAYERS)
+    assert "code=1mad" in result.out
+    found = re.search(
+        r"([\d,]+) weights: codes ([\d.]+) .* signs ([\d.]+); all files ([\d,]+) bytes", result.out
+    )
+    assert found
+    weights, codes, stored, size = (float(part.replace(",", "")) for part in found.groups())
+    assert weights == 2 * 32 * 64
+    assert codes == 2.0
+    assert 2.0 < stored <= 2.1
+    assert size == sum(map(len, contents(checkpoint).values()))
+    assert "not compared" in softtrellis("inspect", checkpoint, "--no-verify").out
+
+
+@pytest.mark.parametrize("bits", [1, 3, 4])
+def test_bits(softtrellis: Command, model: Path, text: Path, tmp_path: Path, bits: int) -> None:
+    options = ["--bits", bits, "--L", "6", "--layers", LAYERS[0], "--no-hessian"]
+    options = [*SMALL, "--code", "mul1", *map(str, options)]
+    assert softtrellis("quantize", model, "-o", tmp_path / "out", *options).code == 0
+    out = softtrellis("inspect", tmp_path / "out").out
+    assert f"codes {bits}.0000 bits per weight" in out
+
+
+def test_train(softtrellis: Command, checkpoint: Path, trained: Path, shelf: Path) -> None:
+    out, err = json.loads((shelf / "train.json").read_text(encoding="utf-8"))
+    found = re.search(
+        r"^4 steps in \d+ s: loss [\d.]+ to [\d.]+, ([\d.]+)% of codes changed$", out, re.M
+    )
+    assert found
+    assert float(found[1]) > 0
+    assert "train: " in err
+    assert "%|" not in out
+    lines = (trained / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 1, 2, 3]
+    assert not [name for name in contents(trained) if name.startswith("train_")]
+    before, after = load_quantized(checkpoint), load_quantized(trained)
+    for name in LAYERS:
+        codes = [quantized_layers(each)[name].codes for each in (before, after)]
+        assert not torch.equal(*codes)
+    assert build_parser().parse_args(next_command(out)).models[1:] == [
+        str(checkpoint),
+        str(trained),
+    ]
+    out = softtrellis("inspect", trained).out
+    assert "quantize: " in out
+    assert "train: " in out
+
+
+def test_eval_and_report(
+    softtrellis: Command, model: Path, checkpoint: Path, trained: Path, text: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(trained, tmp_path / "run")
+    sizes = softtrellis("inspect", run).out
+    models = [str(path) for path in (model, checkpoint, run)]
+    options = ["--data", text, "--ctx", "32", "--windows", "4", "--json", run / "results.json"]
+    result = softtrellis("eval", *models, *options)
+    assert result.code == 0
+    assert "evaluate" in result.err
+    heading, _, *rows = result.out.splitlines()[:5]
+    assert heading.split()[0] == "model"
+    assert [row.split()[0] for row in rows] == models
+    perplexity, kl, bits, size = zip(*(row.split()[1:] for row in rows), strict=True)
+    assert all(1 < float(value) < 1000 for value in perplexity)
+    assert float(kl[0]) == 0 < min(float(kl[1]), float(kl[2]))
+    assert bits[0] == "32.000"
+    assert f"all files {size[2]} bytes" in sizes
+    assert f"{run} " in result.out
+    assert "95% interval" in result.out
+    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    assert [row["name"] for row in results["rows"]] == models
+    assert len(results["windows"][models[1]]["kl"]) == 4
+
+    result = softtrellis("report", run)
+    assert (result.code, result.out, result.err) == (0, f"{run / 'report.html'}\n", "")
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "<svg" in page
+    assert models[1] in page
+    assert (run / "main.png").read_bytes().startswith(b"\x89PNG")
+    assert softtrellis("inspect", run).out == sizes, "a report is no part of the checkpoint"
+
+
+def test_eval_of_one_window(
+    softtrellis: Command, model: Path, checkpoint: Path, text: Path
+) -> None:
+    options = ["--data", text, "--ctx", "32", "--windows", "1"]
+    result = softtrellis("eval", model, checkpoint, *options)
+    assert result.code == 0
+    assert "too few to compare" in result.out
+    result = softtrellis("eval", model, *options)
+    assert result.code == 0
+    assert "too few" not in result.out
+
+
+def test_a_full_standard_output() -> None:
+    command = [sys.executable, "-m", "softtrellis", "env"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("softtrellis: error: the disk is full")
+    assert done.stderr.count("\n") == 1
+
+
+def test_debug_shows_the_traceback(softtrellis: Command, tmp_path: Path) -> None:
+    result = softtrellis("inspect", tmp_path, "--debug")
+    assert result.code == 1
+    assert "Traceback (most recent call last)" in result.err
+    assert result.err.splitlines()[-1].startswith("softtrellis: error: ")
