@@ -7,12 +7,14 @@ import random
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from cli.support import QUANTIZE, TRAIN, Command, Refused, Result
+from cli.support import QUANTIZE, TRAIN, Command, Interrupt, Refused, Result, Start
 
 from softtrellis.cli.main import main
+from softtrellis.recipes.trainer import Trainer
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -103,3 +105,30 @@ def trained(shelf: Path, checkpoint: Path, model: Path, text: Path, softtrellis:
 def damaged(checkpoint: Path, tmp_path: Path) -> Path:
     """A copy of `checkpoint` to damage."""
     return shutil.copytree(checkpoint, tmp_path / "damaged")
+
+
+@pytest.fixture
+def quantize(model: Path, text: Path) -> Start:
+    return lambda output: ["quantize", model, "-o", output, "--data", text, *QUANTIZE]
+
+
+@pytest.fixture
+def train(checkpoint: Path, model: Path, text: Path) -> Start:
+    command = ["train", checkpoint, "--teacher", model, "--data", text, *TRAIN]
+    return lambda output: [*command, "-o", output]
+
+
+@pytest.fixture
+def interrupt(monkeypatch: pytest.MonkeyPatch) -> Interrupt:
+    """Makes training raise an error before the given step; None lets it pass again."""
+    whole = Trainer.step
+
+    def arrange(before: int | None, error: BaseException | None = None) -> None:
+        def step(self: Trainer, number: int) -> dict[str, Any]:
+            if number == before:
+                raise error or KeyboardInterrupt
+            return whole(self, number)
+
+        monkeypatch.setattr(Trainer, "step", step)
+
+    return arrange

@@ -33,6 +33,8 @@ class Result:
 
 Command = Callable[..., Result]
 Refused = Callable[..., str]
+Start = Callable[[Path], list[str | Path]]
+Interrupt = Callable[..., None]
 
 
 def contents(directory: Path) -> dict[str, bytes]:

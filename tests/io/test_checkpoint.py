@@ -137,11 +137,11 @@ def test_another_base_model_is_refused(tiny_directory: Path, tmp_path: Path) -> 
     make(tiny_directory, tmp_path / "out")
     source = load_source(str(tiny_directory))
     manifest = read_manifest(tmp_path / "out")
-    check_base(manifest, source)
+    check_base(manifest, source.model)
     with torch.no_grad():
         source.model.get_input_embeddings().weight[0] += 1.0
     with pytest.raises(CheckpointError, match="another model"):
-        check_base(manifest, source)
+        check_base(manifest, source.model)
 
 
 def test_outputs_appear_whole_or_not_at_all(tmp_path: Path) -> None:

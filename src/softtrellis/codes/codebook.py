@@ -77,4 +77,6 @@ def codebook(
         values = hybrid(states, table.to(torch.float32), flip)
     else:
         values = _COMPUTED[name](torch.arange(spec.num_states)).unsqueeze(1)
-    return values / values.square().mean().sqrt() if normalize else values
+    if not normalize:
+        return values
+    return values / values.double().square().mean().sqrt().to(torch.float32)

@@ -115,9 +115,11 @@ def save_quantized(
     if table is not None:
         tensors[TABLE] = table
     save_file(tensors, str(directory / WEIGHTS), metadata={"format": "pt"})
+    (directory / WEIGHTS).chmod(0o644)
     config = model.config.to_dict()
     config["quantization_config"] = {"quant_method": FORMAT, "format_version": FORMAT_VERSION}
     config["architectures"] = [type(model).__name__]
+    config.pop("_name_or_path", None)
     write_json(directory / "config.json", json.loads(json.dumps(config, default=str)))
     with quiet():
         tokenizer.save_pretrained(directory)
@@ -347,12 +349,8 @@ def load_any(name: str, *, device: str = "cpu") -> Source:
     path = Path(name)
     if not is_checkpoint(path):
         return load_source(name, device=device)
-    from transformers import AutoTokenizer
-
     model = load_quantized(path, LoadConfig(device=device))
-    with quiet():
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    return Source(name, model, tokenizer, path, read_manifest(path).base.licence)
+    return Source(name, model, load_tokenizer(path), path, read_manifest(path).base.licence)
 
 
 def load_full_precision(name: str) -> Source:
@@ -368,16 +366,27 @@ def load_full_precision(name: str) -> Source:
 
 def base_of(source: Source) -> BaseModel:
     """The record of a full-precision model that a checkpoint keeps."""
-    return BaseModel(source.name, fingerprint(source.model), source.licence)
+    local = Path(source.name)
+    name = local.resolve().name if local.exists() else source.name
+    return BaseModel(name, fingerprint(source.model), source.licence)
 
 
-def check_base(manifest: Manifest, source: Source) -> None:
-    """CheckpointError unless ``source`` is the model that the checkpoint was made from."""
-    if fingerprint(source.model) != manifest.base.fingerprint:
+def check_base(manifest: Manifest, model: PreTrainedModel) -> None:
+    """CheckpointError unless ``model`` is the one that the checkpoint was made from."""
+    if fingerprint(model) != manifest.base.fingerprint:
         raise CheckpointError(
-            f"the checkpoint was made from {manifest.base.name}, and {source.name} is another "
-            "model; give the one it was made from as teacher"
+            f"the checkpoint was made from {manifest.base.name}, and the teacher is another "
+            "model; give the one it was made from"
         )
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that a checkpoint carries."""
+    from transformers import AutoTokenizer
+
+    with quiet():
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
+    return tokenizer
 
 
 def size_report(directory: Path) -> SizeReport:

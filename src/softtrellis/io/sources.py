@@ -16,7 +16,8 @@ import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -109,9 +110,13 @@ def _load_embedded(dtype: torch.dtype, device: str | torch.device) -> Source:
                 source.model.save_pretrained(made)
                 source.tokenizer.save_pretrained(made)
             (made / "README.md").write_text(f"---\nlicense: {source.licence}\n---\n")
+            # SmolLM2 has the same licence as this package, whose text is at hand.
+            text = metadata.distribution("softtrellis").read_text("licenses/LICENSE")
+            if text is not None:
+                (made / "LICENSE").write_text(text)
             with suppress(FileExistsError, OSError):
                 os.rename(made, dense)
-    return replace(_load_directory(EMBEDDED, dense, dtype, device), directory=None)
+    return _load_directory(EMBEDDED, dense, dtype, device)
 
 
 def fetch_smollm2(cache_dir: Path | None = None) -> Path:

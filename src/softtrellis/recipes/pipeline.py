@@ -70,7 +70,7 @@ def train_to(
     manifest = read_manifest(checkpoint)
     with whole_directory(output, force=force, resume=resume) as directory:
         source = load_full_precision(teacher)
-        check_base(manifest, source)
+        check_base(manifest, source.model)
         result = distill(
             load_quantized(checkpoint),
             config,
@@ -118,7 +118,7 @@ def evaluate_models(
     for source in sources.values():
         dequantize_(source.model)
     models: dict[str, nn.Module] = {name: source.model for name, source in sources.items()}
-    sizes = {name: _stored(name, first.model) for name in names}
+    sizes = {name: _stored(name, source.model) for name, source in sources.items()}
     title = "Evaluation of " + ", ".join(names)
     settings: dict[str, str | int | float] = {
         "text": ", ".join(data),
@@ -128,12 +128,12 @@ def evaluate_models(
     return score_and_compare(models, ids, sizes, title=title, settings=settings)
 
 
-def _stored(name: str, reference: nn.Module) -> tuple[float, int]:
+def _stored(name: str, model: nn.Module) -> tuple[float, int]:
     """(bits per weight of the quantized layers, bytes of all files or parameters)."""
     if is_checkpoint(Path(name)):
         size = size_report(Path(name))
         return size.stored_bits, size.file_bytes
-    return float(DENSE_BITS), dense_bytes(reference)
+    return float(DENSE_BITS), dense_bytes(model)
 
 
 def dense_bytes(model: nn.Module) -> int:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from softtrellis.backend import Backend
 from softtrellis.io.checkpoint import (
     check_base,
-    load_any,
     load_full_precision,
     load_quantized,
+    load_tokenizer,
     read_manifest,
 )
 from softtrellis.io.progress import progress
@@ -159,11 +159,11 @@ def distill(
         manifest, student = None, model
     if isinstance(teacher, str | Path):
         source = load_full_precision(str(teacher))
-        if manifest is not None:
-            check_base(manifest, source)
         teacher, tokenizer = source.model, tokenizer or source.tokenizer
+    if manifest is not None:
+        check_base(manifest, teacher)
     if tokenizer is None and isinstance(model, str | Path):
-        tokenizer = load_any(str(model)).tokenizer
+        tokenizer = load_tokenizer(model)
     if tokenizer is None:
         raise ValueError("loaded models need their tokenizer: distill(..., tokenizer=)")
     names = _trained_layers(student, config.layers)

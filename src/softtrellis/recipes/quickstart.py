@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from softtrellis.codes.codebook import HYBRID_MIN_STATE_BITS
@@ -25,6 +26,9 @@ from softtrellis.recipes.pipeline import DENSE_BITS, dense_bytes, score_and_comp
 from softtrellis.recipes.ptq import QuantizeConfig, quantize_model
 from softtrellis.recipes.qat import DistillConfig, distill
 
+DIVIDED_SOURCES = ("pydoc", "wikitext2")
+HELD_OUT_SHARE = 0.15
+
 FULL, PTQ, TRAINED = "full precision", "PTQ", "BCJR-QAT"
 
 
@@ -35,7 +39,7 @@ class QuickstartConfig:
     Attributes:
         model: the teacher, see ``load_source``.
         layers: which linear layers are quantized and trained, see ``select_layers``.
-        data: texts, see ``load_documents``; with files, the last windows are held out.
+        data: texts, see ``load_documents``; of files, the last fifteen per cent are held out.
         bits, L: bits per weight and bits of a state.
         steps, lr, batch: of training.
         ctx: tokens per window, everywhere.
@@ -102,14 +106,41 @@ def quickstart(config: QuickstartConfig, output: Path, *, force: bool = False) -
     print(f"It took {(time.perf_counter() - began) / 60:.1f} minutes.")
 
 
+def _hold_out(
+    config: QuickstartConfig, directory: Path
+) -> tuple[QuickstartConfig, tuple[str, ...]]:
+    """The configuration with texts to train on, and the texts that are held out.
+
+    Sources that come in two parts stay as they are; files are cut in two, into ``text/``.
+    """
+    train, held_out = [], []
+    for number, source in enumerate(config.data):
+        if source in DIVIDED_SOURCES:
+            train.append(source)
+            held_out.append(source)
+            continue
+        (text,) = load_documents([source], split="train")
+        cut = text.find("\n", int(len(text) * (1 - HELD_OUT_SHARE))) + 1
+        (directory / "text").mkdir(exist_ok=True)
+        for part, parts, name in (
+            (text[:cut], train, "train"),
+            (text[cut:], held_out, "held-out"),
+        ):
+            path = directory / "text" / f"{number}-{name}.txt"
+            path.write_text(part, encoding="utf-8")
+            parts.append(str(path))
+    return replace(config, data=tuple(train)), tuple(held_out)
+
+
 def _run(config: QuickstartConfig, directory: Path) -> None:
     print(f"Teacher: {config.model}")
     source = load_full_precision(config.model)
     base, tokenizer = base_of(source), source.tokenizer
     names = select_layers(source.model, config.layers)
+    config, held_out_data = _hold_out(config, directory)
     held_out = token_windows(
         tokenizer,
-        load_documents(config.data, split="heldout"),
+        load_documents(held_out_data, split="heldout"),
         config.ctx,
         limit=config.eval_windows,
     )
@@ -135,7 +166,14 @@ def _run(config: QuickstartConfig, directory: Path) -> None:
         "held-out windows": held_out.shape[0],
         "ctx": config.ctx,
     }
-    save_quantized(quantized, tokenizer, ptq, base=base, provenance={"quickstart": settings})
+    save = partial(
+        save_quantized,
+        tokenizer=tokenizer,
+        base=base,
+        source_directory=source.directory,
+        provenance={"quickstart": settings},
+    )
+    save(quantized, directory=ptq)
     result = distill(
         quantized,
         config.distill_config(),
@@ -143,7 +181,7 @@ def _run(config: QuickstartConfig, directory: Path) -> None:
         tokenizer=tokenizer,
         run_directory=directory,
     )
-    save_quantized(result.model, tokenizer, trained, base=base, provenance={"quickstart": settings})
+    save(result.model, directory=trained)
     models = {FULL: source.model, PTQ: load_quantized(ptq), TRAINED: load_quantized(trained)}
     for model in models.values():
         dequantize_(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -94,7 +95,7 @@ class Trainer:
         self._check_temperatures()
         replace_modules(student, names, lambda name, _: self.layers[name])
         self.optimizer = torch.optim.AdamW(
-            [layer.latent for layer in self.layers.values()],
+            [{"params": [layer.latent]} for layer in self.layers.values()],
             lr=config.lr,
             betas=BETAS,
             weight_decay=0.0,
@@ -159,8 +160,8 @@ class Trainer:
             step, config.steps, t_init=self.t_init, t_min=config.t_min, schedule=config.schedule
         )
         lr = learning_rate_at(step, config.steps, lr=config.lr, warmup=config.warmup)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        for group, layer in zip(self.optimizer.param_groups, self.layers.values(), strict=True):
+            group["lr"] = lr * math.sqrt(layer.codebook_variance)
         if config.reencode_every and step and step % config.reencode_every == 0:
             for layer in self.layers.values():
                 layer.reencode()
@@ -175,7 +176,9 @@ class Trainer:
             chunk=_CHUNK,
         )
         if not bool(torch.isfinite(loss)):
-            raise ValueError(f"the loss is {float(loss)} at step {step}; lower lr or raise t_min")
+            raise ValueError(
+                f"the loss is {float(loss.detach())} at step {step}; lower lr or raise t_min"
+            )
         self.optimizer.zero_grad()
         loss.backward()
         gradients = [layer.latent.grad for layer in self.layers.values()]

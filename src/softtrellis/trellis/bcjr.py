@@ -106,8 +106,8 @@ def bcjr(
         w: float32 or float64 [B, N, V].
         codebook: float [2**L, V].
         spec: the trellis.
-        temperature: T > 0, in w's squared units; a number or a tensor [B]. Float32 backends take
-            0.005 to 1e6; "torch" in float64 takes any.
+        temperature: T > 0, in w's squared units; a number or a tensor [B]. "cpu" and "triton" take
+            0.005 to 1e6, "torch" takes any.
         ends: "free", an int tensor [B] of overlaps in [0, U) to which both ends are pinned, or
             "tail_biting": the exact trace over all overlaps, for at most 256 of them.
         return_entropy: also return the entropy of every step's marginal.
@@ -125,7 +125,7 @@ def bcjr(
         raise ValueError("bcjr's exact tail-biting answer is ends='tail_biting'")
     pins = resolve_pins(ends, w, spec)
     resolved = resolve_backend(backend, w)
-    temperatures = _temperatures(temperature, w, exact=w.dtype == torch.float64)
+    temperatures = _temperatures(temperature, w, exact=resolved == "torch")
     table = codebook.to(w.dtype)
     if isinstance(ends, str) and ends == "tail_biting":
         return _exact_tail_biting(w, table, spec, temperatures, return_entropy, resolved)
@@ -148,8 +148,8 @@ def _temperatures(temperature: float | Tensor, w: Tensor, *, exact: bool) -> Ten
     low, high = FLOAT32_TEMPERATURES
     if not exact and not bool(((value >= low * (1 - 1e-6)) & (value <= high)).all()):
         raise ValueError(
-            f"float32 takes temperatures from {low} to {high:g}; use viterbi for T = 0, "
-            "or float64 weights with backend='torch'"
+            f"this backend takes temperatures from {low} to {high:g}; use viterbi for T = 0, "
+            "or backend='torch'"
         )
     return value.contiguous()
 
