@@ -26,35 +26,25 @@ from softtrellis.trellis.launch_triton import Launch
 V2, V1 = TrellisSpec(16, 2, 2), TrellisSpec(16, 2, 1)
 CODES = {V2: "hyb", V1: "mul1"}
 
-PIPED = {"touch": False, "beta_stages": 3, "beta_choices": 4}
+L12 = TrellisSpec(12, 2, 2)
 FORWARD = {
-    "f4p": (V2, Launch(4, 512, 8, 1, stages=2, **PIPED)),
-    "f4q": (V2, Launch(4, 1024, 16, 1, registers=128, choices=8, **PIPED)),
-    "f2q": (V2, Launch(2, 1024, 16, 1, registers=128, choices=8, **PIPED)),
-    "f3cg": (V2, Launch(3, 1024, 16, 1, registers=128, choices=8, touch=False)),
-    "f3": (V2, Launch(3, 1024, 16, 1, registers=128, choices=8)),
-    "f2": (V2, Launch(2, 1024, 16, 1, registers=128, choices=8)),
-    "f2c16": (V2, Launch(2, 1024, 16, 1, registers=128, choices=16, touch=False)),
-    "fv1m2": (V1, Launch(2, 2048, 16, 1, registers=128, choices=4, beta_block=2048, touch=False)),
+    "f4": (V2, Launch(4, 1024, 16, 1, registers=128, choices=8)),
+    "f4k": (V2, Launch(4, 1024, 16, 1, registers=128, choices=8, keep=True)),
+    "f12": (L12, Launch(4, 256, 4, 4, registers=128, choices=8, beta_block=256)),
 }
 BACKWARD = {
-    "b2": (V2, Launch(2, 1024, 16, 1, registers=128, choices=8)),
-    "b2cg": (V2, Launch(2, 1024, 16, 1, registers=128, choices=8, touch=False)),
-    "b2q": (V2, Launch(2, 1024, 16, 1, registers=128, choices=8, **PIPED)),
-    "b3q": (V2, Launch(3, 1024, 16, 1, registers=128, choices=8, **PIPED)),
-    "b2w8": (V2, Launch(2, 512, 8, 2, registers=128, choices=8, touch=False, beta_block=512)),
-    "b1w16": (V2, Launch(1, 1024, 16, 1, registers=128, choices=16, touch=False)),
-    "bv1m1": (V1, Launch(1, 2048, 16, 1, registers=128, choices=4, beta_block=1024, touch=False)),
+    "b2k": (V2, Launch(2, 1024, 16, 1, registers=128, choices=8, keep=True)),
+    "b3": (V2, Launch(3, 1024, 16, 1, registers=128, choices=8)),
+    "b1k": (V2, Launch(1, 1024, 16, 1, registers=128, choices=16, keep=True)),
+    "bv1k": (V1, Launch(1, 2048, 16, 1, registers=128, choices=4, beta_block=2048, keep=True)),
+    "b12": (L12, Launch(2, 256, 4, 4, registers=128, choices=8, beta_block=256)),
 }
 VITERBI = {
-    "m4": (V2, Launch(4, 2048, 16, 1, registers=128)),
-    "m4p": (V2, Launch(4, 2048, 16, 1, registers=128, choices=4, stages=3, touch=False)),
-    "m8p": (V2, Launch(8, 2048, 16, 1, registers=128, choices=4, stages=3, touch=False)),
-    "m8p2": (V2, Launch(8, 2048, 16, 1, registers=128, choices=8, stages=2, touch=False)),
-    "m4x2": (V2, Launch(4, 2048, 8, 2, registers=128, touch=False)),
-    "m2w16": (V2, Launch(2, 4096, 16, 1, registers=128, touch=False)),
-    "v1m2p": (V1, Launch(2, 4096, 16, 1, registers=128, stages=2, touch=False)),
-    "v1m1": (V1, Launch(1, 4096, 16, 1, registers=128, touch=False)),
+    "m4k": (V2, Launch(4, 2048, 16, 1, registers=128, keep=True)),
+    "m4w16x2": (V2, Launch(4, 2048, 16, 2, registers=64)),
+    "m2w16x2": (V2, Launch(2, 2048, 16, 2, registers=64)),
+    "v1w16x2": (V1, Launch(1, 4096, 16, 2, registers=64)),
+    "v1k": (V1, Launch(1, 4096, 16, 1, registers=128, keep=True)),
 }
 CHECKS = [(16, 2, 2), (16, 2, 1), (12, 2, 2), (14, 2, 2), (8, 1, 1), (9, 4, 2), (11, 3, 2), (12, 4, 1)]
 
@@ -236,10 +226,38 @@ def profile(name: str) -> None:
     torch.cuda.synchronize()
 
 
+def defaults() -> None:
+    """What a caller gets: the default launches."""
+    for spec, tiles in ((V2, 3168), (V1, 528), (L12, 8448), (TrellisSpec(14, 2, 2), 8448)):
+        for T in (0.3, 0.05, 0.03):
+            w, table, t, g, gz = bcjr_problem(spec, tiles, T)
+            v, _, _ = bcjr_triton.soft_forward(w, table, spec, t, None, False)
+            forward = measure(lambda w=w, C=table, s=spec, t=t: bcjr_triton.soft_forward(w, C, s, t, None, False), tiles)
+            backward = measure(lambda w=w, C=table, s=spec, t=t, v=v, g=g, z=gz: bcjr_triton.soft_backward(w, C, s, t, None, v, g, z, False), tiles)
+            print(f"default {spec} T={T} tiles={tiles} fwd {forward} bwd {backward}", flush=True)
+    w, table, t, g, gz = bcjr_problem(V2, 37, 0.03)
+    runs = [bcjr_triton.soft_backward(w, table, V2, t, None, w, g, gz, False)[0] for _ in range(20)]
+    print("race check: twenty backward runs equal:", all(torch.equal(r, runs[0]) for r in runs))
+    for spec in (V2, V1):
+        for tiles in (36, 108, 512, 10000 if spec.V == 2 else 2000):
+            w, table = problem(spec, tiles, 5)
+
+            def encode(w: torch.Tensor = w, table: torch.Tensor = table, spec: TrellisSpec = spec) -> None:
+                half = w.shape[1] // 2
+                rolled = viterbi_triton.best_path(w.roll(-half, 1), table, spec, None)
+                pins = (rolled[:, -half] >> spec.shift).long()
+                viterbi_triton.best_path(w, table, spec, pins)
+
+            print(f"tail-biting {spec} tiles={tiles} {measure(encode, tiles)}", flush=True)
+
+
 def main() -> None:
     print(json.dumps({"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": __import__("triton").__version__}))
     if sys.argv[1] == "check":
         check()
+        return
+    if sys.argv[1] == "defaults":
+        defaults()
         return
     if sys.argv[1] == "profile":
         profile(sys.argv[2])

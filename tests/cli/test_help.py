@@ -173,7 +173,10 @@ def test_quickstart_settings(refused: Refused, tmp_path: Path, options: str, mes
         (["m", "m"], "named twice"),
         (["m", "--ctx", "1"], "--ctx must be at least 2"),
         (["m", "--windows", "0"], "--windows must be at least 1"),
-        (["m", "--json", "no/such/folder/out.json"], "give a file in a directory that exists"),
+        (
+            ["m", "--json", "no/such/folder/out.json"],
+            "--json must be a file in a directory that exists",
+        ),
     ],
 )
 def test_eval_settings(refused: Refused, arguments: list[str], message: str) -> None:

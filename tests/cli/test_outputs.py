@@ -91,7 +91,7 @@ def test_outputs_that_no_force_helps_against(
         (Path("."), ". contains the current directory; choose another output"),
         (output.parent, f"{output.parent} contains the current directory"),
         (Path("/proc"), "/proc is a mount point; choose a directory inside it"),
-        (model, f"{model} is what is read; choose another output directory"),
+        (model, f"{model} is also the input; choose another output directory"),
     ):
         assert refused(*start(place), "--force", code=2).startswith(message)
     assert (contents(output), contents(model)) == before

@@ -90,7 +90,7 @@ def test_resume_with_another_checkpoint_or_text(
         command = ["train", start, "--teacher", model, "-o", tmp_path / "out", "--data", data]
         result = softtrellis(*command, *TRAIN, "--resume")
         assert result.code == 1
-        assert f"the interrupted run had {name}=" in result.error
+        assert f"the interrupted run had another {name}; resume with the same" in result.error
     assert contents(partial) == kept
 
 

@@ -40,7 +40,7 @@ def check_inputs(output: Path, *inputs: str) -> None:
     """UsageError if the output is one of the inputs, which ``--force`` would delete."""
     for name in inputs:
         if output.exists() and Path(name).exists() and output.samefile(name):
-            raise UsageError(f"{output} is what is read; choose another output directory")
+            raise UsageError(f"{output} is also the input; choose another output directory")
 
 
 def command(

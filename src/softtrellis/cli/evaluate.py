@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> int:
     if options.windows is not None and options.windows < 1:
         raise UsageError(f"--windows must be at least 1, got {options.windows}")
     if options.json and (Path(options.json).is_dir() or not Path(options.json).parent.is_dir()):
-        raise UsageError(f"--json {options.json}: give a file in a directory that exists")
+        raise UsageError(f"--json must be a file in a directory that exists, got {options.json}")
     results = evaluate_models(
         options.models, tuple(options.data), ctx=options.ctx, windows=options.windows
     )

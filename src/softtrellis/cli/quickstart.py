@@ -31,7 +31,7 @@ def add_parser(commands: Commands) -> None:
     add_layers(parser, default="29")
     add_data(parser, "text")
     parser.add_argument("--bits", type=int, default=2, help="bits per weight")
-    parser.add_argument("--L", type=int, default=12, help="bits of a trellis state")
+    parser.add_argument("--L", type=int, default=10, help="bits of a trellis state")
     parser.add_argument("--steps", type=int, default=40, help="training steps")
     parser.add_argument("--lr", type=float, default=1e-2, help="peak learning rate")
     parser.add_argument(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,37 +14,51 @@ from torch import Tensor
 
 from softtrellis.codes.hybrid import table_rows
 from softtrellis.io.files import sha256_of, write_json
+from softtrellis.io.manifest import (
+    FORMAT,
+    FORMAT_VERSION,
+    MANIFEST,
+    WEIGHTS,
+    BaseModel,
+    CheckpointError,
+    Manifest,
+    is_checkpoint,
+    manifest_json,
+    read_manifest,
+    verify_files,
+)
 from softtrellis.io.model_card import model_card
 from softtrellis.io.sources import Source, fingerprint, load_source, quiet
-from softtrellis.modules.quantized_linear import LayerFormat, QuantizedLinear
+from softtrellis.modules.quantized_linear import QuantizedLinear
 from softtrellis.modules.replace import quantized_layers, replace_modules
 from softtrellis.quantizers.hard import TrellisCode
-from softtrellis.spec import TrellisSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-FORMAT, FORMAT_VERSION = "softtrellis", 1
-MANIFEST, WEIGHTS, TABLE = "softtrellis.json", "model.safetensors", "softtrellis.table"
+__all__ = [
+    "FORMAT_VERSION",
+    "MANIFEST",
+    "WEIGHTS",
+    "BaseModel",
+    "CheckpointError",
+    "LoadConfig",
+    "Manifest",
+    "SizeReport",
+    "base_of",
+    "check_base",
+    "is_checkpoint",
+    "load_any",
+    "load_full_precision",
+    "load_quantized",
+    "load_tokenizer",
+    "read_manifest",
+    "save_quantized",
+    "size_report",
+    "verify_files",
+]
 
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used: damaged, from another version or for another model."""
-
-
-@dataclass(frozen=True)
-class BaseModel:
-    """Which full-precision model a checkpoint was made from.
-
-    Attributes:
-        name: as it was loaded.
-        fingerprint: see ``fingerprint``.
-        licence: its licence.
-    """
-
-    name: str
-    fingerprint: str
-    licence: str = "unknown"
+TABLE = "softtrellis.table"
 
 
 @dataclass(frozen=True)
@@ -62,23 +76,6 @@ class SizeReport:
     code_bits: float
     stored_bits: float
     file_bytes: int
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What ``softtrellis.json`` says.
-
-    Attributes:
-        base: the model it was made from.
-        layers: the stored shape of every quantized layer.
-        files: sha256 and bytes of every other file.
-        provenance: settings and figures of the runs that made it, for people to read.
-    """
-
-    base: BaseModel
-    layers: Mapping[str, LayerFormat]
-    files: Mapping[str, Mapping[str, Any]]
-    provenance: Mapping[str, Any] = field(default_factory=dict)
 
 
 def save_quantized(
@@ -137,7 +134,7 @@ def save_quantized(
         if path.is_file() and path.name != MANIFEST and not path.name.startswith(("train_", "log"))
     }
     manifest = Manifest(base, formats, files, provenance or {})
-    write_json(directory / MANIFEST, _manifest_json(manifest, code))
+    write_json(directory / MANIFEST, manifest_json(manifest, code))
     return manifest
 
 
@@ -176,92 +173,6 @@ def _codebook(code: TrellisCode, table: Tensor | None) -> Tensor:
             return table
         return TrellisCode(code.spec, code.name, code.flip, normalize=False).codebook(table)
     return code.codebook()
-
-
-def _manifest_json(manifest: Manifest, code: TrellisCode) -> dict[str, Any]:
-    return {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "base": asdict(manifest.base),
-        "code": asdict(code),
-        "layers": {
-            name: {k: v for k, v in asdict(layer).items() if k != "code"}
-            for name, layer in manifest.layers.items()
-        },
-        "files": dict(manifest.files),
-        "provenance": dict(manifest.provenance),
-    }
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Whether a directory holds a softtrellis checkpoint."""
-    return (path / MANIFEST).is_file()
-
-
-def read_manifest(directory: Path) -> Manifest:
-    """Reads and validates ``softtrellis.json``.
-
-    Raises:
-        CheckpointError: not a checkpoint, damaged, or from a version this one cannot read.
-    """
-    path = directory / MANIFEST
-    if not path.is_file():
-        raise CheckpointError(
-            f"{directory} is not a softtrellis checkpoint: it has no {MANIFEST}; "
-            "make one with 'softtrellis quantize'"
-        )
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if value["format"] != FORMAT:
-            raise CheckpointError(f"{path} is of format {value['format']!r}, not {FORMAT!r}")
-        version = value["format_version"]
-        if version != FORMAT_VERSION:
-            raise CheckpointError(
-                f"{directory} has checkpoint version {version}, this release reads "
-                f"{FORMAT_VERSION}; use the release of softtrellis that wrote it"
-            )
-        code = dict(value["code"])
-        spec = TrellisSpec(**code.pop("spec"))
-        trellis_code = TrellisCode(spec, **code)
-        layers = {
-            name: LayerFormat(code=trellis_code, **layer) for name, layer in value["layers"].items()
-        }
-        if not layers or min(layer.tiles for layer in layers.values()) < 1:
-            raise ValueError("a layer without weights, or no layer")
-        files = {
-            name: {"sha256": str(file["sha256"]), "bytes": int(file["bytes"])}
-            for name, file in value["files"].items()
-        }
-        if not files.keys() >= {WEIGHTS, "config.json"}:
-            raise ValueError("files that it must list are missing")
-        return Manifest(BaseModel(**value["base"]), layers, files, dict(value["provenance"]))
-    except CheckpointError:
-        raise
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{path} is damaged ({reason}); copy the checkpoint again") from error
-
-
-def verify_files(directory: Path, manifest: Manifest) -> None:
-    """Compares every file with its checksum.
-
-    Raises:
-        CheckpointError: a file is missing, truncated or altered.
-    """
-    for name, expected in manifest.files.items():
-        path = directory / name
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing; copy the checkpoint again")
-        size = path.stat().st_size
-        if size != expected["bytes"]:
-            raise CheckpointError(
-                f"{path} has {size} bytes instead of {expected['bytes']}: it is truncated or "
-                "altered; copy the checkpoint again"
-            )
-        if sha256_of(path) != expected["sha256"]:
-            raise CheckpointError(
-                f"{path} does not match its checksum: it was altered; copy the checkpoint again"
-            )
 
 
 @dataclass(frozen=True)

@@ -50,10 +50,10 @@ class QuickstartConfig:
     layers: tuple[str, ...] | None = ("29",)
     data: tuple[str, ...] = ("pydoc",)
     bits: int = 2
-    L: int = 12
+    L: int = 10
     steps: int = 40
     lr: float = 1e-2
-    batch: int = 4
+    batch: int = 2
     ctx: int = 512
     calibration_windows: int = 24
     eval_windows: int = 24

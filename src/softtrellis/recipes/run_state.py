@@ -15,6 +15,8 @@ from torch import Tensor
 from softtrellis.io.files import STATE
 
 LOG = "log.jsonl"
+DIGESTS = ("checkpoint", "text")
+"""Settings that are a ``digest`` of what the run works on."""
 
 
 class RunLog:
@@ -87,8 +89,9 @@ def load_state(directory: Path, *, settings: Mapping[str, Any]) -> tuple[int, di
     now = json.loads(json.dumps(settings, sort_keys=True))
     for name in sorted(saved.keys() | now.keys()):
         if saved.get(name) != now.get(name):
+            what = f"{name}={saved.get(name)!r}, this one has {now.get(name)!r}"
             raise ValueError(
-                f"the interrupted run had {name}={saved.get(name)!r}, this one has "
-                f"{now.get(name)!r}; resume with the same settings, or start over with --force"
+                f"the interrupted run had {f'another {name}' if name in DIGESTS else what}; "
+                "resume with the same settings, or start over with --force"
             )
     return int(metadata["step"]), tensors

@@ -34,7 +34,6 @@ _F = TypeVar("_F", bound=Callable[..., object])
 _constant: Callable[[_F], _F] = torch.compiler.assume_constant_result  # torch.compile runs it as is
 
 _STAGE = 64  # largest matmul factor that is built up from powers of two
-_NARROW = 16  # below this many columns a batched matmul is slower than a transposed one
 
 
 # ---------------------------------------------------------------------- finite fields
@@ -265,7 +264,8 @@ def _transform(x: Tensor, inverse: bool) -> Tensor:
         y = y.reshape(x.numel() // right, size, right // size)
         right //= size
         factor = matrix.mT if inverse else matrix
-        y = torch.matmul(factor, y) if right >= _NARROW else torch.matmul(y.mT, factor.mT).mT
+        # One matmul of two matrices: a batch of small ones would synchronise its threads each time.
+        y = torch.matmul(y.mT.reshape(-1, size), factor.mT).reshape(-1, right, size).mT
     return y.reshape(x.shape)
 
 

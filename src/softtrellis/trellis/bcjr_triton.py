@@ -40,7 +40,7 @@ def _sweeps(
     BETA_ROWS: tl.constexpr, BETA_COLUMNS: tl.constexpr, BETA_CHOICES: tl.constexpr,
     SPAN: tl.constexpr, PINNED: tl.constexpr, TANGENT: tl.constexpr, ENTROPY: tl.constexpr,
     CODEBOOK: tl.constexpr, FAST: tl.constexpr, THREADS: tl.constexpr,
-    ALPHA_STAGES: tl.constexpr, BETA_STAGES: tl.constexpr,
+    EVICTION: tl.constexpr,
 ):  # fmt: skip
     """Both sweeps over groups of M tiles; values and log_z, or with TANGENT their gradients.
 
@@ -111,7 +111,7 @@ def _sweeps(
                 codebook, alpha, alpha + M * U, alpha + ROW, alpha + ROW + M * U,
                 x, gain, gain_mean, scale, shift, t % 2 == 1,
                 U, R, V, M, ROWS, COLUMNS, CHOICES, TANGENT, FAST, THREADS,
-                ALPHA_STAGES,
+                EVICTION,
             )  # fmt: skip
             tl.debug_barrier()
             t += 1
@@ -175,7 +175,7 @@ def _sweeps(
                 successors, alpha, beta, alpha + M * U, beta + M * U, new_beta, new_beta + M * U,
                 x, gain, gain_mean, scale, shift, slot == 1, own_sum, grad, grad_z, factor,
                 U, R, V, M, BETA_ROWS, BETA_COLUMNS, BETA_CHOICES, TANGENT, ENTROPY, CODEBOOK,
-                FAST, THREADS, BETA_STAGES,
+                FAST, THREADS, EVICTION,
             )  # fmt: skip
             for m in tl.static_range(M):
                 step = tile[m] * N + t
@@ -199,9 +199,21 @@ def _sweeps(
 
 
 def default_launch(batch: int, spec: TrellisSpec, device: torch.device, *, tangent: bool) -> Launch:
-    """The launch that was fastest on an H100 (benchmarks/README.md)."""
-    tiles = tiles_at_once(batch, 2 if spec.V == 2 else 1, device)
-    return Launch(tiles=tiles, block=512, warps=8, per_processor=2 if spec.V == 2 else 1)
+    """The launch that was fastest on an H100 (benchmarks/README.md): 16 warps a multiprocessor."""
+    if spec.V == 1 and spec.L == 16:
+        if tangent:
+            return Launch(1, 2048, 16, 1, registers=128, choices=4, beta_block=2048)
+        return Launch(1, 2048, 16, 2, registers=64, choices=4, beta_block=2048)
+    warps = min(16, max(1, spec.num_overlaps // 64))
+    return Launch(
+        tiles=tiles_at_once(batch, 2 if tangent else 4, device),
+        block=64 * warps,
+        warps=warps,
+        per_processor=16 // warps,
+        registers=128,
+        choices=8,
+        beta_block=64 * warps,
+    )
 
 
 def _run(
@@ -261,7 +273,7 @@ def _run(
         CHOICES=min(branches, launch.choices),
         BETA_ROWS=min(max(1, launch.beta_block // beta_columns), columns),
         BETA_COLUMNS=beta_columns,
-        BETA_CHOICES=min(branches, launch.beta_choices),
+        BETA_CHOICES=min(branches, _CHOICES),
         SPAN=min(1024, overlaps),
         PINNED=pins is not None,
         TANGENT=tangent,
@@ -269,8 +281,7 @@ def _run(
         CODEBOOK=with_codebook,
         FAST=w.is_cuda,
         THREADS=launch.threads(device),
-        ALPHA_STAGES=launch.stages,
-        BETA_STAGES=launch.beta_stages,
+        EVICTION=launch.codebook_eviction,
         num_warps=launch.warps,
         maxnreg=launch.registers,
     )

@@ -43,11 +43,66 @@ def _maximum(values, COUNT: tl.constexpr):
 
 
 @triton.jit
+def _alpha_chunk(
+    codebook, alpha, a, w, gain, scale, rows, v, chunk, top, mass, sum_a,
+    U: tl.constexpr, R: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
+    COLUMNS: tl.constexpr, CHOICES: tl.constexpr, TANGENT: tl.constexpr, CACHE: tl.constexpr,
+    EVICTION: tl.constexpr,
+):  # fmt: skip
+    """Adds CHOICES predecessors of the overlaps v to the running log-sums of M tiles."""
+    c0 = ()
+    c1 = ()
+    for i in tl.static_range(CHOICES):
+        s = (chunk * CHOICES + i) * U + v
+        c0 = c0 + (tl.load(codebook + s, eviction_policy=EVICTION),)
+        if V == 2:
+            c1 = c1 + (tl.load(codebook + R * U + s, eviction_policy=EVICTION),)
+    new_top = ()
+    new_mass = ()
+    new_sum = ()
+    for m in tl.static_range(M):
+        x = ()
+        h = ()
+        for i in tl.static_range(CHOICES):
+            u = ((chunk * CHOICES + i) * U + rows * COLUMNS) // R
+            d = tl.fma(c0[i], scale[m], -w[m * V])
+            y = tl.fma(d * -1.0, d, tl.load(alpha + m * U + u, cache_modifier=CACHE))
+            if TANGENT:
+                known = tl.load(a + m * U + u, cache_modifier=CACHE)
+                g = tl.fma(gain[m * V], d, known)
+            if V == 2:
+                d = tl.fma(c1[i], scale[m], -w[m * V + 1])
+                y = tl.fma(d * -1.0, d, y)
+                if TANGENT:
+                    g = tl.fma(gain[m * V + 1], d, g)
+            x = x + (y,)
+            if TANGENT:
+                h = h + (g,)
+        high = _maximum(x, CHOICES)
+        total = mass[m]
+        weighted = sum_a[m]
+        if R > CHOICES:
+            high = tl.maximum(high, top[m])
+            kept = tl.exp2(top[m] - high)
+            total = total * kept
+            weighted = weighted * kept
+        for i in tl.static_range(CHOICES):
+            p = tl.exp2(x[i] - high)
+            total += p
+            if TANGENT:
+                weighted = tl.fma(p, h[i], weighted)
+        new_top = new_top + (high,)
+        new_mass = new_mass + (total,)
+        new_sum = new_sum + (weighted,)
+    return new_top, new_mass, new_sum
+
+
+@triton.jit
 def alpha_step(
     codebook, alpha, a, new_alpha, new_a, w, gain, gain_mean, scale, shift, turn,
     U: tl.constexpr, R: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHOICES: tl.constexpr, TANGENT: tl.constexpr,
-    FAST: tl.constexpr, THREADS: tl.constexpr, STAGES: tl.constexpr,
+    FAST: tl.constexpr, THREADS: tl.constexpr, EVICTION: tl.constexpr,
 ):  # fmt: skip
     """alpha_{t+1} (and a_{t+1}) from alpha_t (and a_t) for M tiles; returns the greatest [M].
 
@@ -65,7 +120,7 @@ def alpha_step(
     peak = ()
     for m in tl.static_range(M):
         peak = peak + (tl.full([ROWS, COLUMNS], -3e38, tl.float32),)
-    for i_block in tl.range(0, U // (ROWS * COLUMNS), num_stages=STAGES):
+    for i_block in range(U // (ROWS * COLUMNS)):
         j = tl.where(turn, U // (ROWS * COLUMNS) - 1 - i_block, i_block)
         rows = j * ROWS + row
         v = rows * COLUMNS + column
@@ -76,54 +131,18 @@ def alpha_step(
             top = top + (tl.full([ROWS, COLUMNS], -3e38, tl.float32),)
             mass = mass + (tl.zeros([ROWS, COLUMNS], tl.float32),)
             sum_a = sum_a + (tl.zeros([ROWS, COLUMNS], tl.float32),)
-        for chunk in range(R // CHOICES):
-            c0 = ()
-            c1 = ()
-            for i in tl.static_range(CHOICES):
-                s = (chunk * CHOICES + i) * U + v
-                c0 = c0 + (tl.load(codebook + s),)
-                if V == 2:
-                    c1 = c1 + (tl.load(codebook + R * U + s),)
-            new_top = ()
-            new_mass = ()
-            new_sum = ()
-            for m in tl.static_range(M):
-                x = ()
-                h = ()
-                for i in tl.static_range(CHOICES):
-                    u = ((chunk * CHOICES + i) * U + rows * COLUMNS) // R
-                    d = tl.fma(c0[i], scale[m], -w[m * V])
-                    y = tl.fma(d * -1.0, d, tl.load(alpha + m * U + u, cache_modifier=CACHE))
-                    if TANGENT:
-                        known = tl.load(a + m * U + u, cache_modifier=CACHE)
-                        g = tl.fma(gain[m * V], d, known)
-                    if V == 2:
-                        d = tl.fma(c1[i], scale[m], -w[m * V + 1])
-                        y = tl.fma(d * -1.0, d, y)
-                        if TANGENT:
-                            g = tl.fma(gain[m * V + 1], d, g)
-                    x = x + (y,)
-                    if TANGENT:
-                        h = h + (g,)
-                high = _maximum(x, CHOICES)
-                total = mass[m]
-                weighted = sum_a[m]
-                if R > CHOICES:
-                    high = tl.maximum(high, top[m])
-                    kept = tl.exp2(top[m] - high)
-                    total = total * kept
-                    weighted = weighted * kept
-                for i in tl.static_range(CHOICES):
-                    p = tl.exp2(x[i] - high)
-                    total += p
-                    if TANGENT:
-                        weighted = tl.fma(p, h[i], weighted)
-                new_top = new_top + (high,)
-                new_mass = new_mass + (total,)
-                new_sum = new_sum + (weighted,)
-            top = new_top
-            mass = new_mass
-            sum_a = new_sum
+        if R <= 4 * CHOICES:
+            for chunk in tl.static_range(R // CHOICES):
+                top, mass, sum_a = _alpha_chunk(
+                    codebook, alpha, a, w, gain, scale, rows, v, chunk, top, mass, sum_a,
+                    U, R, V, M, COLUMNS, CHOICES, TANGENT, CACHE, EVICTION,
+                )  # fmt: skip
+        else:
+            for chunk in range(R // CHOICES):
+                top, mass, sum_a = _alpha_chunk(
+                    codebook, alpha, a, w, gain, scale, rows, v, chunk, top, mass, sum_a,
+                    U, R, V, M, COLUMNS, CHOICES, TANGENT, CACHE, EVICTION,
+                )  # fmt: skip
         new_peak = ()
         for m in tl.static_range(M):
             message = (top[m] - shift[m]) + log2(mass[m], FAST)
@@ -146,7 +165,7 @@ def beta_step(
     U: tl.constexpr, R: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHOICES: tl.constexpr,
     TANGENT: tl.constexpr, ENTROPY: tl.constexpr, CODEBOOK: tl.constexpr, FAST: tl.constexpr,
-    THREADS: tl.constexpr, STAGES: tl.constexpr,
+    THREADS: tl.constexpr, EVICTION: tl.constexpr,
 ):  # fmt: skip
     """beta_t (and b_t) from beta_{t+1} (and b_{t+1}), and what the posterior of step t yields.
 
@@ -189,14 +208,14 @@ def beta_step(
             if TANGENT:
                 known = tl.load(a + m * U + u, cache_modifier=".cg")
                 before_a = before_a + (known - gain_mean[m],)
-        for chunk in tl.range(0, R // CHOICES, num_stages=STAGES):
+        for chunk in range(R // CHOICES):
             for i in tl.static_range(CHOICES):
                 c = chunk * CHOICES + i
-                c0 = tl.load(codebook + c * U + u)
+                c0 = tl.load(codebook + c * U + u, eviction_policy=EVICTION)
                 sum0 = c0 * 0.0
                 sum1 = sum0
                 if V == 2:
-                    c1 = tl.load(codebook + R * U + c * U + u)
+                    c1 = tl.load(codebook + R * U + c * U + u, eviction_policy=EVICTION)
                 new_p = ()
                 new_h = ()
                 new_d = ()

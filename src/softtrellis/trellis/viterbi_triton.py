@@ -51,7 +51,7 @@ def _step(
     codebook, source, target, w0, w1, turn,
     U: tl.constexpr, R: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHOICES: tl.constexpr, THREADS: tl.constexpr,
-    STAGES: tl.constexpr,
+    EVICTION: tl.constexpr,
 ):  # fmt: skip
     """One step of M tiles: target(v) = min over c of source((c U + v) / R) + error.
 
@@ -62,20 +62,20 @@ def _step(
         touch(source, M * U, THREADS)
     row = tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, COLUMNS)[None, :]
-    for i_block in tl.range(0, U // (ROWS * COLUMNS), num_stages=STAGES):
+    for i_block in range(U // (ROWS * COLUMNS)):
         j = tl.where(turn, U // (ROWS * COLUMNS) - 1 - i_block, i_block)
         rows = j * ROWS + row
         v = rows * COLUMNS + column
         best = ()
         for m in tl.static_range(M):
             best = best + (tl.full([ROWS, COLUMNS], 3e38, tl.float32),)
-        for chunk in tl.range(0, R // CHOICES, num_stages=STAGES):
+        for chunk in range(R // CHOICES):
             for i in tl.static_range(CHOICES):
                 c = chunk * CHOICES + i
-                c0 = tl.load(codebook + c * U + v)
+                c0 = tl.load(codebook + c * U + v, eviction_policy=EVICTION)
                 c1 = c0
                 if V == 2:
-                    c1 = tl.load(codebook + (R * U + c * U) + v)
+                    c1 = tl.load(codebook + (R * U + c * U) + v, eviction_policy=EVICTION)
                 found = ()
                 for m in tl.static_range(M):
                     before = tl.load(source + m * U + (c * U + rows * COLUMNS) // R)
@@ -91,7 +91,7 @@ def _hop(
     codebook, w, messages, states, t, overlap, tile, valid, N,
     U: tl.constexpr, R: tl.constexpr, V: tl.constexpr, STEPS: tl.constexpr, PATHS: tl.constexpr,
 ):  # fmt: skip
-    """Back from the overlaps [M] before step t + STEPS to those before step t; writes the states."""
+    """From the overlaps [M] before step t + STEPS back to those before step t; writes states."""
     path = tl.arange(0, PATHS)[None, :]
     u = overlap[:, None] + path * 0
     rest = path + overlap[:, None] * 0
@@ -126,7 +126,7 @@ def _viterbi(
     U: tl.constexpr, R: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHOICES: tl.constexpr,
     KEEP: tl.constexpr, PATHS: tl.constexpr, SPAN: tl.constexpr, PINNED: tl.constexpr,
-    THREADS: tl.constexpr, STAGES: tl.constexpr,
+    THREADS: tl.constexpr, EVICTION: tl.constexpr,
 ):  # fmt: skip
     own = scratch + tl.program_id(0).to(tl.int64) * M * rows_of_tile * U
     span = tl.arange(0, SPAN)
@@ -158,7 +158,7 @@ def _viterbi(
                 w1 = w1 + (tl.load(at + (V - 1)),)
             _step(
                 codebook, own + here, own + there, w0, w1, t % 2 == 1,
-                U, R, V, M, ROWS, COLUMNS, CHOICES, THREADS, STAGES,
+                U, R, V, M, ROWS, COLUMNS, CHOICES, THREADS, EVICTION,
             )  # fmt: skip
             tl.debug_barrier()
             t += 1
@@ -192,8 +192,16 @@ def _viterbi(
 
 def default_launch(batch: int, spec: TrellisSpec, device: torch.device) -> Launch:
     """The launch that was fastest on an H100 (benchmarks/README.md)."""
-    tiles = tiles_at_once(batch, 8 if spec.V == 2 else 4, device)
-    return Launch(tiles=tiles, block=1024, warps=8, per_processor=1)
+    overlaps_per_thread = 4 if spec.V == 2 else 8
+    warps = min(16, max(1, spec.num_overlaps // (32 * overlaps_per_thread)))
+    return Launch(
+        tiles=tiles_at_once(batch, 4 if spec.V == 2 or spec.L < 16 else 1, device),
+        block=32 * overlaps_per_thread * warps,
+        warps=warps,
+        per_processor=16 // warps,
+        registers=128,
+        touch=spec.V == 2,
+    )
 
 
 def best_path(
@@ -252,7 +260,7 @@ def best_path(
         SPAN=min(1024, spec.num_overlaps),
         PINNED=pins is not None,
         THREADS=launch.threads(w.device),
-        STAGES=launch.stages,
+        EVICTION=launch.codebook_eviction,
         num_warps=launch.warps,
         maxnreg=launch.registers,
     )

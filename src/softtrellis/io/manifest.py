@@ -1,0 +1,142 @@
+"""The manifest of a checkpoint: what is in it, and the checksums."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from softtrellis.io.files import sha256_of
+from softtrellis.modules.quantized_linear import LayerFormat
+from softtrellis.quantizers.hard import TrellisCode
+from softtrellis.spec import TrellisSpec
+
+FORMAT, FORMAT_VERSION = "softtrellis", 1
+MANIFEST, WEIGHTS = "softtrellis.json", "model.safetensors"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used: damaged, from another version or for another model."""
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """Which full-precision model a checkpoint was made from.
+
+    Attributes:
+        name: as it was loaded.
+        fingerprint: see ``fingerprint``.
+        licence: its licence.
+    """
+
+    name: str
+    fingerprint: str
+    licence: str = "unknown"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What ``softtrellis.json`` says.
+
+    Attributes:
+        base: the model it was made from.
+        layers: the stored shape of every quantized layer.
+        files: sha256 and bytes of every other file.
+        provenance: settings and figures of the runs that made it, for people to read.
+    """
+
+    base: BaseModel
+    layers: Mapping[str, LayerFormat]
+    files: Mapping[str, Mapping[str, Any]]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+
+def manifest_json(manifest: Manifest, code: TrellisCode) -> dict[str, Any]:
+    """What ``read_manifest`` reads, for layers of one code."""
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "base": asdict(manifest.base),
+        "code": asdict(code),
+        "layers": {
+            name: {k: v for k, v in asdict(layer).items() if k != "code"}
+            for name, layer in manifest.layers.items()
+        },
+        "files": dict(manifest.files),
+        "provenance": dict(manifest.provenance),
+    }
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a directory holds a softtrellis checkpoint."""
+    return (path / MANIFEST).is_file()
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Reads and validates ``softtrellis.json``.
+
+    Raises:
+        CheckpointError: not a checkpoint, damaged, or from a version this one cannot read.
+    """
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise CheckpointError(
+            f"{directory} is not a softtrellis checkpoint: it has no {MANIFEST}; "
+            "make one with 'softtrellis quantize'"
+        )
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if value["format"] != FORMAT:
+            raise CheckpointError(
+                f"{path} is of format {value['format']!r}; give a checkpoint of {FORMAT!r}"
+            )
+        version = value["format_version"]
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{directory} has checkpoint version {version}, this release reads "
+                f"{FORMAT_VERSION}; use the release of softtrellis that wrote it"
+            )
+        code = dict(value["code"])
+        spec = TrellisSpec(**code.pop("spec"))
+        trellis_code = TrellisCode(spec, **code)
+        layers = {
+            name: LayerFormat(code=trellis_code, **layer) for name, layer in value["layers"].items()
+        }
+        if not layers or min(layer.tiles for layer in layers.values()) < 1:
+            raise ValueError("a layer without weights, or no layer")
+        files = {
+            name: {"sha256": str(file["sha256"]), "bytes": int(file["bytes"])}
+            for name, file in value["files"].items()
+        }
+        if not files.keys() >= {WEIGHTS, "config.json"}:
+            raise ValueError("files that it must list are missing")
+        return Manifest(BaseModel(**value["base"]), layers, files, dict(value["provenance"]))
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{path} is damaged ({reason}); copy the checkpoint again") from error
+
+
+def verify_files(directory: Path, manifest: Manifest) -> None:
+    """Compares every file with its checksum.
+
+    Raises:
+        CheckpointError: a file is missing, truncated or altered.
+    """
+    for name, expected in manifest.files.items():
+        path = directory / name
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing; copy the checkpoint again")
+        size = path.stat().st_size
+        if size != expected["bytes"]:
+            raise CheckpointError(
+                f"{path} has {size} bytes instead of {expected['bytes']}: it is truncated or "
+                "altered; copy the checkpoint again"
+            )
+        if sha256_of(path) != expected["sha256"]:
+            raise CheckpointError(
+                f"{path} does not match its checksum: it was altered; copy the checkpoint again"
+            )
