@@ -29,24 +29,37 @@ CODES = {V2: "hyb", V1: "mul1"}
 L12 = TrellisSpec(12, 2, 2)
 FORWARD = {
     "f4": (V2, Launch(4, 1024, 16, 1, registers=128, choices=8)),
-    "f4k": (V2, Launch(4, 1024, 16, 1, registers=128, choices=8, keep=True)),
+    "f3": (V2, Launch(3, 1024, 16, 1, registers=128, choices=8)),
+    "f2x3": (V2, Launch(2, 512, 8, 3, registers=80, choices=8, beta_block=512)),
     "f12": (L12, Launch(4, 256, 4, 4, registers=128, choices=8, beta_block=256)),
+    "fv1x2": (V1, Launch(1, 2048, 16, 2, registers=64, choices=4, beta_block=2048)),
 }
 BACKWARD = {
-    "b2k": (V2, Launch(2, 1024, 16, 1, registers=128, choices=8, keep=True)),
+    "b1": (V2, Launch(1, 1024, 16, 1, registers=128, choices=16)),
+    "b2": (V2, Launch(2, 1024, 16, 1, registers=128, choices=8)),
     "b3": (V2, Launch(3, 1024, 16, 1, registers=128, choices=8)),
-    "b1k": (V2, Launch(1, 1024, 16, 1, registers=128, choices=16, keep=True)),
-    "bv1k": (V1, Launch(1, 2048, 16, 1, registers=128, choices=4, beta_block=2048, keep=True)),
     "b12": (L12, Launch(2, 256, 4, 4, registers=128, choices=8, beta_block=256)),
+    "bv1": (V1, Launch(1, 2048, 16, 1, registers=128, choices=4, beta_block=2048)),
 }
 VITERBI = {
-    "m4k": (V2, Launch(4, 2048, 16, 1, registers=128, keep=True)),
-    "m4w16x2": (V2, Launch(4, 2048, 16, 2, registers=64)),
-    "m2w16x2": (V2, Launch(2, 2048, 16, 2, registers=64)),
-    "v1w16x2": (V1, Launch(1, 4096, 16, 2, registers=64)),
-    "v1k": (V1, Launch(1, 4096, 16, 1, registers=128, keep=True)),
+    "m4": (V2, Launch(4, 2048, 16, 1, registers=128, touch=True)),
+    "m4x2": (V2, Launch(4, 2048, 16, 2, registers=64)),
+    "m2x2": (V2, Launch(2, 2048, 16, 2, registers=64)),
+    "m8w32": (V2, Launch(8, 4096, 32, 1, registers=64)),
+    "v1": (V1, Launch(1, 4096, 16, 1, registers=128)),
+    "v1x2": (V1, Launch(1, 4096, 16, 2, registers=64)),
+    "v1x2b": (V1, Launch(1, 2048, 16, 2, registers=64)),
 }
-CHECKS = [(16, 2, 2), (16, 2, 1), (12, 2, 2), (14, 2, 2), (8, 1, 1), (9, 4, 2), (11, 3, 2), (12, 4, 1)]
+CHECKS = [
+    (16, 2, 2),
+    (16, 2, 1),
+    (12, 2, 2),
+    (14, 2, 2),
+    (8, 1, 1),
+    (9, 4, 2),
+    (11, 3, 2),
+    (12, 4, 1),
+]
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -54,7 +67,9 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return error if error == error else float("inf")
 
 
-def problem(spec: TrellisSpec, batch: int, seed: int, steps: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def problem(
+    spec: TrellisSpec, batch: int, seed: int, steps: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     torch.manual_seed(seed)
     name = CODES.get(spec, "gaussian")
     table = codebook(name, spec).cuda()
@@ -66,7 +81,9 @@ def with_outliers(w: torch.Tensor) -> torch.Tensor:
     return torch.where(hit, w * 4.0, w)
 
 
-def check_viterbi(spec: TrellisSpec, steps: int, launch: Launch | None, pinned: bool, batch: int = 5) -> str:
+def check_viterbi(
+    spec: TrellisSpec, steps: int, launch: Launch | None, pinned: bool, batch: int = 5
+) -> str:
     w, table = problem(spec, batch, 1, steps)
     w = with_outliers(w)
     pins = torch.randint(spec.num_overlaps, (batch,), device="cuda") if pinned else None
@@ -78,7 +95,9 @@ def check_viterbi(spec: TrellisSpec, steps: int, launch: Launch | None, pinned: 
     return f"same {float((ours == best).float().mean()):.4f} cost {worst:.1e} path {follows}"
 
 
-def check_bcjr(spec: TrellisSpec, steps: int, T: float, launch: Launch | None, pinned: bool, batch: int = 3) -> str:
+def check_bcjr(
+    spec: TrellisSpec, steps: int, T: float, launch: Launch | None, pinned: bool, batch: int = 3
+) -> str:
     w, table = problem(spec, batch, 2, steps)
     w = with_outliers(w)
     pins = torch.randint(spec.num_overlaps, (batch,), device="cuda") if pinned else None
@@ -88,10 +107,21 @@ def check_bcjr(spec: TrellisSpec, steps: int, T: float, launch: Launch | None, p
     v, z, e = bcjr_triton.soft_forward(w, table, spec, t, pins, True, launch)
     v_, z_, e_ = bcjr_torch.soft_forward(exact[0], exact[1], spec, exact[2], pins, True)
     gw, _ = bcjr_triton.soft_backward(w, table, spec, t, pins, v, g, 0 * gz, False, launch)
-    gw_, _ = bcjr_torch.soft_backward(exact[0], exact[1], spec, exact[2], pins, v_, exact[3], 0 * exact[4], False)
+    gw_, _ = bcjr_torch.soft_backward(
+        exact[0], exact[1], spec, exact[2], pins, v_, exact[3], 0 * exact[4], False
+    )
     gy, gc = bcjr_triton.soft_backward(w, table, spec, t, pins, v, g, gz, True, launch)
-    gy_, gc_ = bcjr_torch.soft_backward(exact[0], exact[1], spec, exact[2], pins, v_, exact[3], exact[4], True)
-    pairs = {"values": (v, v_), "logz": (z, z_), "entropy": (e, e_), "grad": (gw, gw_), "grad+z": (gy, gy_), "code": (gc, gc_)}
+    gy_, gc_ = bcjr_torch.soft_backward(
+        exact[0], exact[1], spec, exact[2], pins, v_, exact[3], exact[4], True
+    )
+    pairs = {
+        "values": (v, v_),
+        "logz": (z, z_),
+        "entropy": (e, e_),
+        "grad": (gw, gw_),
+        "grad+z": (gy, gy_),
+        "code": (gc, gc_),
+    }
     return " ".join(f"{k} {relative(*p):.1e}" for k, p in pairs.items())
 
 
@@ -158,7 +188,10 @@ def time_forward(name: str, T: float = 0.05, tiny: bool = False) -> None:
     e = [x[-4:].double() for x in (w, t)]
     v_, _, _ = bcjr_torch.soft_forward(e[0], table.double(), spec, e[1], None, False)
     taken = measure(lambda: bcjr_triton.soft_forward(w, table, spec, t, None, False, launch), tiles)
-    print(f"forward {name} T={T} tiles={tiles} {taken} error {relative(v[-4:], v_):.1e} peak {peak:.2f} GiB {launch}", flush=True)
+    print(
+        f"forward {name} T={T} tiles={tiles} {taken} error {relative(v[-4:], v_):.1e} peak {peak:.2f} GiB {launch}",
+        flush=True,
+    )
 
 
 def time_backward(name: str, T: float = 0.05, tiny: bool = False) -> None:
@@ -177,8 +210,13 @@ def time_backward(name: str, T: float = 0.05, tiny: bool = False) -> None:
     e = [x[-4:].double() for x in (w, t, g, gz)]
     v_, _, _ = bcjr_torch.soft_forward(e[0], table.double(), spec, e[1], None, False)
     gw_, _ = bcjr_torch.soft_backward(e[0], table.double(), spec, e[1], None, v_, e[2], e[3], False)
-    taken = measure(lambda: bcjr_triton.soft_backward(w, table, spec, t, None, v, g, gz, False, launch), tiles)
-    print(f"backward {name} T={T} tiles={tiles} {taken} error {relative(gw[-4:], gw_):.1e} peak {peak:.2f} GiB {launch}", flush=True)
+    taken = measure(
+        lambda: bcjr_triton.soft_backward(w, table, spec, t, None, v, g, gz, False, launch), tiles
+    )
+    print(
+        f"backward {name} T={T} tiles={tiles} {taken} error {relative(gw[-4:], gw_):.1e} peak {peak:.2f} GiB {launch}",
+        flush=True,
+    )
 
 
 def time_viterbi(name: str, tiles: int = 4224, tiny: bool = False, default: bool = False) -> None:
@@ -232,8 +270,16 @@ def defaults() -> None:
         for T in (0.3, 0.05, 0.03):
             w, table, t, g, gz = bcjr_problem(spec, tiles, T)
             v, _, _ = bcjr_triton.soft_forward(w, table, spec, t, None, False)
-            forward = measure(lambda w=w, C=table, s=spec, t=t: bcjr_triton.soft_forward(w, C, s, t, None, False), tiles)
-            backward = measure(lambda w=w, C=table, s=spec, t=t, v=v, g=g, z=gz: bcjr_triton.soft_backward(w, C, s, t, None, v, g, z, False), tiles)
+            forward = measure(
+                lambda w=w, C=table, s=spec, t=t: bcjr_triton.soft_forward(w, C, s, t, None, False),
+                tiles,
+            )
+            backward = measure(
+                lambda w=w, C=table, s=spec, t=t, v=v, g=g, z=gz: bcjr_triton.soft_backward(
+                    w, C, s, t, None, v, g, z, False
+                ),
+                tiles,
+            )
             print(f"default {spec} T={T} tiles={tiles} fwd {forward} bwd {backward}", flush=True)
     w, table, t, g, gz = bcjr_problem(V2, 37, 0.03)
     runs = [bcjr_triton.soft_backward(w, table, V2, t, None, w, g, gz, False)[0] for _ in range(20)]
@@ -242,7 +288,9 @@ def defaults() -> None:
         for tiles in (36, 108, 512, 10000 if spec.V == 2 else 2000):
             w, table = problem(spec, tiles, 5)
 
-            def encode(w: torch.Tensor = w, table: torch.Tensor = table, spec: TrellisSpec = spec) -> None:
+            def encode(
+                w: torch.Tensor = w, table: torch.Tensor = table, spec: TrellisSpec = spec
+            ) -> None:
                 half = w.shape[1] // 2
                 rolled = viterbi_triton.best_path(w.roll(-half, 1), table, spec, None)
                 pins = (rolled[:, -half] >> spec.shift).long()
@@ -252,7 +300,15 @@ def defaults() -> None:
 
 
 def main() -> None:
-    print(json.dumps({"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": __import__("triton").__version__}))
+    print(
+        json.dumps(
+            {
+                "device": torch.cuda.get_device_name(),
+                "torch": torch.__version__,
+                "triton": __import__("triton").__version__,
+            }
+        )
+    )
     if sys.argv[1] == "check":
         check()
         return

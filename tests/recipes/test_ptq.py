@@ -47,7 +47,7 @@ def test_hessians_are_the_second_moments(tiny_llama: LlamaForCausalLM) -> None:
 def test_layers_behind_the_last_one_are_not_run(tiny_llama: LlamaForCausalLM) -> None:
     windows = torch.randint(128, (1, 16))
     ran: list[str] = []
-    tiny_llama.model.layers[1].register_forward_pre_hook(lambda *_: ran.append("layer 1"))
+    tiny_llama.model.layers[1].register_forward_hook(lambda *_: ran.append("layer 1"))
     collect_hessians(tiny_llama, ["model.layers.0.mlp.up_proj"], windows)
     assert ran == []
 

@@ -212,9 +212,3 @@ def test_strided_input():
 
 def test_meta_tensors_give_shapes():
     assert hadamard_transform(torch.empty(2, 577, device="meta")).shape == (2, 577)
-
-
-def test_torch_compile_in_one_graph():
-    compiled = torch.compile(hadamard_transform, backend="eager", fullgraph=True)
-    x = vectors(172, torch.float32)
-    torch.testing.assert_close(compiled(x), hadamard_transform(x))

@@ -33,7 +33,7 @@ def stop_before(model: nn.Module, index: int) -> Any:
 
     handle = None
     if index < len(layers):
-        handle = layers[index].register_forward_pre_hook(stop, with_kwargs=True)
+        handle = layers[index].register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
     try:
         yield seen
     finally:

@@ -14,10 +14,8 @@ cut into matmuls (`_stages`) only changes the speed.
 
 import itertools
 import math
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache, reduce
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -29,9 +27,6 @@ Integers = npt.NDArray[np.int64]
 
 MAX_PALEY_ORDER = 2048
 """Largest Paley factor used; beyond it, the dense matmul would cost more than it is worth."""
-
-_F = TypeVar("_F", bound=Callable[..., object])
-_constant: Callable[[_F], _F] = torch.compiler.assume_constant_result  # torch.compile runs it as is
 
 _STAGE = 64  # largest matmul factor that is built up from powers of two
 
@@ -197,7 +192,6 @@ def _blocks(n: int) -> tuple[int, ...]:
     return tuple(blocks)
 
 
-@_constant
 def hadamard_blocks(n: int) -> tuple[int, ...]:
     """Orders of the diagonal blocks that transform n channels; one order wherever possible.
 
@@ -251,7 +245,6 @@ def _stage_matrix(orders: tuple[int, ...], dtype: torch.dtype, device: torch.dev
         return torch.tensor(signs / math.sqrt(len(signs)), dtype=dtype, device=device)
 
 
-@_constant
 def _stage_matrices(n: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     return [_stage_matrix(orders, dtype, device) for orders in _stages(n)]
 

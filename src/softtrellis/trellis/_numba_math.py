@@ -27,7 +27,14 @@ _FUSE = ("contract",)
 
 # 2**f on [-1/2, 1/2], relative error 9.1e-8, and log2(1 + z) on [sqrt(1/2) - 1, sqrt(2) - 1],
 # absolute error 4.8e-8: minimax polynomials, lowest power first.
-_EXP2 = (1.0, 0.693147003651, 0.240222424269, 0.055507343262, 0.009671507403, 0.001326472615)
+_EXP2 = (
+    1.0,
+    0.693147003651,
+    0.240222424269,
+    0.055507343262,
+    0.009671507403,
+    0.001326472615,
+)
 _LOG2 = (
     1.4426947832107544,
     -0.7213571667671204,
@@ -91,7 +98,9 @@ def _pointer(context: Any, builder: Any, kind: Any, array: Any, index: Any, targ
 
 def _polynomial(builder: Any, x: Any, coefficients: tuple[float, ...]) -> Any:
     fma = cgutils.get_or_insert_function(
-        builder.module, ir.FunctionType(_FLOATS, [_FLOATS] * 3), f"llvm.fmuladd.v{LANES}f32"
+        builder.module,
+        ir.FunctionType(_FLOATS, [_FLOATS] * 3),
+        f"llvm.fmuladd.v{LANES}f32",
     )
     value = _constant(coefficients[-1])
     for coefficient in reversed(coefficients[:-1]):
@@ -107,14 +116,23 @@ def _select_smaller(builder: Any, x: Any, y: Any) -> Any:
     return builder.select(builder.fcmp_ordered("<", x, y), x, y)
 
 
-def _exp2(builder: Any, x: Any) -> Any:
-    # Adding 1.5 * 2**23 rounds x to an integer n in the low bits; 127 more makes them 2**n's
+def _exp2_above(builder: Any, x: Any, base: Any) -> Any:
+    # Adding 1.5 * 2**23 rounds to an integer n in the low bits; 127 more makes them 2**n's
     # exponent field once shifted into place.
-    magic = _constant(12582912.0 + 127.0)
+    magic = builder.fsub(_constant(12582912.0 + 127.0), base)
     rounded = builder.fadd(x, magic)
     fraction = builder.fadd(x, builder.fsub(magic, rounded))
     power = builder.bitcast(builder.shl(builder.bitcast(rounded, _INTS), _integer(23)), _FLOATS)
     return builder.fmul(_polynomial(builder, fraction, _EXP2), power, flags=_FUSE)
+
+
+def _exp2(builder: Any, x: Any) -> Any:
+    return _exp2_above(builder, x, _constant(0.0))
+
+
+def _nearest(builder: Any, x: Any) -> Any:
+    magic = _constant(12582912.0)
+    return builder.fsub(builder.fadd(x, magic), magic)
 
 
 def _log2(builder: Any, x: Any) -> Any:
@@ -159,6 +177,8 @@ def _binary(emit: Callable[..., Any]) -> Any:
 
 
 exp2 = _unary(_exp2)  # of -126 <= x <= 127
+exp2_above = _binary(_exp2_above)  # 2**(x - base), base an integer, both of at most 2**22
+nearest = _unary(_nearest)  # integer, of |x| <= 2**22
 log2 = _unary(_log2)  # of positive normal numbers
 largest = _unary(_reduce(_select_larger), types.float32)
 total = _unary(_reduce(lambda builder, x, y: builder.fadd(x, y)), types.float32)
@@ -175,7 +195,9 @@ def splat(typing: Any, x: Any) -> Any:
     """A vector of one float32, repeated."""
 
     def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        one = builder.insert_element(ir.Constant(_FLOATS, ir.Undefined), args[0], ir.Constant(_INT, 0))
+        one = builder.insert_element(
+            ir.Constant(_FLOATS, ir.Undefined), args[0], ir.Constant(_INT, 0)
+        )
         return builder.shuffle_vector(one, one, _lanes([0] * LANES))
 
     return floats(types.float32), emit

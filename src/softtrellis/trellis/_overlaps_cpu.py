@@ -20,8 +20,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from numba import njit
+from numpy.typing import NDArray
 from torch import Tensor
 
 from softtrellis.spec import TrellisSpec
@@ -36,7 +38,7 @@ from softtrellis.trellis._numba_math import (
     zip_low,
 )
 
-UNREACHABLE = -1e30
+UNREACHABLE = np.float32(-1e30)
 """The logarithm of no path: finite, so that differences of it are no NaN."""
 
 _FAR = 1e8
@@ -44,8 +46,17 @@ _FAR = 1e8
 
 _CHUNK_VECTORS = 64
 
-kernel = njit(nogil=True, error_model="numpy", cache=True)
-inlined = njit(nogil=True, error_model="numpy", cache=True, forceinline=True)
+Floats = NDArray[np.float32]
+
+entry = njit(nogil=True, error_model="numpy", cache=True)
+kernel = njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+inlined = njit(
+    nogil=True,
+    error_model="numpy",
+    no_cpython_wrapper=True,
+    no_cfunc_wrapper=True,
+    forceinline=True,
+)
 
 
 class Shape(NamedTuple):
@@ -102,6 +113,25 @@ def _blocks(codebook: Tensor, states: Tensor, shape: Shape) -> Tensor:
     return code.contiguous().view(-1)
 
 
+def as_array(x: Tensor) -> Floats:
+    """The flat contents of a float32 CPU tensor; ValueError for any other."""
+    if x.dtype != torch.float32 or x.device.type != "cpu":
+        raise ValueError(
+            f"the CPU backend takes float32 tensors on the CPU, got {x.dtype} on {x.device}; "
+            "convert them or use backend='torch'"
+        )
+    flat: Floats = x.detach().contiguous().view(-1).numpy()
+    return flat
+
+
+def pins_or_free(pins: Tensor | None, tiles: int) -> NDArray[np.int64]:
+    """int64 [B]: the overlap at both ends, or -1 for free ends."""
+    if pins is None:
+        return np.full(tiles, -1, np.int64)
+    ends: NDArray[np.int64] = pins.to(torch.int64).contiguous().numpy()
+    return ends
+
+
 def over_threads(tiles: int, run: Callable[[int, int], Any]) -> list[Any]:
     """``run(first, stride)`` for every thread, which takes tiles first, first + stride, ..."""
     threads = max(1, min(torch.get_num_threads(), tiles))
@@ -111,17 +141,26 @@ def over_threads(tiles: int, run: Callable[[int, int], Any]) -> list[Any]:
         return list(pool.map(run, range(threads), [threads] * threads))
 
 
+@kernel
+def end_message(message: Floats, shape: Shape, pin: int) -> None:
+    """The message at either end: every overlap alike, or only one (pin >= 0)."""
+    for u in range(shape.width):
+        message[u] = 0.0 if u == pin or (pin < 0 and u < shape.U) else UNREACHABLE
+
+
 @inlined
-def incoming(message, row, spread, shape):  # type: ignore[no-untyped-def]
+def spread_rows(message: Floats, row: int, rows: Floats, shape: Shape) -> None:
     """Rows [a][period] for the forward loop, where those of a message are shorter than a vector."""
     for a in range(shape.R):
         for j in range(LANES):
             u = ((a * shape.U) >> shape.shift) + j % shape.W
-            spread[a * LANES + j] = message[row + u]
+            rows[a * LANES + j] = message[row + u]
 
 
 @kernel
-def from_lanes(source, target, row, spare, shape, offset):  # type: ignore[no-untyped-def]
+def from_lanes(
+    source: Floats, target: Floats, row: int, spare: Floats, shape: Shape, offset: Any
+) -> None:
     """The forward loop's lanes [c][j], minus offset, to natural order [j][c] in a row of target.
 
     Rotates the bits of the index left by kV, two at a time; ``source`` and ``spare`` are lost.
@@ -158,7 +197,7 @@ def from_lanes(source, target, row, spare, shape, offset):  # type: ignore[no-un
 
 
 @kernel
-def transposed(source, target, spare, shape, offset):  # type: ignore[no-untyped-def]
+def transposed(source: Floats, target: Floats, spare: Floats, shape: Shape, offset: Any) -> None:
     """Natural order [j][c], minus offset, to rows [c][period] for the backward loop.
 
     Rotates the bits of the index right by kV, two at a time; ``source`` and ``spare`` are lost.
@@ -183,7 +222,7 @@ def transposed(source, target, spare, shape, offset):  # type: ignore[no-untyped
             quarter = U // 4
             for j in range(0, quarter, LANES):
                 x0, x1 = load(source, 4 * j), load(source, 4 * j + LANES)
-                x2, x3 = load(source, 4 * j + 2 * LANES), load(source, 4 * j + 3 * LANES)
+                x2, x3 = (load(source, 4 * j + 2 * LANES), load(source, 4 * j + 3 * LANES))
                 x, y = evens(x0, x1), evens(x2, x3)
                 store(to, j, evens(x, y) - less)
                 store(to, 2 * quarter + j, odds(x, y) - less)

@@ -1,231 +1,166 @@
 # mypy: allow-untyped-decorators
-"""BCJR on the CPU: the sweeps of ``bcjr_torch`` as vectorised loops, one thread per tile.
+"""BCJR on the CPU: the sweeps of ``bcjr_torch`` as vector loops, one tile per thread at a time.
 
-Messages are base-2 logarithms of alpha and beta per overlap, less their maximum at every step, so
-one code serves every temperature. The step is alpha'(v) = m + log2 sum_a 2**(t_a - m) with
-t_a = alpha(u_a) - |C[s_a] - w|^2 / (T ln 2) and m the largest t_a. The backward pass carries
-conditional means beside them (the expectation semiring, normalised): with
-h_s = g . (C[s] - soft), the tangent of alpha at v is E[sum of h so far | v] and that of beta at u
-is E[sum of h to come | u].
+Messages are base-2 logarithms of alpha and beta, less their maximum at every step, so one code
+serves every temperature: alpha'(v) = m + log2 sum_r 2**(t_r - m) over the R candidates
+t_r = alpha(u_r) - |C[s_r] - w|^2 / (T ln 2), m being about the largest. Beside the messages the
+backward pass carries means (the expectation semiring, normalised). With h_s = g . (C[s] - soft),
+the tangent of alpha at v is E[sum of h so far | v], that of beta at u E[sum of h to come | u].
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
+from softtrellis.spec import TrellisSpec
+from softtrellis.trellis._bcjr_steps import (
+    FLOOR,
+    LEAST,
+    LN2,
+    ZERO,
+    CodeGradient,
+    Doubles,
+    Problem,
+    Scratch,
+    Upstream,
+    aim_of_step,
+    candidates,
+    close_chunk,
+    gain_of,
+    log2_share,
+    new_scratch,
+    sum_of_rows,
+    total_weights,
+    upstream_of_step,
+    weights,
+)
 from softtrellis.trellis._numba_math import (
     LANES,
     exp2,
+    exp2_above,
     larger,
     largest,
     load,
-    log2,
-    smaller,
     splat,
     store,
     total,
 )
 from softtrellis.trellis._overlaps_cpu import (
-    UNREACHABLE,
+    Floats,
+    as_array,
     backward_code,
+    end_message,
+    entry,
     forward_code,
     from_lanes,
-    incoming,
+    kernel,
     over_threads,
+    pins_or_free,
     shape_of,
+    spread_rows,
     states_of_blocks,
     transposed,
 )
 
-_NEVER = np.float32(UNREACHABLE)
-_LEAST = np.float32(-3e38)
-_FLOOR = np.float32(-125.0)  # 2**floor, the smallest weight, is a normal number
-_CEILING = np.float32(64.0)
-_ZERO = np.float32(0.0)
-_LN2 = math.log(2.0)
 
-_kernel = njit(nogil=True, error_model="numpy", cache=True)
-_inlined = njit(nogil=True, error_model="numpy", cache=True, forceinline=True)
+@kernel
+def _alpha_sweep(
+    problem: Problem, tile: int, upstream: Upstream | None, alpha: Floats, tangent: Any,
+    scale: Doubles, scratch: Scratch,
+) -> float:  # fmt: skip
+    """Fills alpha [N + 1, width]; scale [N + 1] is what its rows lack. Returns log2 Z.
 
-
-@_inlined
-def _candidates(code, i0, message, row, w, at_w, dims, kappa, shape, t, peaks):  # type: ignore[no-untyped-def]
-    """t_r = message_r - kappa |C - w|^2 of a chunk of lanes, and the peak m of every lane."""
-    V = len(dims)
-    w0, w1, scale = splat(w[at_w]), splat(w[at_w + V - 1]), splat(kappa)
-    at = 0
-    for b in range(shape.chunk):
-        i = i0 + b * LANES
-        x, c = row + (i & (shape.period - 1)), i * shape.R * V
-        m = splat(_LEAST)
-        for _ in range(shape.R):
-            d0 = load(code, c) - w0
-            energy = d0 * d0
-            if V == 2:
-                d1 = load(code, c + LANES) - w1
-                energy = d1 * d1 + energy
-            score = load(message, x) - scale * energy
-            store(t, at, score)
-            m = larger(score, m)
-            c += V * LANES
-            x += shape.period
-            at += LANES
-        store(peaks, b * LANES, m)
-
-
-@_inlined
-def _weights(shape, t, peaks):  # type: ignore[no-untyped-def]
-    """t_r becomes 2**(t_r - m), which lies between 2**-125 and 1."""
-    floor = splat(_FLOOR)
-    at = 0
-    for b in range(shape.chunk):
-        m = load(peaks, b * LANES)
-        for _ in range(shape.R):
-            store(t, at, exp2(larger(load(t, at) - m, floor)))
-            at += LANES
-
-
-@_inlined
-def _masses(shape, t, peaks, sums):  # type: ignore[no-untyped-def]
-    """The sum over r of 2**(t_r - m) in every lane."""
-    floor = splat(_FLOOR)
-    at = 0
-    for b in range(shape.chunk):
-        m, s = load(peaks, b * LANES), splat(_ZERO)
-        for _ in range(shape.R):
-            s = s + exp2(larger(load(t, at) - m, floor))
-            at += LANES
-        store(sums, b * LANES, s)
-
-
-@_inlined
-def _sum(t, at, R):  # type: ignore[no-untyped-def]
-    s = splat(_ZERO)
-    for _ in range(R):
-        s = s + load(t, at)
-        at += LANES
-    return s
-
-
-@_inlined
-def _gain(code, c, V, g0, g1, rest):  # type: ignore[no-untyped-def]
-    """g . C + rest, of one vector of states."""
-    if V == 2:
-        rest = g1 * load(code, c + LANES) + rest
-    return g0 * load(code, c) + rest
-
-
-@_inlined
-def _posterior(alpha, at, m, offset):  # type: ignore[no-untyped-def]
-    """log2 of what turns a state's weight 2**(t - m) into its marginal probability."""
-    return larger(smaller(load(alpha, at) + m + splat(offset), splat(_CEILING)), splat(_FLOOR))
-
-
-@_kernel
-def _end(message, row, shape, pin):  # type: ignore[no-untyped-def]
-    """Free ends: every overlap at no cost; pinned ends (pin >= 0): only one."""
-    for u in range(shape.width):
-        message[row + u] = _ZERO if u == pin or (pin < 0 and u < shape.U) else _NEVER
-
-
-@_kernel
-def _log2_partition(alpha, row, scale, shape, pin):  # type: ignore[no-untyped-def]
-    if pin >= 0:
-        return scale + alpha[row + pin]
-    mass = 0.0
-    for u in range(shape.U):
-        mass += 2.0 ** np.float64(alpha[row + u])
-    return scale + math.log2(mass)
-
-
-@_kernel
-def _alpha_sweep(w, g, soft, first, kappa, code, dims, shape, alpha, tangent, scale, work):  # type: ignore[no-untyped-def]
-    """alpha [N + 1, width] from its row 0 on; scale [N + 1] is what was taken off it.
-
-    With ``tangent`` [N + 1, width], also the mean of the sum of h up to every overlap.
+    With ``upstream`` also fills tangent [N + 1, width], the tangents of alpha; else it is None.
     """
-    V, R, K = len(dims), shape.R, shape.chunk
-    t, peaks, sums, lanes, spare, rows, tangents, tangent_lanes, _ = work
-    zero = splat(_ZERO)
+    shape, V, kappa = problem.shape, len(problem.components), problem.kappa[tile]
+    R, K, pin = shape.R, shape.chunk, problem.pins[tile]
+    t, rows, past = scratch.t, scratch.rows, scratch.tangent_rows
+    end_message(alpha, shape, pin)
     scale[0] = 0.0
     for step in range(shape.N):
-        row, at_w = step * shape.width, first + step * V
+        row, at_w = step * shape.width, (tile * shape.N + step) * V
+        aim = aim_of_step(problem, at_w)
         short = shape.W < LANES
         if short:
-            incoming(alpha, row, rows, shape)
-        if tangent is not None:
+            spread_rows(alpha, row, rows, shape)
+        message, first = (rows, 0) if short else (alpha, row)
+        if upstream is not None:
+            g0, g1, gain = upstream_of_step(upstream, at_w, V)
             if short:
-                incoming(tangent, row, tangents, shape)
-                past = tangents
+                spread_rows(tangent, row, past, shape)
             else:
                 past = tangent
-            g0, g1 = splat(g[at_w]), splat(g[at_w + V - 1])
-            rest = g[at_w] * soft[at_w]
-            if V == 2:
-                rest += g[at_w + 1] * soft[at_w + 1]
-            rest = splat(rest)
-        message, start = (rows, 0) if short else (alpha, row)
-        top = splat(_LEAST)
+        top = splat(LEAST)
         for i0 in range(0, shape.width, K * LANES):
-            _candidates(code, i0, message, start, w, at_w, dims, kappa, shape, t, peaks)
-            if tangent is None:
-                _masses(shape, t, peaks, sums)
+            candidates(problem.ahead, i0, message, first, aim, kappa, problem, scratch)
+            if upstream is None:
+                total_weights(shape, scratch)
             else:
-                _weights(shape, t, peaks)
+                weights(shape, scratch)
                 at, c = 0, i0 * R * V
                 for b in range(K):
                     i = i0 + b * LANES
-                    x, y = start + (i & (shape.period - 1)), zero
-                    s = _sum(t, at, R)
+                    x, y = first + (i & (shape.period - 1)), splat(ZERO)
+                    s = sum_of_rows(t, at, R)
                     for _ in range(R):
-                        weight = load(t, at)
-                        y = weight * _gain(code, c, V, g0, g1, load(past, x)) + y
+                        y = load(t, at) * gain_of(problem.ahead, c, V, g0, g1, load(past, x)) + y
                         c += V * LANES
                         x += shape.period
                         at += LANES
-                    store(sums, b * LANES, s)
-                    store(tangent_lanes, i, y / s - rest)
-            for b in range(K):
-                after = load(peaks, b * LANES) + log2(load(sums, b * LANES))
-                store(lanes, i0 + b * LANES, after)
-                top = larger(after, top)
-        shift = largest(top)
-        scale[step + 1] = scale[step] + shift
-        from_lanes(lanes, alpha, row + shape.width, spare, shape, shift)
-        if tangent is not None:
-            from_lanes(tangent_lanes, tangent, row + shape.width, spare, shape, _ZERO)
+                    store(scratch.sums, b * LANES, s)
+                    store(scratch.tangent_lanes, i, y / s - gain)
+            top = close_chunk(i0, top, shape, scratch)
+        peak = largest(top)
+        scale[step + 1] = scale[step] + peak - kappa * aim[4]
+        from_lanes(scratch.lanes, alpha, row + shape.width, scratch.spare, shape, peak)
+        if upstream is not None:
+            from_lanes(
+                scratch.tangent_lanes, tangent, row + shape.width, scratch.spare, shape, ZERO
+            )
+    last = shape.N * shape.width
+    if pin >= 0:
+        return float(scale[shape.N] + alpha[last + pin])
+    mass = 0.0
+    for u in range(shape.U):
+        mass += math.exp2(np.float64(alpha[last + u]))
+    return float(scale[shape.N] + math.log2(mass))
 
 
-@_kernel
-def _beta_sweep(w, first, kappa, code, dims, shape, alpha, scale, log_z, pin, values, entropy, at_entropy, work):  # type: ignore[no-untyped-def]
-    """Values of one tile: E[C[s]], as the clipped weight plus a mean of differences from it."""
-    V, R, K = len(dims), shape.R, shape.chunk
-    t, peaks, sums, lanes, spare, rows, sums0, sums1, logs = work
-    zero = splat(_ZERO)
-    _end(lanes, 0, shape, pin)
-    transposed(lanes, rows, spare, shape, _ZERO)
-    offset = -log_z
+@kernel
+def _beta_sweep(
+    problem: Problem, tile: int, alpha: Floats, scale: Doubles, log2_z: float, values: Floats,
+    entropy: Floats | None, scratch: Scratch,
+) -> None:  # fmt: skip
+    """Beta, joined with alpha to the values of one tile and the entropies of its marginals."""
+    shape, V, kappa = problem.shape, len(problem.components), problem.kappa[tile]
+    R, K, code, t = shape.R, shape.chunk, problem.back, scratch.t
+    zero = splat(ZERO)
+    end_message(scratch.lanes, shape, problem.pins[tile])
+    transposed(scratch.lanes, scratch.rows, scratch.spare, shape, ZERO)
+    lacking = -log2_z
     for step in range(shape.N - 1, -1, -1):
-        at_w, row = first + step * V, step * shape.width
-        top, mass, mass0, mass1, log_mass = splat(_LEAST), zero, zero, zero, zero
-        scaled = np.float32(offset + scale[step])
+        row, at_w = step * shape.width, (tile * shape.N + step) * V
+        aim = aim_of_step(problem, at_w)
+        lacking -= kappa * aim[4]
+        offset = np.float32(lacking + scale[step])
+        top, mass, mass0, mass1, log_mass = splat(LEAST), zero, zero, zero, zero
         for i0 in range(0, shape.width, K * LANES):
-            _candidates(code, i0, rows, 0, w, at_w, dims, kappa, shape, t, peaks)
+            candidates(code, i0, scratch.rows, 0, aim, kappa, problem, scratch)
             if entropy is not None:
                 at = 0
                 for b in range(K):
-                    m, e = load(peaks, b * LANES), zero
+                    m, logs = load(scratch.peaks, b * LANES), zero
                     for _ in range(R):
-                        x = larger(load(t, at) - m, splat(_FLOOR))
-                        e = x * exp2(x) + e
+                        x = larger(load(t, at), m + splat(FLOOR))
+                        logs = (x - m) * exp2_above(x, m) + logs
                         at += LANES
-                    store(logs, b * LANES, e)
-            _weights(shape, t, peaks)
+                    store(scratch.logs, b * LANES, logs)
+            weights(shape, scratch)
             at, c = 0, i0 * R * V
             for b in range(K):
                 s, y0, y1 = zero, zero, zero
@@ -237,76 +172,78 @@ def _beta_sweep(w, first, kappa, code, dims, shape, alpha, scale, log_z, pin, va
                         y1 = x * load(code, c + LANES) + y1
                     c += V * LANES
                     at += LANES
-                store(sums, b * LANES, s)
-                store(sums0, b * LANES, y0)
-                store(sums1, b * LANES, y1)
+                store(scratch.sums, b * LANES, s)
+                store(scratch.sums0, b * LANES, y0)
+                store(scratch.sums1, b * LANES, y1)
             for b in range(K):
-                i, m, s = i0 + b * LANES, load(peaks, b * LANES), load(sums, b * LANES)
-                before = m + log2(s)
-                store(lanes, i, before)
-                top = larger(before, top)
-                power = _posterior(alpha, row + i, m, scaled)
-                p = exp2(power)
+                m, s = load(scratch.peaks, b * LANES), load(scratch.sums, b * LANES)
+                log_share = log2_share(alpha, row + i0 + b * LANES, m, offset)
+                share = exp2(log_share)
+                mass = share * s + mass
+                mass0 = share * load(scratch.sums0, b * LANES) + mass0
+                mass1 = share * load(scratch.sums1, b * LANES) + mass1
                 if entropy is not None:
-                    log_mass = p * (power * s + load(logs, b * LANES)) + log_mass
-                mass = p * s + mass
-                mass0 = p * load(sums0, b * LANES) + mass0
-                mass1 = p * load(sums1, b * LANES) + mass1
+                    log_mass = share * (log_share * s + load(scratch.logs, b * LANES)) + log_mass
+            top = close_chunk(i0, top, shape, scratch)
         Z = np.float64(total(mass))
         values[at_w] = total(mass0) / Z
         if V == 2:
             values[at_w + 1] = total(mass1) / Z
         if entropy is not None:
-            entropy[at_entropy + step] = max(_LN2 * (math.log2(Z) - total(log_mass) / Z), 0.0)
-        shift = largest(top)
-        offset += shift - math.log2(Z)
-        transposed(lanes, rows, spare, shape, shift)
+            nats = LN2 * (math.log2(Z) - total(log_mass) / Z)
+            entropy[tile * shape.N + step] = max(nats, 0.0)
+        peak = largest(top)
+        lacking += peak - math.log2(Z)
+        transposed(scratch.lanes, scratch.rows, scratch.spare, shape, peak)
 
 
-@_kernel
-def _gradient_sweep(w, g, soft, first, g_log_z, kappa, code, dims, shape, alpha, tangent, scale, log_z, pin, grad_w, grad_code, work):  # type: ignore[no-untyped-def]
-    """The second half of the backward pass for one tile: beta, its tangent, and the gradients."""
-    V, R, K = len(dims), shape.R, shape.chunk
-    t, peaks, sums, lanes, spare, rows, tangents, tangent_lanes, _ = work
-    zero = splat(_ZERO)
-    two_over_T = np.float32(2.0 * _LN2 * kappa)
-    _end(lanes, 0, shape, pin)
-    transposed(lanes, rows, spare, shape, _ZERO)
-    tangents[:] = _ZERO
-    offset = -log_z
+@kernel
+def _gradient_sweep(
+    problem: Problem, tile: int, upstream: Upstream, alpha: Floats, tangent: Floats,
+    scale: Doubles, log2_z: float, grad_w: Floats, code_gradient: CodeGradient | None,
+    scratch: Scratch,
+) -> None:  # fmt: skip
+    """Beta and its tangent, joined with alpha's to the gradients of one tile."""
+    shape, V, kappa = problem.shape, len(problem.components), problem.kappa[tile]
+    R, K, code, t = shape.R, shape.chunk, problem.back, scratch.t
+    soft, g_log_z = upstream.soft, upstream.g_log_z[tile]
+    two_over_T = np.float32(2.0 * LN2 * kappa)
+    zero = splat(ZERO)
+    end_message(scratch.lanes, shape, problem.pins[tile])
+    transposed(scratch.lanes, scratch.rows, scratch.spare, shape, ZERO)
+    scratch.tangent_rows[:] = ZERO
+    lacking = -log2_z
     for step in range(shape.N - 1, -1, -1):
-        at_w, row = first + step * V, step * shape.width
-        w0, w1 = splat(w[at_w]), splat(w[at_w + V - 1])
-        mean0, mean1 = splat(soft[at_w]), splat(soft[at_w + V - 1])
-        g0, g1 = splat(g[at_w]), splat(g[at_w + V - 1])
-        rest = g[at_w] * soft[at_w]
-        if V == 2:
-            rest += g[at_w + 1] * soft[at_w + 1]
-        rest = splat(rest)
-        top, mass, mass0, mass1 = splat(_LEAST), zero, zero, zero
-        scaled = np.float32(offset + scale[step])
+        row, at_w = step * shape.width, (tile * shape.N + step) * V
+        aim = aim_of_step(problem, at_w)
+        w0, w1 = splat(problem.w[at_w]), splat(problem.w[at_w + V - 1])
+        soft0, soft1 = splat(soft[at_w]), splat(soft[at_w + V - 1])
+        g0, g1, gain = upstream_of_step(upstream, at_w, V)
+        lacking -= kappa * aim[4]
+        offset = np.float32(lacking + scale[step])
+        top, mass, mass0, mass1 = splat(LEAST), zero, zero, zero
         for i0 in range(0, shape.width, K * LANES):
-            _candidates(code, i0, rows, 0, w, at_w, dims, kappa, shape, t, peaks)
-            _weights(shape, t, peaks)
+            candidates(code, i0, scratch.rows, 0, aim, kappa, problem, scratch)
+            weights(shape, scratch)
             at, c = 0, i0 * R * V
             for b in range(K):
                 i = i0 + b * LANES
-                m, x = load(peaks, b * LANES), i & (shape.period - 1)
-                p = exp2(_posterior(alpha, row + i, m, scaled))
-                past = load(tangent, row + i) - rest
+                x, m = i & (shape.period - 1), load(scratch.peaks, b * LANES)
+                s = sum_of_rows(t, at, R)
+                share = exp2(log2_share(alpha, row + i, m, offset))
+                past = load(tangent, row + i) - gain
                 z, z0, z1 = zero, zero, zero
-                s = _sum(t, at, R)
                 for _ in range(R):
                     weight = load(t, at)
-                    whole = _gain(code, c, V, g0, g1, load(tangents, x) + past)
-                    if grad_code is not None:
-                        chance = weight * p
-                        pull = chance * (whole + splat(g_log_z)) * splat(two_over_T)
-                        old = load(grad_code, c) + chance * g0
-                        store(grad_code, c, old - pull * (load(code, c) - w0))
+                    whole = gain_of(code, c, V, g0, g1, load(scratch.tangent_rows, x) + past)
+                    if code_gradient is not None:
+                        p, grad = weight * share, code_gradient.tile
+                        pull = p * (whole + splat(g_log_z)) * splat(two_over_T)
+                        grad0 = p * g0 - pull * (load(code, c) - w0)
+                        store(grad, c, load(grad, c) + grad0)
                         if V == 2:
-                            old = load(grad_code, c + LANES) + chance * g1
-                            store(grad_code, c + LANES, old - pull * (load(code, c + LANES) - w1))
+                            grad1 = p * g1 - pull * (load(code, c + LANES) - w1)
+                            store(grad, c + LANES, load(grad, c + LANES) + grad1)
                     weight = weight * whole
                     z = z + weight
                     z0 = weight * load(code, c) + z0
@@ -315,131 +252,131 @@ def _gradient_sweep(w, g, soft, first, g_log_z, kappa, code, dims, shape, alpha,
                     c += V * LANES
                     x += shape.period
                     at += LANES
-                store(sums, b * LANES, s)
-                store(tangent_lanes, i, z / s - load(tangent, row + i))
-                mass = p * s + mass
-                mass0 = p * (z0 - mean0 * z) + mass0
-                mass1 = p * (z1 - mean1 * z) + mass1
-            for b in range(K):
-                before = load(peaks, b * LANES) + log2(load(sums, b * LANES))
-                store(lanes, i0 + b * LANES, before)
-                top = larger(before, top)
+                store(scratch.sums, b * LANES, s)
+                store(scratch.tangent_lanes, i, z / s - load(tangent, row + i))
+                mass = share * s + mass
+                mass0 = share * (z0 - soft0 * z) + mass0
+                mass1 = share * (z1 - soft1 * z) + mass1
+            top = close_chunk(i0, top, shape, scratch)
         Z = np.float64(total(mass))
-        grad_w[at_w] = two_over_T * (total(mass0) / Z + g_log_z * (soft[at_w] - w[at_w]))
+        pull0 = total(mass0) / Z + g_log_z * (soft[at_w] - problem.w[at_w])
+        grad_w[at_w] = two_over_T * pull0
         if V == 2:
-            pull = g_log_z * (soft[at_w + 1] - w[at_w + 1])
-            grad_w[at_w + 1] = two_over_T * (total(mass1) / Z + pull)
-        shift = largest(top)
-        offset += shift - math.log2(Z)
-        transposed(lanes, rows, spare, shape, shift)
-        transposed(tangent_lanes, tangents, spare, shape, _ZERO)
+            pull1 = total(mass1) / Z + g_log_z * (soft[at_w + 1] - problem.w[at_w + 1])
+            grad_w[at_w + 1] = two_over_T * pull1
+        peak = largest(top)
+        lacking += peak - math.log2(Z)
+        transposed(scratch.lanes, scratch.rows, scratch.spare, shape, peak)
+        transposed(scratch.tangent_lanes, scratch.tangent_rows, scratch.spare, shape, ZERO)
 
 
-@_kernel
-def _work(shape):  # type: ignore[no-untyped-def]
-    """Scratch of one thread, in the order in which the sweeps unpack it."""
-    chunk, rows = shape.chunk * LANES, shape.R * shape.period
-    return (
-        np.empty(shape.R * chunk, np.float32),
-        np.empty(chunk, np.float32),
-        np.empty(chunk, np.float32),
-        np.empty(shape.width, np.float32),
-        np.empty(shape.width, np.float32),
-        np.empty(rows, np.float32),
-        np.empty(max(rows, chunk), np.float32),
-        np.empty(max(shape.width, chunk), np.float32),
-        np.empty(chunk, np.float32),
-    )
+@entry
+def _forward_tiles(
+    first: int, stride: int, problem: Problem, values: Floats, log_z: Floats,
+    entropy: Floats | None,
+) -> None:  # fmt: skip
+    shape = problem.shape
+    alpha, scale = np.zeros((shape.N + 1) * shape.width, np.float32), np.empty(shape.N + 1)
+    scratch = new_scratch(shape)
+    for tile in range(first, problem.kappa.size, stride):
+        log2_z = _alpha_sweep(problem, tile, None, alpha, None, scale, scratch)
+        log_z[tile] = LN2 * log2_z
+        _beta_sweep(problem, tile, alpha, scale, log2_z, values, entropy, scratch)
 
 
-@_kernel
-def _forward_tiles(start, stride, w, kappa, pins, ahead, back, dims, shape, values, log_z, entropy):  # type: ignore[no-untyped-def]
-    alpha = np.empty((shape.N + 1) * shape.width, np.float32)
-    scale, work = np.empty(shape.N + 1), _work(shape)
-    alpha[:] = _NEVER
-    for tile in range(start, kappa.size, stride):
-        first, pin = tile * shape.N * len(dims), pins[tile]
-        _end(alpha, 0, shape, pin)
-        _alpha_sweep(
-            w, None, None, first, kappa[tile], ahead, dims, shape, alpha, None, scale, work
-        )
-        all_paths = _log2_partition(
-            alpha, shape.N * shape.width, scale[shape.N], shape, pin
-        )
-        log_z[tile] = _LN2 * all_paths
-        _beta_sweep(
-            w, first, kappa[tile], back, dims, shape, alpha, scale, all_paths, pin,
-            values, entropy, tile * shape.N, work,
-        )
-
-
-@_kernel
-def _backward_tiles(start, stride, w, g, soft, g_log_z, kappa, pins, ahead, back, dims, shape, grad_w, tile_code, grad_code):  # type: ignore[no-untyped-def]
-    alpha = np.empty((shape.N + 1) * shape.width, np.float32)
-    tangent = np.zeros(alpha.size, np.float32)
-    scale, work = np.empty(shape.N + 1), _work(shape)
-    alpha[:] = _NEVER
-    for tile in range(start, kappa.size, stride):
-        first, pin = tile * shape.N * len(dims), pins[tile]
-        _end(alpha, 0, shape, pin)
-        _alpha_sweep(
-            w, g, soft, first, kappa[tile], ahead, dims, shape, alpha, tangent, scale, work
-        )
-        all_paths = _log2_partition(
-            alpha, shape.N * shape.width, scale[shape.N], shape, pin
-        )
-        if grad_code is not None:
-            tile_code[:] = _ZERO
+@entry
+def _backward_tiles(
+    first: int, stride: int, problem: Problem, upstream: Upstream, grad_w: Floats,
+    code_gradient: CodeGradient | None,
+) -> None:  # fmt: skip
+    shape = problem.shape
+    alpha, scale = np.zeros((shape.N + 1) * shape.width, np.float32), np.empty(shape.N + 1)
+    tangent, scratch = np.zeros(alpha.size, np.float32), new_scratch(shape)
+    for tile in range(first, problem.kappa.size, stride):
+        log2_z = _alpha_sweep(problem, tile, upstream, alpha, tangent, scale, scratch)
+        if code_gradient is not None:
+            code_gradient.tile[:] = ZERO
         _gradient_sweep(
-            w, g, soft, first, g_log_z[tile], kappa[tile], back, dims, shape, alpha, tangent,
-            scale, all_paths, pin, grad_w, tile_code, work,
+            problem, tile, upstream, alpha, tangent, scale, log2_z, grad_w, code_gradient, scratch
         )
-        if grad_code is not None:
-            for s in range(grad_code.size):
-                grad_code[s] += tile_code[s]
+        if code_gradient is not None:
+            for i in range(code_gradient.tile.size):
+                code_gradient.total[i] += code_gradient.tile[i]
 
 
-def _flat(x: Tensor) -> np.ndarray:
-    if x.dtype != torch.float32 or x.device.type != "cpu":
-        raise ValueError(
-            f"the CPU kernels take float32 tensors on the CPU, got {x.dtype} on {x.device}"
-        )
-    return x.detach().contiguous().view(-1).numpy()
-
-
-def _arguments(w, codebook, spec, temperature, pins):
-    kappa = (1.0 / (_LN2 * temperature.double())).float().numpy()
-    ends = torch.full((w.shape[0],), -1) if pins is None else pins
-    return (
-        kappa, ends.to(torch.int64).contiguous().numpy(),
-        _flat(forward_code(codebook.detach(), spec)), _flat(backward_code(codebook.detach(), spec)),
-        (0,) * spec.V, shape_of(spec, w.shape[1]),
+def _problem(
+    w: Tensor, codebook: Tensor, spec: TrellisSpec, temperature: Tensor, pins: Tensor | None
+) -> Problem:
+    box = torch.stack([codebook.amin(0), codebook.amax(0)], 1)
+    return Problem(
+        as_array(w),
+        as_array((1.0 / (LN2 * temperature.double())).float()),
+        pins_or_free(pins, w.shape[0]),
+        as_array(forward_code(codebook, spec)),
+        as_array(backward_code(codebook, spec)),
+        as_array(box.repeat(2 // spec.V, 1)),
+        (0,) * spec.V,
+        shape_of(spec, w.shape[1]),
     )
 
 
-def soft_forward(w, codebook, spec, temperature, pins, with_entropy):
-    values, log_z = torch.empty_like(w, memory_format=torch.contiguous_format), w.new_empty(w.shape[0])
+def soft_forward(
+    w: Tensor,
+    codebook: Tensor,
+    spec: TrellisSpec,
+    temperature: Tensor,
+    pins: Tensor | None,
+    with_entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As ``bcjr_torch.soft_forward``, for float32 tensors on the CPU.
+
+    Memory beyond inputs and outputs: (N + 1) U floats for every thread of
+    ``torch.get_num_threads()``. The results do not depend on the number of threads.
+
+    Raises:
+        ValueError: a tensor of another dtype or on another device.
+    """
+    values = torch.empty_like(w, memory_format=torch.contiguous_format)
+    log_z = w.new_empty(w.shape[0])
     entropy = w.new_empty(w.shape[:2]) if with_entropy else None
-    fixed = (_flat(w), *_arguments(w, codebook, spec, temperature, pins))
-    results = (_flat(values), _flat(log_z), None if entropy is None else _flat(entropy))
-    over_threads(w.shape[0], lambda first, stride: _forward_tiles(first, stride, *fixed, *results))
+    problem = _problem(w, codebook, spec, temperature, pins)
+    results = (as_array(values), as_array(log_z), None if entropy is None else as_array(entropy))
+    over_threads(w.shape[0], lambda first, n: _forward_tiles(first, n, problem, *results))
     return values, log_z, entropy
 
 
-def soft_backward(w, codebook, spec, temperature, pins, values, grad_values, grad_log_z, with_codebook):
-    grad_w = torch.empty_like(w, memory_format=torch.contiguous_format)
-    args = _arguments(w, codebook, spec, temperature, pins)
-    fixed = (_flat(w), _flat(grad_values), _flat(values), _flat(grad_log_z), *args)
+def soft_backward(
+    w: Tensor,
+    codebook: Tensor,
+    spec: TrellisSpec,
+    temperature: Tensor,
+    pins: Tensor | None,
+    values: Tensor,
+    grad_values: Tensor,
+    grad_log_z: Tensor,
+    with_codebook: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """As ``bcjr_torch.soft_backward``, for float32 tensors on the CPU.
 
-    def run(first, stride):
-        code, tile_code = None, None
+    Memory beyond inputs and outputs: 2 (N + 1) U floats for every thread, and 3 S V with the
+    gradient of the codebook. That gradient depends on the number of threads, to rounding.
+
+    Raises:
+        ValueError: a tensor of another dtype or on another device.
+    """
+    grad_w = torch.empty_like(w, memory_format=torch.contiguous_format)
+    problem = _problem(w, codebook, spec, temperature, pins)
+    upstream = Upstream(as_array(grad_values), as_array(values), as_array(grad_log_z))
+
+    def run(first: int, stride: int) -> CodeGradient | None:
+        gradient = None
         if with_codebook:
-            code, tile_code = np.zeros(args[3].size), np.empty(args[3].size, np.float32)
-        _backward_tiles(first, stride, *fixed, _flat(grad_w), tile_code, code)
-        return code
+            gradient = CodeGradient(np.empty_like(problem.back), np.zeros(problem.back.size))
+        _backward_tiles(first, stride, problem, upstream, as_array(grad_w), gradient)
+        return gradient
 
     parts = over_threads(w.shape[0], run)
     if not with_codebook:
         return grad_w, None
-    blocks = torch.from_numpy(sum(parts)).to(torch.float32)
+    blocks = torch.from_numpy(np.sum([part.total for part in parts], axis=0)).to(w.dtype)
     return grad_w, states_of_blocks(blocks, spec)

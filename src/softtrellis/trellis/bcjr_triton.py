@@ -5,6 +5,9 @@ all alpha messages of the tiles in hand (with their tangents in the backward pas
 messages. The steps themselves are in ``sweeps_triton``.
 """
 
+# ruff: noqa: RUF005  (Triton's tuples grow by addition)
+# mypy: disable-error-code="no-untyped-def, assignment, no-untyped-call, untyped-decorator"
+
 from __future__ import annotations
 
 import math
@@ -40,7 +43,6 @@ def _sweeps(
     BETA_ROWS: tl.constexpr, BETA_COLUMNS: tl.constexpr, BETA_CHOICES: tl.constexpr,
     SPAN: tl.constexpr, PINNED: tl.constexpr, TANGENT: tl.constexpr, ENTROPY: tl.constexpr,
     CODEBOOK: tl.constexpr, FAST: tl.constexpr, THREADS: tl.constexpr,
-    EVICTION: tl.constexpr,
 ):  # fmt: skip
     """Both sweeps over groups of M tiles; values and log_z, or with TANGENT their gradients.
 
@@ -111,7 +113,6 @@ def _sweeps(
                 codebook, alpha, alpha + M * U, alpha + ROW, alpha + ROW + M * U,
                 x, gain, gain_mean, scale, shift, t % 2 == 1,
                 U, R, V, M, ROWS, COLUMNS, CHOICES, TANGENT, FAST, THREADS,
-                EVICTION,
             )  # fmt: skip
             tl.debug_barrier()
             t += 1
@@ -175,7 +176,7 @@ def _sweeps(
                 successors, alpha, beta, alpha + M * U, beta + M * U, new_beta, new_beta + M * U,
                 x, gain, gain_mean, scale, shift, slot == 1, own_sum, grad, grad_z, factor,
                 U, R, V, M, BETA_ROWS, BETA_COLUMNS, BETA_CHOICES, TANGENT, ENTROPY, CODEBOOK,
-                FAST, THREADS, EVICTION,
+                FAST, THREADS,
             )  # fmt: skip
             for m in tl.static_range(M):
                 step = tile[m] * N + t
@@ -281,7 +282,6 @@ def _run(
         CODEBOOK=with_codebook,
         FAST=w.is_cuda,
         THREADS=launch.threads(device),
-        EVICTION=launch.codebook_eviction,
         num_warps=launch.warps,
         maxnreg=launch.registers,
     )

@@ -27,7 +27,6 @@ class Launch:
         choices: branches whose codewords are held in registers at once (BCJR's forward sweep).
         beta_block: overlaps of a block in BCJR's backward sweep, a power of two.
         touch: bring a step's messages into the processor's cache before it starts.
-        keep: read the codebook so that the processor's cache evicts it last.
     """
 
     tiles: int
@@ -38,16 +37,10 @@ class Launch:
     choices: int = 16
     beta_block: int = 1024
     touch: bool = False
-    keep: bool = False
 
     def threads(self, device: torch.device) -> int:
         """Threads that ask for a step's messages; 0 where nobody does."""
         return 32 * self.warps if self.touch and device.type == "cuda" else 0
-
-    @property
-    def codebook_eviction(self) -> str:
-        """Eviction policy of the codebook's reads."""
-        return "evict_last" if self.keep else ""
 
 
 def processors(device: torch.device) -> int:

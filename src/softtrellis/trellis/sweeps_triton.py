@@ -8,6 +8,9 @@ A tangent is carried as a conditional expectation: ``a`` of the part of G that l
 overlap, ``b`` of the part behind it, given that the path goes through it.
 """
 
+# ruff: noqa: RUF005  (Triton's tuples grow by addition)
+# mypy: disable-error-code="no-untyped-def, assignment, no-untyped-call, untyped-decorator"
+
 from __future__ import annotations
 
 import triton
@@ -47,16 +50,15 @@ def _alpha_chunk(
     codebook, alpha, a, w, gain, scale, rows, v, chunk, top, mass, sum_a,
     U: tl.constexpr, R: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
     COLUMNS: tl.constexpr, CHOICES: tl.constexpr, TANGENT: tl.constexpr, CACHE: tl.constexpr,
-    EVICTION: tl.constexpr,
 ):  # fmt: skip
     """Adds CHOICES predecessors of the overlaps v to the running log-sums of M tiles."""
     c0 = ()
     c1 = ()
     for i in tl.static_range(CHOICES):
         s = (chunk * CHOICES + i) * U + v
-        c0 = c0 + (tl.load(codebook + s, eviction_policy=EVICTION),)
+        c0 = c0 + (tl.load(codebook + s),)
         if V == 2:
-            c1 = c1 + (tl.load(codebook + R * U + s, eviction_policy=EVICTION),)
+            c1 = c1 + (tl.load(codebook + R * U + s),)
     new_top = ()
     new_mass = ()
     new_sum = ()
@@ -102,7 +104,7 @@ def alpha_step(
     codebook, alpha, a, new_alpha, new_a, w, gain, gain_mean, scale, shift, turn,
     U: tl.constexpr, R: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHOICES: tl.constexpr, TANGENT: tl.constexpr,
-    FAST: tl.constexpr, THREADS: tl.constexpr, EVICTION: tl.constexpr,
+    FAST: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """alpha_{t+1} (and a_{t+1}) from alpha_t (and a_t) for M tiles; returns the greatest [M].
 
@@ -135,13 +137,13 @@ def alpha_step(
             for chunk in tl.static_range(R // CHOICES):
                 top, mass, sum_a = _alpha_chunk(
                     codebook, alpha, a, w, gain, scale, rows, v, chunk, top, mass, sum_a,
-                    U, R, V, M, COLUMNS, CHOICES, TANGENT, CACHE, EVICTION,
+                    U, R, V, M, COLUMNS, CHOICES, TANGENT, CACHE,
                 )  # fmt: skip
         else:
             for chunk in range(R // CHOICES):
                 top, mass, sum_a = _alpha_chunk(
                     codebook, alpha, a, w, gain, scale, rows, v, chunk, top, mass, sum_a,
-                    U, R, V, M, COLUMNS, CHOICES, TANGENT, CACHE, EVICTION,
+                    U, R, V, M, COLUMNS, CHOICES, TANGENT, CACHE,
                 )  # fmt: skip
         new_peak = ()
         for m in tl.static_range(M):
@@ -165,7 +167,7 @@ def beta_step(
     U: tl.constexpr, R: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHOICES: tl.constexpr,
     TANGENT: tl.constexpr, ENTROPY: tl.constexpr, CODEBOOK: tl.constexpr, FAST: tl.constexpr,
-    THREADS: tl.constexpr, EVICTION: tl.constexpr,
+    THREADS: tl.constexpr,
 ):  # fmt: skip
     """beta_t (and b_t) from beta_{t+1} (and b_{t+1}), and what the posterior of step t yields.
 
@@ -211,11 +213,11 @@ def beta_step(
         for chunk in range(R // CHOICES):
             for i in tl.static_range(CHOICES):
                 c = chunk * CHOICES + i
-                c0 = tl.load(codebook + c * U + u, eviction_policy=EVICTION)
+                c0 = tl.load(codebook + c * U + u)
                 sum0 = c0 * 0.0
                 sum1 = sum0
                 if V == 2:
-                    c1 = tl.load(codebook + R * U + c * U + u, eviction_policy=EVICTION)
+                    c1 = tl.load(codebook + R * U + c * U + u)
                 new_p = ()
                 new_h = ()
                 new_d = ()

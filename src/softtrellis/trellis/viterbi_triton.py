@@ -5,6 +5,9 @@ lie in the program's own scratch memory. The way back chooses again among the R*
 from one kept message to the next, with the arithmetic of the way there.
 """
 
+# ruff: noqa: RUF005  (Triton's tuples grow by addition)
+# mypy: disable-error-code="no-untyped-def, assignment, no-untyped-call, untyped-decorator"
+
 from __future__ import annotations
 
 import torch
@@ -51,7 +54,6 @@ def _step(
     codebook, source, target, w0, w1, turn,
     U: tl.constexpr, R: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHOICES: tl.constexpr, THREADS: tl.constexpr,
-    EVICTION: tl.constexpr,
 ):  # fmt: skip
     """One step of M tiles: target(v) = min over c of source((c U + v) / R) + error.
 
@@ -72,10 +74,10 @@ def _step(
         for chunk in range(R // CHOICES):
             for i in tl.static_range(CHOICES):
                 c = chunk * CHOICES + i
-                c0 = tl.load(codebook + c * U + v, eviction_policy=EVICTION)
+                c0 = tl.load(codebook + c * U + v)
                 c1 = c0
                 if V == 2:
-                    c1 = tl.load(codebook + (R * U + c * U) + v, eviction_policy=EVICTION)
+                    c1 = tl.load(codebook + (R * U + c * U) + v)
                 found = ()
                 for m in tl.static_range(M):
                     before = tl.load(source + m * U + (c * U + rows * COLUMNS) // R)
@@ -126,7 +128,7 @@ def _viterbi(
     U: tl.constexpr, R: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHOICES: tl.constexpr,
     KEEP: tl.constexpr, PATHS: tl.constexpr, SPAN: tl.constexpr, PINNED: tl.constexpr,
-    THREADS: tl.constexpr, EVICTION: tl.constexpr,
+    THREADS: tl.constexpr,
 ):  # fmt: skip
     own = scratch + tl.program_id(0).to(tl.int64) * M * rows_of_tile * U
     span = tl.arange(0, SPAN)
@@ -158,7 +160,7 @@ def _viterbi(
                 w1 = w1 + (tl.load(at + (V - 1)),)
             _step(
                 codebook, own + here, own + there, w0, w1, t % 2 == 1,
-                U, R, V, M, ROWS, COLUMNS, CHOICES, THREADS, EVICTION,
+                U, R, V, M, ROWS, COLUMNS, CHOICES, THREADS,
             )  # fmt: skip
             tl.debug_barrier()
             t += 1
@@ -230,9 +232,7 @@ def best_path(
     launch = launch or default_launch(batch, spec, w.device)
     keep = min(4, max(1, (_PATHS_PER_HOP.bit_length() - 1) // spec.shift))
     rows_of_tile = 2 + steps % keep + steps // keep + 1
-    count = programs(
-        batch, launch, w.device, 4 * rows_of_tile * spec.num_overlaps, _SCRATCH_BYTES
-    )
+    count = programs(batch, launch, w.device, 4 * rows_of_tile * spec.num_overlaps, _SCRATCH_BYTES)
     scratch = torch.empty(
         count * launch.tiles * rows_of_tile * spec.num_overlaps,
         dtype=torch.float32,
@@ -260,7 +260,6 @@ def best_path(
         SPAN=min(1024, spec.num_overlaps),
         PINNED=pins is not None,
         THREADS=launch.threads(w.device),
-        EVICTION=launch.codebook_eviction,
         num_warps=launch.warps,
         maxnreg=launch.registers,
     )
