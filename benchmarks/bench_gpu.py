@@ -145,6 +145,7 @@ def check_one(job: tuple[str, int, int, int]) -> list[str]:
 
 def check() -> None:
     jobs = [(kind, *shape) for shape in CHECKS for kind in ("bcjr", "viterbi")]
+    jobs = [job for job in jobs if not sys.argv[2:] or f"{job[0]}{job[1]}v{job[3]}" in sys.argv[2:]]
     with multiprocessing.get_context("spawn").Pool(14) as pool:
         for lines in pool.imap_unordered(check_one, jobs):
             print("\n".join(lines), flush=True)
@@ -189,7 +190,8 @@ def time_forward(name: str, T: float = 0.05, tiny: bool = False) -> None:
     v_, _, _ = bcjr_torch.soft_forward(e[0], table.double(), spec, e[1], None, False)
     taken = measure(lambda: bcjr_triton.soft_forward(w, table, spec, t, None, False, launch), tiles)
     print(
-        f"forward {name} T={T} tiles={tiles} {taken} error {relative(v[-4:], v_):.1e} peak {peak:.2f} GiB {launch}",
+        f"forward {name} T={T} tiles={tiles} {taken} error {relative(v[-4:], v_):.1e}"
+        f" peak {peak:.2f} GiB {launch}",
         flush=True,
     )
 
@@ -214,7 +216,8 @@ def time_backward(name: str, T: float = 0.05, tiny: bool = False) -> None:
         lambda: bcjr_triton.soft_backward(w, table, spec, t, None, v, g, gz, False, launch), tiles
     )
     print(
-        f"backward {name} T={T} tiles={tiles} {taken} error {relative(gw[-4:], gw_):.1e} peak {peak:.2f} GiB {launch}",
+        f"backward {name} T={T} tiles={tiles} {taken} error {relative(gw[-4:], gw_):.1e}"
+        f" peak {peak:.2f} GiB {launch}",
         flush=True,
     )
 

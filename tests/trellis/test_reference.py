@@ -158,7 +158,7 @@ def test_any_valid_path_re_encodes_without_loss() -> None:
         ({"temperature": 0.0}, "positive"),
         ({"temperature": -1.0}, "positive"),
         ({"temperature": float("nan")}, "positive and finite"),
-        ({"temperature": 1e-4}, "float32 takes temperatures"),
+        ({"temperature": 1e-4}, "this backend takes temperatures"),
         ({"temperature": torch.ones(3)}, "temperature must be"),
         ({"ends": "round"}, "unknown ends"),
         ({"ends": torch.tensor([0, 64])}, "must lie in"),

@@ -32,8 +32,8 @@ def add_parser(commands: Commands) -> None:
     add_data(parser, "text")
     parser.add_argument("--bits", type=int, default=2, help="bits per weight")
     parser.add_argument("--L", type=int, default=10, help="bits of a trellis state")
-    parser.add_argument("--steps", type=int, default=40, help="training steps")
-    parser.add_argument("--lr", type=float, default=1e-2, help="peak learning rate")
+    parser.add_argument("--steps", type=int, default=24, help="training steps")
+    parser.add_argument("--lr", type=float, default=1.5e-2, help="peak learning rate")
     parser.add_argument(
         "--windows", type=int, default=24, help="held-out windows of 512 tokens to evaluate on"
     )

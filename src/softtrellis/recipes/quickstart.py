@@ -51,12 +51,12 @@ class QuickstartConfig:
     data: tuple[str, ...] = ("pydoc",)
     bits: int = 2
     L: int = 10
-    steps: int = 40
-    lr: float = 1e-2
+    steps: int = 24
+    lr: float = 1.5e-2
     batch: int = 2
     ctx: int = 512
     calibration_windows: int = 24
-    eval_windows: int = 24
+    eval_windows: int = 16
 
     def __post_init__(self) -> None:
         if self.eval_windows < 2:

@@ -36,7 +36,7 @@ _LN2 = tl.constexpr(math.log(2.0))
 
 @triton.jit
 def _sweeps(
-    w, codebook, successors, scales, pins, values, log_z, entropy,
+    w, codebook, successors, bounds, scales, pins, values, log_z, entropy,
     grad_values, grad_log_z, grad_w, codebook_sums, scratch, shifts, batch, N,
     U: tl.constexpr, R: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHOICES: tl.constexpr,
@@ -59,6 +59,11 @@ def _sweeps(
     own_sum = codebook_sums
     if CODEBOOK:
         own_sum = codebook_sums + program * V * R * U
+    low = ()
+    high = ()
+    for v in tl.static_range(V):
+        low = low + (tl.load(bounds + v),)
+        high = high + (tl.load(bounds + V + v),)
     span = tl.arange(0, SPAN)
     group = tl.program_id(0)
     while group * M < batch:
@@ -95,6 +100,7 @@ def _sweeps(
         while t < N:
             alpha = own + t * ROW
             x = ()
+            far = ()
             gain = ()
             gain_mean = ()
             for m in tl.static_range(M):
@@ -103,15 +109,17 @@ def _sweeps(
                 for v in tl.static_range(V):
                     entry = (tile[m] * N + t) * V + v
                     weight = tl.load(w + entry)
-                    x = x + (weight * scale[m],)
+                    near = tl.minimum(tl.maximum(weight, low[v]), high[v])
+                    x = x + (near * scale[m],)
+                    far = far + (2.0 * (weight - near) * scale[m],)
                     if TANGENT:
                         g = tl.load(grad_values + entry)
                         gain = gain + (g / scale[m],)
-                        mean += g * (tl.load(values + entry) - weight)
+                        mean += g * (tl.load(values + entry) - near)
                 gain_mean = gain_mean + (mean,)
             shift = alpha_step(
                 codebook, alpha, alpha + M * U, alpha + ROW, alpha + ROW + M * U,
-                x, gain, gain_mean, scale, shift, t % 2 == 1,
+                x, far, gain, gain_mean, scale, shift, t % 2 == 1,
                 U, R, V, M, ROWS, COLUMNS, CHOICES, TANGENT, FAST, THREADS,
             )  # fmt: skip
             tl.debug_barrier()
@@ -141,6 +149,10 @@ def _sweeps(
                 i = 0
                 while i < N:
                     whole += tl.load(own_shifts + m * N + i).to(tl.float64)
+                    for v in tl.static_range(V):
+                        weight = tl.load(w + (tile[m] * N + i) * V + v)
+                        rest = weight - tl.minimum(tl.maximum(weight, low[v]), high[v])
+                        whole -= (rest * scale[m] * rest * scale[m]).to(tl.float64)
                     i += 1
                 tl.store(log_z + tile[m], (whole * _LN2).to(tl.float32))
             total = total + (1.0,)
@@ -153,6 +165,7 @@ def _sweeps(
             beta = own + (N + 1 + slot) * ROW
             new_beta = own + (N + 2 - slot) * ROW
             x = ()
+            far = ()
             gain = ()
             gain_mean = ()
             grad = ()
@@ -163,18 +176,20 @@ def _sweeps(
                 for v in tl.static_range(V):
                     entry = (tile[m] * N + t) * V + v
                     weight = tl.load(w + entry)
-                    x = x + (weight * scale[m],)
+                    near = tl.minimum(tl.maximum(weight, low[v]), high[v])
+                    x = x + (near * scale[m],)
+                    far = far + (2.0 * (weight - near) * scale[m],)
                     if TANGENT:
                         g = tl.load(grad_values + entry)
                         gain = gain + (g / scale[m],)
-                        mean += g * (tl.load(values + entry) - weight)
+                        mean += g * (tl.load(values + entry) - near)
                         if CODEBOOK:
                             counts = tl.where(group * M + m < batch, 1.0, 0.0)
                             grad = grad + (g * counts,)
                 gain_mean = gain_mean + (mean,)
             total, total_h, total_d, total_x = beta_step(
                 successors, alpha, beta, alpha + M * U, beta + M * U, new_beta, new_beta + M * U,
-                x, gain, gain_mean, scale, shift, slot == 1, own_sum, grad, grad_z, factor,
+                x, far, gain, gain_mean, scale, shift, slot == 1, own_sum, grad, grad_z, factor,
                 U, R, V, M, BETA_ROWS, BETA_COLUMNS, BETA_CHOICES, TANGENT, ENTROPY, CODEBOOK,
                 FAST, THREADS,
             )  # fmt: skip
@@ -183,14 +198,15 @@ def _sweeps(
                 for v in tl.static_range(V):
                     mean = total_d[m * V + v] / (total[m] * scale[m])
                     weight = tl.load(w + step * V + v)
+                    near = tl.minimum(tl.maximum(weight, low[v]), high[v])
                     if TANGENT:
-                        ahead = tl.load(values + step * V + v) - weight
-                        mean -= ahead * (total_h[m] / total[m])
-                        mean += ahead * tl.load(grad_log_z + tile[m])
+                        soft = tl.load(values + step * V + v)
+                        mean -= (soft - near) * (total_h[m] / total[m])
+                        mean += (soft - weight) * tl.load(grad_log_z + tile[m])
                         factor_w = 2.0 * _LN2 * scale[m] * scale[m]
                         tl.store(grad_w + step * V + v, mean * factor_w)
                     else:
-                        tl.store(values + step * V + v, mean + weight)
+                        tl.store(values + step * V + v, mean + near)
                 if ENTROPY:
                     log2_p = total_x[m] / total[m] - tl.log2(total[m])
                     tl.store(entropy + step, -log2_p * _LN2)
@@ -252,6 +268,7 @@ def _run(
         w.contiguous(),
         planes(codebook),
         successor_planes(codebook, spec),
+        torch.stack([codebook.amin(0), codebook.amax(0)]).float(),
         (_LOG2E / temperature.double()).sqrt().float(),
         None if pins is None else pins.contiguous(),
         values,

@@ -1,8 +1,10 @@
 """One step of the BCJR sweeps in Triton, for a few tiles that share every read of the codebook.
 
-Messages are base-2 logarithms, one per overlap. With d = (C[s] - w_t) * sqrt(log2(e) / T) a state's
-weight is 2**-(d . d). Messages into step t are alpha_t; every step subtracts from them the greatest
-one of the step before (``shift``), so that what matters stays near zero.
+Messages are base-2 logarithms, one per overlap. A weight is cut into p, within the codebook's
+range, and the rest o. With d = (C[s] - p) * sqrt(log2(e) / T) and ``far`` = 2 o * sqrt(log2(e) / T)
+a state's weight is 2**-(d . d - far . d), up to a factor that all states share: what matters stays
+small, and accurate, for an outlier too. Messages into step t are alpha_t; every step subtracts from
+them the greatest one of the step before (``shift``), so that what matters stays near zero.
 
 A tangent is carried as a conditional expectation: ``a`` of the part of G that lies before an
 overlap, ``b`` of the part behind it, given that the path goes through it.
@@ -47,7 +49,7 @@ def _maximum(values, COUNT: tl.constexpr):
 
 @triton.jit
 def _alpha_chunk(
-    codebook, alpha, a, w, gain, scale, rows, v, chunk, top, mass, sum_a,
+    codebook, alpha, a, w, far, gain, scale, rows, v, chunk, top, mass, sum_a,
     U: tl.constexpr, R: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
     COLUMNS: tl.constexpr, CHOICES: tl.constexpr, TANGENT: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
@@ -69,12 +71,14 @@ def _alpha_chunk(
             u = ((chunk * CHOICES + i) * U + rows * COLUMNS) // R
             d = tl.fma(c0[i], scale[m], -w[m * V])
             y = tl.fma(d * -1.0, d, tl.load(alpha + m * U + u, cache_modifier=CACHE))
+            y = tl.fma(far[m * V], d, y)
             if TANGENT:
                 known = tl.load(a + m * U + u, cache_modifier=CACHE)
                 g = tl.fma(gain[m * V], d, known)
             if V == 2:
                 d = tl.fma(c1[i], scale[m], -w[m * V + 1])
                 y = tl.fma(d * -1.0, d, y)
+                y = tl.fma(far[m * V + 1], d, y)
                 if TANGENT:
                     g = tl.fma(gain[m * V + 1], d, g)
             x = x + (y,)
@@ -101,16 +105,16 @@ def _alpha_chunk(
 
 @triton.jit
 def alpha_step(
-    codebook, alpha, a, new_alpha, new_a, w, gain, gain_mean, scale, shift, turn,
+    codebook, alpha, a, new_alpha, new_a, w, far, gain, gain_mean, scale, shift, turn,
     U: tl.constexpr, R: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHOICES: tl.constexpr, TANGENT: tl.constexpr,
     FAST: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """alpha_{t+1} (and a_{t+1}) from alpha_t (and a_t) for M tiles; returns the greatest [M].
 
-    codebook [V, S]; messages are rows [M, U]; the scalars of the step come as tuples of M (``w``
-    and ``gain``: V per tile). ``turn`` reverses the order of the blocks: taken forth and back by
-    turns, the end of the codebook is still in the processor's cache.
+    codebook [V, S]; messages are rows [M, U]; the scalars of the step come as tuples of M (``w``,
+    ``far`` and ``gain``: V per tile). ``turn`` reverses the order of the blocks: taken forth and
+    back by turns, the end of the codebook is still in the processor's cache.
     """
     row = tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, COLUMNS)[None, :]
@@ -120,7 +124,7 @@ def alpha_step(
             touch(a, M * U, THREADS)
     CACHE: tl.constexpr = "" if THREADS > 0 else ".cg"
     peak = ()
-    for m in tl.static_range(M):
+    for _ in tl.static_range(M):
         peak = peak + (tl.full([ROWS, COLUMNS], -3e38, tl.float32),)
     for i_block in range(U // (ROWS * COLUMNS)):
         j = tl.where(turn, U // (ROWS * COLUMNS) - 1 - i_block, i_block)
@@ -129,20 +133,20 @@ def alpha_step(
         top = ()
         mass = ()
         sum_a = ()
-        for m in tl.static_range(M):
+        for _ in tl.static_range(M):
             top = top + (tl.full([ROWS, COLUMNS], -3e38, tl.float32),)
             mass = mass + (tl.zeros([ROWS, COLUMNS], tl.float32),)
             sum_a = sum_a + (tl.zeros([ROWS, COLUMNS], tl.float32),)
         if R <= 4 * CHOICES:
             for chunk in tl.static_range(R // CHOICES):
                 top, mass, sum_a = _alpha_chunk(
-                    codebook, alpha, a, w, gain, scale, rows, v, chunk, top, mass, sum_a,
+                    codebook, alpha, a, w, far, gain, scale, rows, v, chunk, top, mass, sum_a,
                     U, R, V, M, COLUMNS, CHOICES, TANGENT, CACHE,
                 )  # fmt: skip
         else:
             for chunk in range(R // CHOICES):
                 top, mass, sum_a = _alpha_chunk(
-                    codebook, alpha, a, w, gain, scale, rows, v, chunk, top, mass, sum_a,
+                    codebook, alpha, a, w, far, gain, scale, rows, v, chunk, top, mass, sum_a,
                     U, R, V, M, COLUMNS, CHOICES, TANGENT, CACHE,
                 )  # fmt: skip
         new_peak = ()
@@ -162,7 +166,7 @@ def alpha_step(
 
 @triton.jit
 def beta_step(
-    codebook, alpha, beta, a, b, new_beta, new_b, w, gain, gain_mean, scale, shift,
+    codebook, alpha, beta, a, b, new_beta, new_b, w, far, gain, gain_mean, scale, shift,
     turn, codebook_sum, grad, grad_log_z, factor,
     U: tl.constexpr, R: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHOICES: tl.constexpr,
@@ -171,11 +175,11 @@ def beta_step(
 ):  # fmt: skip
     """beta_t (and b_t) from beta_{t+1} (and b_{t+1}), and what the posterior of step t yields.
 
-    A state's posterior is 2**(alpha_t - shift + beta_{t+1} - d . d): no maximum is needed, because
-    what underflows there is negligible in every later sum as well. codebook [V, R, U]; beta and b
-    lie transposed, overlap x * R + y at y * (U / R) + x. Returns tuples of M scalars: the sum of
-    the posterior P, of P H, of P D d (V per tile) and of P log2 P, where H is a path's G with
-    TANGENT, and D is H with TANGENT and 1 without.
+    A state's posterior is 2**(alpha_t - shift + beta_{t+1} - d . d + far . d): no maximum is
+    needed, because what underflows there is negligible in every later sum as well. codebook
+    [V, R, U]; beta and b lie transposed, overlap x * R + y at y * (U / R) + x. Returns tuples of M
+    scalars: the sum of the posterior P, of P H, of P D d (V per tile) and of P log2 P, where H is a
+    path's G with TANGENT, and D is H with TANGENT and 1 without.
     """
     RM: tl.constexpr = R if R < U else U
     ACROSS: tl.constexpr = U // RM
@@ -189,7 +193,7 @@ def beta_step(
     mass_h = ()
     mass_d = ()
     mass_x = ()
-    for m in tl.static_range(M):
+    for _ in tl.static_range(M):
         mass = mass + (tl.zeros([ROWS, COLUMNS], tl.float32),)
         mass_h = mass_h + (tl.zeros([ROWS, COLUMNS], tl.float32),)
         mass_x = mass_x + (tl.zeros([ROWS, COLUMNS], tl.float32),)
@@ -226,11 +230,13 @@ def beta_step(
                     at = (c % RM) * ACROSS + columns
                     d0 = tl.fma(c0, scale[m], -w[m * V])
                     x = tl.fma(d0 * -1.0, d0, before[m] + tl.load(beta + m * U + at))
+                    x = tl.fma(far[m * V], d0, x)
                     if TANGENT:
                         h = tl.fma(gain[m * V], d0, before_a[m] + tl.load(b + m * U + at))
                     if V == 2:
                         d1 = tl.fma(c1, scale[m], -w[m * V + 1])
                         x = tl.fma(d1 * -1.0, d1, x)
+                        x = tl.fma(far[m * V + 1], d1, x)
                         if TANGENT:
                             h = tl.fma(gain[m * V + 1], d1, h)
                     p = tl.exp2(x)
@@ -246,9 +252,9 @@ def beta_step(
                         new_x = new_x + (tl.fma(p, x, mass_x[m]),)
                     if CODEBOOK:
                         pull = factor[m] * tl.fma(grad_log_z[m], p, y)
-                        sum0 += p * grad[m * V] - pull * d0
+                        sum0 += p * grad[m * V] - pull * (d0 - 0.5 * far[m * V])
                         if V == 2:
-                            sum1 += p * grad[m * V + 1] - pull * d1
+                            sum1 += p * grad[m * V + 1] - pull * (d1 - 0.5 * far[m * V + 1])
                 p_of_u = new_p
                 mass_d = new_d
                 if TANGENT:

@@ -39,12 +39,12 @@ class BestPath(Protocol):
 
 def _implementation(backend: Backend, w: Tensor) -> BestPath:
     if resolve_backend(backend, w) == "cpu":
-        from softtrellis.trellis import viterbi_cpu
+        from softtrellis.trellis.viterbi_cpu import best_path as cpu
 
-        return viterbi_cpu.best_path
-    from softtrellis.trellis import viterbi_torch
+        return cpu
+    from softtrellis.trellis.viterbi_torch import best_path as reference
 
-    return viterbi_torch.best_path
+    return reference
 
 
 def viterbi(

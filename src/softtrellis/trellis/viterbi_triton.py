@@ -69,7 +69,7 @@ def _step(
         rows = j * ROWS + row
         v = rows * COLUMNS + column
         best = ()
-        for m in tl.static_range(M):
+        for _ in tl.static_range(M):
             best = best + (tl.full([ROWS, COLUMNS], 3e38, tl.float32),)
         for chunk in range(R // CHOICES):
             for i in tl.static_range(CHOICES):
