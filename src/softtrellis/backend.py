@@ -15,7 +15,7 @@ ResolvedBackend = Literal["torch", "cpu", "triton"]
 def resolve_backend(backend: Backend, tensor: Tensor) -> ResolvedBackend:
     """Chooses the implementation for a tensor, or says why the one asked for cannot run.
 
-    ``"auto"`` is ``"triton"`` for CUDA tensors, ``"cpu"`` (Numba) for float32 tensors on the CPU
+    ``"auto"`` is ``"triton"`` for float32 CUDA tensors, ``"cpu"`` (Numba) for float32 tensors on the CPU
     and ``"torch"`` for everything else.
 
     Raises:
@@ -25,7 +25,7 @@ def resolve_backend(backend: Backend, tensor: Tensor) -> ResolvedBackend:
     if backend not in get_args(Backend):
         raise ValueError(f"unknown backend {backend!r}; use one of {', '.join(get_args(Backend))}")
     if backend == "auto":
-        if tensor.device.type == "cuda":
+        if tensor.device.type == "cuda" and tensor.dtype == torch.float32:
             backend = "triton"
         elif tensor.device.type == "cpu" and tensor.dtype == torch.float32:
             backend = "cpu"
@@ -40,8 +40,12 @@ def resolve_backend(backend: Backend, tensor: Tensor) -> ResolvedBackend:
         if find_spec("numba") is None:
             raise RuntimeError("backend 'cpu' needs numba: pip install numba")
     if backend == "triton":
-        raise RuntimeError(
-            "backend 'triton' is not part of this version; use backend='torch' for tensors on "
-            f"{tensor.device} (the CPU backend takes float32 tensors on the CPU)"
-        )
+        if tensor.device.type != "cuda" or tensor.dtype != torch.float32:
+            raise ValueError(
+                "backend 'triton' takes float32 tensors on a CUDA device, got "
+                f"{tensor.dtype} on {tensor.device}; move them there, or use backend='cpu' or "
+                "'torch'"
+            )
+        if find_spec("triton") is None:
+            raise RuntimeError("backend 'triton' needs triton: pip install 'softtrellis[triton]'")
     return cast(ResolvedBackend, backend)

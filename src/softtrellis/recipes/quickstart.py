@@ -56,7 +56,7 @@ class QuickstartConfig:
     batch: int = 2
     ctx: int = 512
     calibration_windows: int = 24
-    eval_windows: int = 16
+    eval_windows: int = 24
 
     def __post_init__(self) -> None:
         if self.eval_windows < 2:

@@ -40,6 +40,10 @@ def _implementation(backend: ResolvedBackend) -> ModuleType:
         from softtrellis.trellis import bcjr_cpu
 
         return bcjr_cpu
+    if backend == "triton":
+        from softtrellis.trellis import bcjr_triton
+
+        return bcjr_triton
     from softtrellis.trellis import bcjr_torch
 
     return bcjr_torch

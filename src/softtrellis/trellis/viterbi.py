@@ -38,10 +38,15 @@ class BestPath(Protocol):
 
 
 def _implementation(backend: Backend, w: Tensor) -> BestPath:
-    if resolve_backend(backend, w) == "cpu":
+    resolved = resolve_backend(backend, w)
+    if resolved == "cpu":
         from softtrellis.trellis.viterbi_cpu import best_path as cpu
 
         return cpu
+    if resolved == "triton":
+        from softtrellis.trellis.viterbi_triton import best_path as triton
+
+        return triton
     from softtrellis.trellis.viterbi_torch import best_path as reference
 
     return reference
