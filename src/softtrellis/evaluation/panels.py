@@ -157,6 +157,7 @@ def draw_window_pairs(axes: "Axes", run: Run, comparison: Comparison) -> None:
     limits = (ends[0] - margin, ends[1] + margin)
     axes.plot(limits, limits, color=GREY, linewidth=1, linestyle="--")
     axes.set(xlim=limits, ylim=limits)
+    axes.locator_params(nbins=5)
     _label(
         axes,
         f"{metric} per held-out window",
