@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,8 +15,8 @@ ResolvedBackend = Literal["torch", "cpu", "triton"]
 def resolve_backend(backend: Backend, tensor: Tensor) -> ResolvedBackend:
     """Chooses the implementation for a tensor, or says why the one asked for cannot run.
 
-    ``"auto"`` is ``"triton"`` for float32 CUDA tensors, ``"cpu"`` (Numba) for float32 tensors on the CPU
-    and ``"torch"`` for everything else.
+    ``"auto"`` is ``"triton"`` for float32 CUDA tensors, ``"cpu"`` (Numba) for float32 tensors on
+    the CPU and ``"torch"`` for everything else.
 
     Raises:
         ValueError: an unknown name, or a backend that does not take this device or dtype.
@@ -48,4 +48,4 @@ def resolve_backend(backend: Backend, tensor: Tensor) -> ResolvedBackend:
             )
         if find_spec("triton") is None:
             raise RuntimeError("backend 'triton' needs triton: pip install 'softtrellis[triton]'")
-    return cast(ResolvedBackend, backend)
+    return backend
