@@ -43,8 +43,7 @@ def resolve_backend(backend: Backend, tensor: Tensor) -> ResolvedBackend:
         if tensor.device.type != "cuda" or tensor.dtype != torch.float32:
             raise ValueError(
                 "backend 'triton' takes float32 tensors on a CUDA device, got "
-                f"{tensor.dtype} on {tensor.device}; move them there, or use backend='cpu' or "
-                "'torch'"
+                f"{tensor.dtype} on {tensor.device}; use backend='torch', or 'auto'"
             )
         if find_spec("triton") is None:
             raise RuntimeError("backend 'triton' needs triton: pip install 'softtrellis[triton]'")

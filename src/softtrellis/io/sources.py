@@ -110,10 +110,11 @@ def _load_embedded(dtype: torch.dtype, device: str | torch.device) -> Source:
                 source.model.save_pretrained(made)
                 source.tokenizer.save_pretrained(made)
             (made / "README.md").write_text(f"---\nlicense: {source.licence}\n---\n")
-            # SmolLM2 has the same licence as this package, whose text is at hand.
-            text = metadata.distribution("softtrellis").read_text("licenses/LICENSE")
-            if text is not None:
-                (made / "LICENSE").write_text(text)
+            # SmolLM2 has the same licence as this package, whose text is at hand once installed.
+            with suppress(metadata.PackageNotFoundError):
+                text = metadata.distribution("softtrellis").read_text("licenses/LICENSE")
+                if text is not None:
+                    (made / "LICENSE").write_text(text)
             with suppress(FileExistsError, OSError):
                 os.rename(made, dense)
     return _load_directory(EMBEDDED, dense, dtype, device)
