@@ -270,8 +270,8 @@ class TestFingerprint:
 class TestSmolLM2:
     def test_source(self, smollm2_source):
         assert smollm2_source.licence == "apache-2.0"
-        assert source.directory is not None
-        assert (source.directory / "config.json").is_file()
+        assert smollm2_source.directory is not None
+        assert (smollm2_source.directory / "config.json").is_file()
         assert smollm2_source.tokenizer.chat_template
         config = smollm2_source.model.config
         assert (config.num_hidden_layers, config.hidden_size, config.vocab_size) == (30, 576, 49152)
