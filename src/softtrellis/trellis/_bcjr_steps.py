@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from softtrellis.trellis._numba_math import (
     LANES,
+    exp2,
     exp2_above,
     larger,
     load,
@@ -19,6 +20,7 @@ from softtrellis.trellis._numba_math import (
     smaller,
     splat,
     store,
+    total,
 )
 from softtrellis.trellis._overlaps_cpu import Floats, Shape, inlined, kernel
 
@@ -191,21 +193,11 @@ def sum_of_rows(t: Floats, at: int, R: int) -> Any:
 
 
 @inlined
-def gain_of(code: Floats, c: int, V: int, g0: Any, g1: Any, rest: Any) -> Any:
-    """g . C + rest of one vector of states."""
+def gain_of(d0: Any, d1: Any, V: int, g0: Any, g1: Any, rest: Any) -> Any:
+    """g . (C - soft) + rest of one vector of states."""
     if V == 2:
-        rest = g1 * load(code, c + LANES) + rest
-    return g0 * load(code, c) + rest
-
-
-@inlined
-def upstream_of_step(upstream: Upstream, at: int, V: int) -> tuple[Any, Any, Any]:
-    """g of both components, and g . soft."""
-    g0, g1 = upstream.g[at], upstream.g[at + V - 1]
-    gain = g0 * upstream.soft[at]
-    if V == 2:
-        gain += g1 * upstream.soft[at + 1]
-    return splat(g0), splat(g1), splat(gain)
+        rest = g1 * d1 + rest
+    return g0 * d0 + rest
 
 
 @inlined
@@ -223,3 +215,21 @@ def close_chunk(i0: int, top: Any, shape: Shape, scratch: Scratch) -> Any:
         store(scratch.lanes, i0 + b * LANES, message)
         top = larger(message, top)
     return top
+
+
+@kernel
+def at_end(alpha: Floats, tangent: Any, shape: Shape, pin: int) -> tuple[float, float]:
+    """log2 of the sum of the last row of alpha, or its entry at the pin; the tangent's mean."""
+    last, mean = shape.N * shape.width, 0.0
+    if pin >= 0:
+        if tangent is not None:
+            mean = float(tangent[last + pin])
+        return float(alpha[last + pin]), mean
+    mass, gains = splat(ZERO), splat(ZERO)
+    for i in range(last, last + shape.width, LANES):
+        p = exp2(larger(load(alpha, i), splat(FLOOR)))
+        mass = mass + p
+        if tangent is not None:
+            gains = p * load(tangent, i) + gains
+    Z = np.float64(total(mass))
+    return math.log2(Z), total(gains) / Z

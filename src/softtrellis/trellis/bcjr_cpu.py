@@ -29,6 +29,7 @@ from softtrellis.trellis._bcjr_steps import (
     Scratch,
     Upstream,
     aim_of_step,
+    at_end,
     candidates,
     close_chunk,
     gain_of,
@@ -36,7 +37,6 @@ from softtrellis.trellis._bcjr_steps import (
     new_scratch,
     sum_of_rows,
     total_weights,
-    upstream_of_step,
     weights,
 )
 from softtrellis.trellis._numba_math import (
@@ -51,6 +51,7 @@ from softtrellis.trellis._numba_math import (
     total,
 )
 from softtrellis.trellis._overlaps_cpu import (
+    UNREACHABLE,
     Floats,
     as_array,
     backward_code,
@@ -72,10 +73,11 @@ from softtrellis.trellis._overlaps_cpu import (
 def _alpha_sweep(
     problem: Problem, tile: int, upstream: Upstream | None, alpha: Floats, tangent: Any,
     scale: Doubles, scratch: Scratch,
-) -> float:  # fmt: skip
+) -> tuple[float, float]:  # fmt: skip
     """Fills alpha [N + 1, width]; scale [N + 1] is what its rows lack. Returns log2 Z.
 
-    With ``upstream`` also fills tangent [N + 1, width], the tangents of alpha; else it is None.
+    With ``upstream`` also fills tangent [N + 1, width], the tangents of alpha (else None), and
+    returns the mean of the whole sum of h.
     """
     shape, V, kappa = problem.shape, len(problem.components), problem.kappa[tile]
     R, K, pin = shape.R, shape.chunk, problem.pins[tile]
@@ -90,7 +92,8 @@ def _alpha_sweep(
             spread_rows(alpha, row, rows, shape)
         message, first = (rows, 0) if short else (alpha, row)
         if upstream is not None:
-            g0, g1, gain = upstream_of_step(upstream, at_w, V)
+            g0, g1 = splat(upstream.g[at_w]), splat(upstream.g[at_w + V - 1])
+            soft0, soft1 = splat(upstream.soft[at_w]), splat(upstream.soft[at_w + V - 1])
             if short:
                 spread_rows(tangent, row, past, shape)
             else:
@@ -108,12 +111,14 @@ def _alpha_sweep(
                     x, y = first + (i & (shape.period - 1)), splat(ZERO)
                     s = sum_of_rows(t, at, R)
                     for _ in range(R):
-                        y = load(t, at) * gain_of(problem.ahead, c, V, g0, g1, load(past, x)) + y
+                        d0 = load(problem.ahead, c) - soft0
+                        d1 = load(problem.ahead, c + LANES) - soft1 if V == 2 else d0
+                        y = load(t, at) * gain_of(d0, d1, V, g0, g1, load(past, x)) + y
                         c += V * LANES
                         x += shape.period
                         at += LANES
                     store(scratch.sums, b * LANES, s)
-                    store(scratch.tangent_lanes, i, y / s - gain)
+                    store(scratch.tangent_lanes, i, y / s)
             top = close_chunk(i0, top, shape, scratch)
         peak = largest(top)
         scale[step + 1] = scale[step] + peak - kappa * aim[4]
@@ -122,13 +127,8 @@ def _alpha_sweep(
             from_lanes(
                 scratch.tangent_lanes, tangent, row + shape.width, scratch.spare, shape, ZERO
             )
-    last = shape.N * shape.width
-    if pin >= 0:
-        return float(scale[shape.N] + alpha[last + pin])
-    mass = 0.0
-    for u in range(shape.U):
-        mass += math.exp2(np.float64(alpha[last + u]))
-    return float(scale[shape.N] + math.log2(mass))
+    log2_mass, mean = at_end(alpha, tangent, shape, pin)
+    return scale[shape.N] + log2_mass, mean
 
 
 @kernel
@@ -200,8 +200,8 @@ def _beta_sweep(
 @kernel
 def _gradient_sweep(
     problem: Problem, tile: int, upstream: Upstream, alpha: Floats, tangent: Floats,
-    scale: Doubles, log2_z: float, grad_w: Floats, code_gradient: CodeGradient | None,
-    scratch: Scratch,
+    scale: Doubles, log2_z: float, mean_at_end: float, grad_w: Floats,
+    code_gradient: CodeGradient | None, scratch: Scratch,
 ) -> None:  # fmt: skip
     """Beta and its tangent, joined with alpha's to the gradients of one tile."""
     shape, V, kappa = problem.shape, len(problem.components), problem.kappa[tile]
@@ -212,16 +212,17 @@ def _gradient_sweep(
     end_message(scratch.lanes, shape, problem.pins[tile])
     transposed(scratch.lanes, scratch.rows, scratch.spare, shape, ZERO)
     scratch.tangent_rows[:] = ZERO
+    drift = np.float32(mean_at_end)  # E[sum of h], 0 but for rounding: taken off
     lacking = -log2_z
     for step in range(shape.N - 1, -1, -1):
         row, at_w = step * shape.width, (tile * shape.N + step) * V
         aim = aim_of_step(problem, at_w)
         w0, w1 = splat(problem.w[at_w]), splat(problem.w[at_w + V - 1])
         soft0, soft1 = splat(soft[at_w]), splat(soft[at_w + V - 1])
-        g0, g1, gain = upstream_of_step(upstream, at_w, V)
+        g0, g1 = splat(upstream.g[at_w]), splat(upstream.g[at_w + V - 1])
         lacking -= kappa * aim[4]
         offset = np.float32(lacking + scale[step])
-        top, mass, mass0, mass1 = splat(LEAST), zero, zero, zero
+        top, mass, mass0, mass1, mean = splat(LEAST), zero, zero, zero, zero
         for i0 in range(0, shape.width, K * LANES):
             candidates(code, i0, scratch.rows, 0, aim, kappa, problem, scratch)
             weights(shape, scratch)
@@ -231,11 +232,13 @@ def _gradient_sweep(
                 x, m = i & (shape.period - 1), load(scratch.peaks, b * LANES)
                 s = sum_of_rows(t, at, R)
                 share = exp2(log2_share(alpha, row + i, m, offset))
-                past = load(tangent, row + i) - gain
+                past = load(tangent, row + i) - splat(drift)
                 z, z0, z1 = zero, zero, zero
                 for _ in range(R):
                     weight = load(t, at)
-                    whole = gain_of(code, c, V, g0, g1, load(scratch.tangent_rows, x) + past)
+                    d0 = load(code, c) - soft0
+                    d1 = load(code, c + LANES) - soft1 if V == 2 else d0
+                    whole = gain_of(d0, d1, V, g0, g1, load(scratch.tangent_rows, x) + past)
                     if code_gradient is not None:
                         p, grad = weight * share, code_gradient.tile
                         pull = p * (whole + splat(g_log_z)) * splat(two_over_T)
@@ -246,17 +249,18 @@ def _gradient_sweep(
                             store(grad, c + LANES, load(grad, c + LANES) + grad1)
                     weight = weight * whole
                     z = z + weight
-                    z0 = weight * load(code, c) + z0
+                    z0 = weight * d0 + z0
                     if V == 2:
-                        z1 = weight * load(code, c + LANES) + z1
+                        z1 = weight * d1 + z1
                     c += V * LANES
                     x += shape.period
                     at += LANES
                 store(scratch.sums, b * LANES, s)
-                store(scratch.tangent_lanes, i, z / s - load(tangent, row + i))
+                store(scratch.tangent_lanes, i, z / s - past)
                 mass = share * s + mass
-                mass0 = share * (z0 - soft0 * z) + mass0
-                mass1 = share * (z1 - soft1 * z) + mass1
+                mean = share * z + mean
+                mass0 = share * z0 + mass0
+                mass1 = share * z1 + mass1
             top = close_chunk(i0, top, shape, scratch)
         Z = np.float64(total(mass))
         pull0 = total(mass0) / Z + g_log_z * (soft[at_w] - problem.w[at_w])
@@ -264,6 +268,7 @@ def _gradient_sweep(
         if V == 2:
             pull1 = total(mass1) / Z + g_log_z * (soft[at_w + 1] - problem.w[at_w + 1])
             grad_w[at_w + 1] = two_over_T * pull1
+        drift += np.float32(total(mean) / Z)
         peak = largest(top)
         lacking += peak - math.log2(Z)
         transposed(scratch.lanes, scratch.rows, scratch.spare, shape, peak)
@@ -276,10 +281,10 @@ def _forward_tiles(
     entropy: Floats | None,
 ) -> None:  # fmt: skip
     shape = problem.shape
-    alpha, scale = np.zeros((shape.N + 1) * shape.width, np.float32), np.empty(shape.N + 1)
-    scratch = new_scratch(shape)
+    alpha = np.full((shape.N + 1) * shape.width, UNREACHABLE, np.float32)
+    scale, scratch = np.empty(shape.N + 1), new_scratch(shape)
     for tile in range(first, problem.kappa.size, stride):
-        log2_z = _alpha_sweep(problem, tile, None, alpha, None, scale, scratch)
+        log2_z, _ = _alpha_sweep(problem, tile, None, alpha, None, scale, scratch)
         log_z[tile] = LN2 * log2_z
         _beta_sweep(problem, tile, alpha, scale, log2_z, values, entropy, scratch)
 
@@ -290,14 +295,25 @@ def _backward_tiles(
     code_gradient: CodeGradient | None,
 ) -> None:  # fmt: skip
     shape = problem.shape
-    alpha, scale = np.zeros((shape.N + 1) * shape.width, np.float32), np.empty(shape.N + 1)
-    tangent, scratch = np.zeros(alpha.size, np.float32), new_scratch(shape)
+    alpha = np.full((shape.N + 1) * shape.width, UNREACHABLE, np.float32)
+    tangent = np.zeros(alpha.size, np.float32)
+    scale, scratch = np.empty(shape.N + 1), new_scratch(shape)
     for tile in range(first, problem.kappa.size, stride):
-        log2_z = _alpha_sweep(problem, tile, upstream, alpha, tangent, scale, scratch)
+        log2_z, mean = _alpha_sweep(problem, tile, upstream, alpha, tangent, scale, scratch)
         if code_gradient is not None:
             code_gradient.tile[:] = ZERO
         _gradient_sweep(
-            problem, tile, upstream, alpha, tangent, scale, log2_z, grad_w, code_gradient, scratch
+            problem,
+            tile,
+            upstream,
+            alpha,
+            tangent,
+            scale,
+            log2_z,
+            mean,
+            grad_w,
+            code_gradient,
+            scratch,
         )
         if code_gradient is not None:
             for i in range(code_gradient.tile.size):
