@@ -23,9 +23,13 @@ def add_parser(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Prints the manifest in words."""
-    from softtrellis.io.checkpoint import FORMAT_VERSION, read_manifest, verify_files
+    from softtrellis.io.checkpoint import (
+        FORMAT_VERSION,
+        describe_sizes,
+        read_manifest,
+        verify_files,
+    )
     from softtrellis.io.model_card import plain
-    from softtrellis.recipes.pipeline import describe_sizes
 
     directory = Path(options.checkpoint)
     manifest = read_manifest(directory)

@@ -65,8 +65,9 @@ def add_parser(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Quantizes and saves."""
+    from softtrellis.io.checkpoint import describe_sizes
     from softtrellis.io.files import check_output
-    from softtrellis.recipes.pipeline import describe_sizes, quantize_to
+    from softtrellis.recipes.pipeline import quantize_to
     from softtrellis.recipes.ptq import QuantizeConfig
 
     with usage_errors(options):

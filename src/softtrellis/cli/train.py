@@ -81,7 +81,8 @@ def add_parser(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Trains and saves."""
-    from softtrellis.recipes.pipeline import describe_sizes, train_to
+    from softtrellis.io.checkpoint import describe_sizes
+    from softtrellis.recipes.pipeline import train_to
     from softtrellis.recipes.qat import DistillConfig
 
     with usage_errors(options):

@@ -322,3 +322,12 @@ def size_report(directory: Path) -> SizeReport:
             other += table.numel() * table.element_size() * 8
     files = sum((directory / name).stat().st_size for name in (MANIFEST, *manifest.files))
     return SizeReport(weights, codes / weights, (codes + other) / weights, files)
+
+
+def describe_sizes(directory: Path) -> str:
+    """Bits per weight and bytes of a checkpoint, in a line."""
+    size = size_report(directory)
+    return (
+        f"sizes        {size.weights:,} weights: codes {size.code_bits:.4f} bits per weight, "
+        f"with scales and signs {size.stored_bits:.4f}; all files {size.file_bytes:,} bytes"
+    )

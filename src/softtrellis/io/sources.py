@@ -115,8 +115,11 @@ def _load_embedded(dtype: torch.dtype, device: str | torch.device) -> Source:
                 text = metadata.distribution("softtrellis").read_text("licenses/LICENSE")
                 if text is not None:
                     (made / "LICENSE").write_text(text)
-            with suppress(FileExistsError, OSError):
+            try:
                 os.rename(made, dense)
+            except OSError:  # another process may have been first
+                if not dense.is_dir():
+                    raise
     return _load_directory(EMBEDDED, dense, dtype, device)
 
 

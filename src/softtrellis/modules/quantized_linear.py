@@ -138,7 +138,7 @@ class QuantizedLinear(nn.Module):
             in_signs=unpack_signs(self.in_signs, columns),
             out_signs=unpack_signs(self.out_signs, rows),
         )
-        return WeightBasis(incoherence, self.scale, None, self.out_scale)
+        return WeightBasis(incoherence, self.scale, self.out_scale)
 
     def states(self) -> Tensor:
         """int32 [tiles, N], the unpacked paths."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from softtrellis.modules.replace import decoder_layers
+
+_log = logging.getLogger(__name__)
 
 
 class _Reached(Exception):
@@ -70,6 +73,7 @@ class Tail:
             expected, found = _last_hidden(model, probe), self._try(probe)
         tolerance = 1e-4 * expected.abs().max()
         if found is None or bool((found - expected).abs().max() > tolerance):
+            _log.warning("this model cannot be run from layer %d on; it runs whole, slower", first)
             self.first, self._tail = 0, None
 
     def _try(self, probe: Tensor) -> Tensor | None:

@@ -12,18 +12,16 @@ from softtrellis.transforms.incoherence import Incoherence
 
 @dataclass(frozen=True, eq=False)
 class WeightBasis:
-    """W = diag(out_scale) R^-1(scale * latent) diag(in_scale), with R the rotation.
+    """W = diag(out_scale) R^-1(scale * latent), with R the rotation.
 
     Attributes:
         incoherence: the randomised Hadamard rotation of both sides, with its padding.
         scale: float32 [], from the codebook's units to the weights'.
-        in_scale: float16 [in] or None, for ones.
         out_scale: float16 [out] or None, for ones.
     """
 
     incoherence: Incoherence
     scale: Tensor
-    in_scale: Tensor | None = None
     out_scale: Tensor | None = None
 
     @classmethod
@@ -63,24 +61,17 @@ class WeightBasis:
         """[out_pad, in_pad] in the codebook's units from weights [out, in]."""
         if self.out_scale is not None:
             weight = weight / self.out_scale.to(weight.dtype).unsqueeze(1)
-        if self.in_scale is not None:
-            weight = weight / self.in_scale.to(weight.dtype)
         return self.incoherence.rotate_weight(weight) / self.scale
 
     def to_weight(self, latent: Tensor) -> Tensor:
         """Weights [out, in] from a latent matrix [out_pad, in_pad]; differentiable."""
         weight = self.incoherence.unrotate_weight(latent * self.scale)
-        if self.in_scale is not None:
-            weight = weight * self.in_scale.to(weight.dtype)
         if self.out_scale is not None:
             weight = weight * self.out_scale.to(weight.dtype).unsqueeze(1)
         return weight
 
     def rotate_hessian(self, hessian: Tensor) -> Tensor:
         """[in_pad, in_pad]: the inputs' second moment in this basis, from H [in, in]."""
-        if self.in_scale is not None:
-            scale = self.in_scale.to(hessian.dtype)
-            hessian = hessian * scale * scale.unsqueeze(1)
         return self.incoherence.rotate_hessian(hessian)
 
 

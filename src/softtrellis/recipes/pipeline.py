@@ -95,15 +95,6 @@ def _settings(config: QuantizeConfig | DistillConfig) -> dict[str, Any]:
     return {name: value for name, value in asdict(config).items() if name not in left_out}
 
 
-def describe_sizes(directory: Path) -> str:
-    """Bits per weight and bytes of a checkpoint, in a line."""
-    size = size_report(directory)
-    return (
-        f"sizes        {size.weights:,} weights: codes {size.code_bits:.4f} bits per weight, "
-        f"with scales and signs {size.stored_bits:.4f}; all files {size.file_bytes:,} bytes"
-    )
-
-
 def evaluate_models(
     names: Sequence[str], data: Sequence[str], *, ctx: int, windows: int | None
 ) -> dict[str, Any]:
@@ -118,7 +109,10 @@ def evaluate_models(
     for source in sources.values():
         dequantize_(source.model)
     models: dict[str, nn.Module] = {name: source.model for name, source in sources.items()}
-    sizes = {name: _stored(name, source.model) for name, source in sources.items()}
+    sizes = {
+        name: checkpoint_size(Path(name)) if is_checkpoint(Path(name)) else dense_size(model)
+        for name, model in models.items()
+    }
     title = "Evaluation of " + ", ".join(names)
     settings: dict[str, str | int | float] = {
         "text": ", ".join(data),
@@ -128,17 +122,15 @@ def evaluate_models(
     return score_and_compare(models, ids, sizes, title=title, settings=settings)
 
 
-def _stored(name: str, model: nn.Module) -> tuple[float, int]:
-    """(bits per weight of the quantized layers, bytes of all files or parameters)."""
-    if is_checkpoint(Path(name)):
-        size = size_report(Path(name))
-        return size.stored_bits, size.file_bytes
-    return float(DENSE_BITS), dense_bytes(model)
+def checkpoint_size(directory: Path) -> tuple[float, int]:
+    """(bits per weight of the quantized layers, bytes of all files)."""
+    size = size_report(directory)
+    return size.stored_bits, size.file_bytes
 
 
-def dense_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters in float32, tied ones once."""
-    return sum(p.numel() for p in model.parameters()) * DENSE_BITS // 8
+def dense_size(model: nn.Module) -> tuple[float, int]:
+    """(bits per weight, bytes of all parameters, tied ones once) of a model in float32."""
+    return float(DENSE_BITS), sum(p.numel() for p in model.parameters()) * DENSE_BITS // 8
 
 
 def score_and_compare(

@@ -10,26 +10,24 @@ from pathlib import Path
 
 from softtrellis.codes.codebook import HYBRID_MIN_STATE_BITS
 from softtrellis.evaluation.report import write_report
+from softtrellis.evaluation.run_log import BASELINE, REFERENCE, TRAINED
 from softtrellis.io.checkpoint import (
     base_of,
     load_full_precision,
     load_quantized,
     save_quantized,
-    size_report,
 )
 from softtrellis.io.files import whole_directory, write_json
 from softtrellis.io.sources import EMBEDDED
 from softtrellis.io.text import load_documents, token_windows
 from softtrellis.modules.replace import dequantize_, linear_names, select_layers
 from softtrellis.recipes.drift import predicted_radius
-from softtrellis.recipes.pipeline import DENSE_BITS, dense_bytes, score_and_compare, summary
+from softtrellis.recipes.pipeline import checkpoint_size, dense_size, score_and_compare, summary
 from softtrellis.recipes.ptq import QuantizeConfig, quantize_model
 from softtrellis.recipes.qat import DistillConfig, distill
 
 DIVIDED_SOURCES = ("pydoc", "wikitext2")
 HELD_OUT_SHARE = 0.15
-
-FULL, PTQ, TRAINED = "full precision", "PTQ", "BCJR-QAT"
 
 
 @dataclass(frozen=True)
@@ -120,7 +118,8 @@ def _hold_out(
             held_out.append(source)
             continue
         (text,) = load_documents([source], split="train")
-        cut = text.find("\n", int(len(text) * (1 - HELD_OUT_SHARE))) + 1
+        share = int(len(text) * (1 - HELD_OUT_SHARE))
+        cut = text.find("\n", share) + 1 or share
         (directory / "text").mkdir(exist_ok=True)
         for part, parts, name in (
             (text[:cut], train, "train"),
@@ -137,6 +136,7 @@ def _run(config: QuickstartConfig, directory: Path) -> None:
     source = load_full_precision(config.model)
     base, tokenizer = base_of(source), source.tokenizer
     names = select_layers(source.model, config.layers)
+    text = ", ".join(config.data)
     config, held_out_data = _hold_out(config, directory)
     held_out = token_windows(
         tokenizer,
@@ -162,7 +162,7 @@ def _run(config: QuickstartConfig, directory: Path) -> None:
         "steps": config.steps,
         "lr": config.lr,
         "tokens per step": config.batch * config.ctx,
-        "text": ", ".join(config.data),
+        "text": text,
         "held-out windows": held_out.shape[0],
         "ctx": config.ctx,
     }
@@ -182,13 +182,15 @@ def _run(config: QuickstartConfig, directory: Path) -> None:
         run_directory=directory,
     )
     save(result.model, directory=trained)
-    models = {FULL: source.model, PTQ: load_quantized(ptq), TRAINED: load_quantized(trained)}
-    for model in models.values():
-        dequantize_(model)
-    sizes = {FULL: (float(DENSE_BITS), dense_bytes(source.model))}
-    for name, path in ((PTQ, ptq), (TRAINED, trained)):
-        size = size_report(path)
-        sizes[name] = (size.stored_bits, size.file_bytes)
+    models = {
+        REFERENCE: source.model,
+        BASELINE: load_quantized(ptq),
+        TRAINED: load_quantized(trained),
+    }
+    sizes = {REFERENCE: dense_size(source.model)}
+    for name, path in ((BASELINE, ptq), (TRAINED, trained)):
+        dequantize_(models[name])
+        sizes[name] = checkpoint_size(path)
     results = score_and_compare(
         models, held_out, sizes, title="softtrellis quickstart", settings=settings
     )
