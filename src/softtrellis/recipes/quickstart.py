@@ -118,8 +118,7 @@ def _hold_out(
             held_out.append(source)
             continue
         (text,) = load_documents([source], split="train")
-        share = int(len(text) * (1 - HELD_OUT_SHARE))
-        cut = text.find("\n", share) + 1 or share
+        cut = text.find("\n", int(len(text) * (1 - HELD_OUT_SHARE))) + 1
         (directory / "text").mkdir(exist_ok=True)
         for part, parts, name in (
             (text[:cut], train, "train"),
