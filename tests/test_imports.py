@@ -140,8 +140,16 @@ def test_unknown_name_is_an_attribute_error() -> None:
         pytest.param("import softtrellis", HEAVY, id="package"),
         pytest.param(
             "from softtrellis import TrellisSpec, bcjr, viterbi, pack",
-            ("triton", "transformers", "matplotlib", "datasets", "gguf"),
+            ("triton", "torch._dynamo", "transformers", "matplotlib", "datasets", "gguf"),
             id="trellis",
+        ),
+        pytest.param(
+            "import torch\n"
+            "from softtrellis import TrellisSpec, codebook, viterbi\n"
+            "spec = TrellisSpec(4, 1, 1)\n"
+            "viterbi(torch.zeros(1, 8, 1), codebook('gaussian', spec), spec, backend='torch')",
+            ("triton", "torch._dynamo", "transformers", "numba"),
+            id="viterbi",
         ),
         pytest.param(
             "import softtrellis.cli.main",

@@ -8,15 +8,19 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-Backend = Literal["auto", "torch", "cpu", "triton"]
-ResolvedBackend = Literal["torch", "cpu", "triton"]
+Backend = Literal["auto", "torch", "cpu", "triton", "cuda"]
+ResolvedBackend = Literal["torch", "cpu", "triton", "cuda"]
+
+CUDA_CAPABILITIES = ((9, 0), (10, 0), (10, 3))
+"""Compute capabilities with the 227 KiB of shared memory a block that the CUDA kernels need."""
 
 
 def resolve_backend(backend: Backend, tensor: Tensor) -> ResolvedBackend:
     """Chooses the implementation for a tensor, or says why the one asked for cannot run.
 
-    ``"auto"`` is ``"triton"`` for float32 CUDA tensors, ``"cpu"`` (Numba) for float32 tensors on
-    the CPU and ``"torch"`` for everything else.
+    ``"auto"`` is ``"cpu"`` (Numba) for float32 tensors on the CPU and ``"torch"`` for float64. For
+    float32 tensors on a GPU it is ``"cuda"`` where that can run and ``"triton"`` elsewhere.
+    ``"cuda"`` is CUDA C++ for L = 16 and k = 2, and Triton for what that leaves.
 
     Raises:
         ValueError: an unknown name, or a backend that does not take this device or dtype.
@@ -25,26 +29,46 @@ def resolve_backend(backend: Backend, tensor: Tensor) -> ResolvedBackend:
     if backend not in get_args(Backend):
         raise ValueError(f"unknown backend {backend!r}; use one of {', '.join(get_args(Backend))}")
     if backend == "auto":
-        if tensor.device.type == "cuda" and tensor.dtype == torch.float32:
-            backend = "triton"
-        elif tensor.device.type == "cpu" and tensor.dtype == torch.float32:
+        if tensor.dtype != torch.float32 or tensor.device.type not in ("cpu", "cuda"):
+            return "torch"
+        if tensor.device.type == "cpu":
             backend = "cpu"
         else:
-            backend = "torch"
+            backend = "triton" if why_no_cuda(tensor.device) else "cuda"
     if backend == "cpu":
-        if tensor.device.type != "cpu" or tensor.dtype != torch.float32:
-            raise ValueError(
-                "backend 'cpu' takes float32 tensors on the CPU, got "
-                f"{tensor.dtype} on {tensor.device}; convert them or use backend='torch'"
-            )
+        _check_float32(backend, tensor, "cpu", "on the CPU; convert them or use backend='torch'")
         if find_spec("numba") is None:
             raise RuntimeError("backend 'cpu' needs numba: pip install numba")
-    if backend == "triton":
-        if tensor.device.type != "cuda" or tensor.dtype != torch.float32:
-            raise ValueError(
-                "backend 'triton' takes float32 tensors on a CUDA device, got "
-                f"{tensor.dtype} on {tensor.device}; use backend='torch', or 'auto'"
-            )
+    if backend in ("triton", "cuda"):
+        _check_float32(backend, tensor, "cuda", "on a CUDA device; use backend='torch', or 'auto'")
         if find_spec("triton") is None:
-            raise RuntimeError("backend 'triton' needs triton: pip install 'softtrellis[triton]'")
+            raise RuntimeError(
+                f"backend {backend!r} needs triton: pip install 'softtrellis[{backend}]'"
+            )
+    if backend == "cuda" and (reason := why_no_cuda(tensor.device)):
+        raise RuntimeError(f"backend 'cuda' {reason}")
     return backend
+
+
+def _check_float32(backend: str, tensor: Tensor, device: str, rest: str) -> None:
+    if tensor.device.type != device or tensor.dtype != torch.float32:
+        where, advice = rest.split(";", 1)
+        raise ValueError(
+            f"backend {backend!r} takes float32 tensors {where}, got "
+            f"{tensor.dtype} on {tensor.device};{advice}"
+        )
+
+
+def why_no_cuda(device: torch.device) -> str | None:
+    """What is missing for the backend "cuda" on a CUDA device; None if nothing is."""
+    if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
+        return "needs cuda-bindings: pip install 'softtrellis[cuda]'"
+    if torch.version.hip is not None:
+        return "needs an NVIDIA GPU; use backend='triton'"
+    if torch.cuda.get_device_capability(device) not in CUDA_CAPABILITIES:
+        name = torch.cuda.get_device_name(device)
+        return (
+            "is made for compute capability 9.0 and 10.x (H100, H200, B200), which have 227 KiB of "
+            f"shared memory a block; this is {name}; use backend='triton'"
+        )
+    return None

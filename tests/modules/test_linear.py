@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cuda_graph import capture
+from torch import Tensor
 
 from softtrellis.modules.latent_linear import LatentLinear
 from softtrellis.modules.quantized_linear import LayerFormat, QuantizedLinear
@@ -80,6 +82,46 @@ def test_gradients_reach_the_latent_weights() -> None:
     assert latent.latent.grad is not None
     assert bool(torch.isfinite(latent.latent.grad).all())
     assert float(latent.latent.grad.norm()) > 0
+
+
+@pytest.mark.parametrize("name", CODES)
+@pytest.mark.parametrize("estimator", ["soft", "straight_through", "identity"])
+def test_compiled_training_layer_follows_the_temperature(name: str, estimator: str) -> None:
+    module, _, x = quantized(name)
+    latent = LatentLinear.from_quantized(module, estimator=estimator)  # type: ignore[arg-type]
+    torch.compiler.reset()
+    compiled = torch.compile(latent, fullgraph=True, backend="aot_eager")
+    for temperature in (0.3, *(torch.tensor(0.5 / n) for n in range(2, 12))):
+        latent.temperature = temperature
+        results = []
+        for layer in (compiled, latent):
+            y = layer(x)
+            results.append((y, *torch.autograd.grad(y.square().sum(), latent.latent)))
+        for one, other in zip(*results, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CODES)
+def test_training_layer_in_a_cuda_graph(name: str) -> None:
+    module, _, x = quantized(name)
+    temperature = torch.tensor(0.3, device="cuda")
+    latent = LatentLinear.from_quantized(
+        module.cuda(), estimator="straight_through", temperature=temperature
+    )
+    x = x.cuda()
+
+    def step() -> list[Tensor]:
+        y = latent(x)
+        return [y.detach(), *torch.autograd.grad(y.square().sum(), latent.latent)]
+
+    replay = capture(step)
+    for change in (0.1, 0.2):
+        temperature.fill_(change)
+        with torch.no_grad():
+            latent.latent.add_(change * torch.randn_like(latent.latent))
+        for one, other in zip(replay(), step(), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 def test_codes_are_exactly_k_bits_and_scales_are_few() -> None:

@@ -212,3 +212,22 @@ def test_strided_input():
 
 def test_meta_tensors_give_shapes():
     assert hadamard_transform(torch.empty(2, 577, device="meta")).shape == (2, 577)
+
+
+@pytest.mark.parametrize(("n", "block"), [(24, None), (31, None), (48, 16)])
+def test_the_operator_that_compiled_code_calls(n, block):
+    x = vectors(n).requires_grad_()
+    for inverse in (False, True):
+        torch.library.opcheck(torch.ops.softtrellis.hadamard, (x, block, inverse))
+
+
+def test_compiled_is_eager():
+    torch.compiler.reset()
+    transform = torch.compile(hadamard_transform, fullgraph=True, backend="aot_eager")
+    x = vectors(31, torch.float32).requires_grad_()
+    g = vectors(31, torch.float32, rows=4)[1:]
+    for block in (None, 1):
+        y, expected = (f(x, block=block, inverse=True) for f in (transform, hadamard_transform))
+        torch.testing.assert_close(y, expected)
+        (grad,) = torch.autograd.grad(y, x, g)
+        torch.testing.assert_close(grad, hadamard_transform(g, block=block))

@@ -145,6 +145,43 @@ def test_no_tiles() -> None:
     assert not bool(grad_table.any())
 
 
+@pytest.mark.parametrize("tangent", [False, True])
+def test_only_the_tiles_that_were_chosen(tangent: bool) -> None:
+    spec = TrellisSpec(6, 2, 1)
+    w, table = problem(spec, 4, "gaussian", batch=5)
+    T = torch.full((5,), 0.1, device=DEVICE)
+    values, log_z, _ = bcjr_triton.soft_forward(w, table, spec, T, None, False, SMALL)
+    upstream = {"grad_values": torch.ones_like(w), "grad_log_z": log_z} if tangent else {}
+    outputs = [torch.full_like(w, 7.0), torch.full_like(log_z, 7.0), torch.full_like(w, 7.0)]
+    chosen = (torch.tensor([4, 1, 0, 0, 0], device=DEVICE).int(), torch.tensor(2).int().to(DEVICE))
+    bcjr_triton.sweep(
+        w,
+        table,
+        spec,
+        T,
+        None,
+        values.clone() if tangent else outputs[0],
+        log_z=None if tangent else outputs[1],
+        grad_w=outputs[2] if tangent else None,
+        chosen=chosen,
+        launch=SMALL,
+        **upstream,
+    )
+    right = values
+    if tangent:
+        right, _ = bcjr_triton.soft_backward(
+            w, table, spec, T, None, values, **upstream, with_codebook=False, launch=SMALL
+        )
+    found = outputs[2] if tangent else outputs[0]
+    torch.testing.assert_close(found[[1, 4]], right[[1, 4]])
+    assert bool((found[[0, 2, 3]] == 7.0).all())
+    states = torch.full((5, 4), 7, dtype=torch.int32, device=DEVICE)
+    viterbi_triton.fill(w, table, spec, None, states, chosen[1], SMALL)
+    best = viterbi_triton.best_path(w, table, spec, None, SMALL)
+    assert torch.equal(states[:2], best[:2])
+    assert bool((states[2:] == 7).all())
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("ends", ["free", "pinned"])
 @pytest.mark.parametrize(("spec", "code"), FULL, ids=name_of)

@@ -43,6 +43,12 @@ def check_inputs(output: Path, *inputs: str) -> None:
             raise UsageError(f"{output} is also the input; choose another output directory")
 
 
+def check_json(name: str | None) -> None:
+    """UsageError if ``--json`` cannot be written, before the work is done."""
+    if name and (Path(name).is_dir() or not Path(name).parent.is_dir()):
+        raise UsageError(f"--json must be a file in a directory that exists, got {name}")
+
+
 def command(
     commands: Commands, name: str, summary: str, example: str, details: str = ""
 ) -> argparse.ArgumentParser:
@@ -119,7 +125,7 @@ def add_backend(parser: argparse.ArgumentParser) -> None:
     """``--backend``."""
     parser.add_argument(
         "--backend",
-        choices=["auto", "torch", "cpu", "triton"],
+        choices=["auto", "torch", "cpu", "triton", "cuda"],
         default="auto",
         help="what runs the trellis; auto takes the fastest that fits the device",
     )

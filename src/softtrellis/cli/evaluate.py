@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from softtrellis.cli.common import Commands, UsageError, add_data, command
+from softtrellis.cli.common import Commands, UsageError, add_data, check_json, command
 
 
 def add_parser(commands: Commands) -> None:
@@ -37,8 +37,7 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError(f"--ctx must be at least 2, got {options.ctx}")
     if options.windows is not None and options.windows < 1:
         raise UsageError(f"--windows must be at least 1, got {options.windows}")
-    if options.json and (Path(options.json).is_dir() or not Path(options.json).parent.is_dir()):
-        raise UsageError(f"--json must be a file in a directory that exists, got {options.json}")
+    check_json(options.json)
     results = evaluate_models(
         options.models, tuple(options.data), ctx=options.ctx, windows=options.windows
     )

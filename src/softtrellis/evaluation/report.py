@@ -75,7 +75,16 @@ def format_table(rows: Iterable[Mapping[str, Any]]) -> str:
         rows: mappings with "name" and, where measured, "perplexity", "kl" (nats per token),
             "bits_per_weight" and "bytes", as in results.json. A column that no row has is left out.
     """
-    headings, cells = _table(list(parse_rows(rows)))
+    return align_columns(*_table(list(parse_rows(rows))))
+
+
+def align_columns(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """Plain text in columns, the first to the left and the others to the right.
+
+    Args:
+        headings: one per column.
+        cells: the lines below, each with one cell per column.
+    """
     lines = [headings, *cells]
     widths = [max(len(line[column]) for line in lines) for column in range(len(headings))]
     text = [

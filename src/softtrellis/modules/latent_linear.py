@@ -23,7 +23,9 @@ class LatentLinear(nn.Module):
     Attributes:
         latent: float32 parameter [out_pad, in_pad].
         pins: int32 buffer [tiles], the overlap at both ends.
-        temperature: T over the codebook's variance; set it before every pass.
+        temperature: T over the codebook's variance; set it before every pass. A tensor [] on the
+            layer's device where a CUDA graph or ``torch.compile`` is to follow its changes: every
+            new number would be compiled anew.
         estimator: "soft", "straight_through" or "identity", see ``estimate``.
         backend: as in ``bcjr``.
     """
@@ -41,7 +43,7 @@ class LatentLinear(nn.Module):
         bias: Tensor | None,
         *,
         estimator: Estimator = "soft",
-        temperature: float = 0.1,
+        temperature: float | Tensor = 0.1,
         backend: Backend = "auto",
     ) -> None:
         """Starts at the codewords of tail-biting states int [tiles, N].
@@ -66,7 +68,7 @@ class LatentLinear(nn.Module):
         module: QuantizedLinear,
         *,
         estimator: Estimator = "soft",
-        temperature: float = 0.1,
+        temperature: float | Tensor = 0.1,
         backend: Backend = "auto",
     ) -> LatentLinear:
         """The training layer that starts from a quantized layer's codes."""

@@ -12,14 +12,13 @@ from softtrellis.trellis.bcjr import bcjr
 from softtrellis.trellis.viterbi import viterbi
 
 Estimator = Literal["soft", "straight_through", "identity"]
+_ESTIMATORS: tuple[str, ...] = get_args(Estimator)
 
 
 def check_estimator(estimator: str) -> None:
     """ValueError if the estimator is unknown."""
-    if estimator not in get_args(Estimator):
-        raise ValueError(
-            f"unknown estimator {estimator!r}; use one of {', '.join(get_args(Estimator))}"
-        )
+    if estimator not in _ESTIMATORS:
+        raise ValueError(f"unknown estimator {estimator!r}; use one of {', '.join(_ESTIMATORS)}")
 
 
 def estimate(
@@ -28,7 +27,7 @@ def estimate(
     spec: TrellisSpec,
     *,
     estimator: Estimator,
-    temperature: float,
+    temperature: float | Tensor,
     pins: Tensor,
     backend: Backend = "auto",
 ) -> Tensor:
@@ -43,7 +42,8 @@ def estimate(
         codebook: float [S, V].
         spec: the trellis.
         estimator: see above.
-        temperature: T, in the tiles' squared units; unused by "identity".
+        temperature: T, in the tiles' squared units, a number or a tensor [] or [B]; unused by
+            "identity".
         pins: int [B], the overlap at both ends.
         backend: as in ``bcjr``.
 

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Literal, get_args
 
-import torch
 from torch import Tensor
 
-from softtrellis.spec import TILE_SIDE, TILE_WEIGHTS, TrellisSpec
+from softtrellis.spec import TILE_SIDE, TrellisSpec
 
 TileOrder = Literal["rows", "exl3"]
 
+# A matrix as [out blocks, 2, 8, in blocks, 2, 4, 2], and its axes in the order of the tiles. EXL3:
+# position 8 t + j of a tile is out t // 4 + 8 (j // 4) and in 2 (t % 4) + (0, 1, 8, 9)[j % 4].
+_AXES: dict[TileOrder, tuple[int, ...]] = {
+    "rows": (0, 3, 1, 2, 4, 5, 6),
+    "exl3": (0, 3, 2, 5, 1, 4, 6),
+}
 
-@lru_cache(maxsize=4)
-def _element_order(order: TileOrder) -> tuple[int, ...]:
-    """Position in the trellis to index in the flattened [16 out, 16 in] tile."""
-    if order == "rows":
-        return tuple(range(TILE_WEIGHTS))
-    index = []
-    for position in range(TILE_WEIGHTS):
-        t, j = divmod(position, 8)
-        row_in = 2 * (t % 4) + (0, 1, 8, 9)[j % 4]
-        row_out = t // 4 + 8 * (j // 4)
-        index.append(row_out * TILE_SIDE + row_in)
-    return tuple(index)
+
+def _split(rows: int, columns: int) -> tuple[int, ...]:
+    return rows // TILE_SIDE, 2, 8, columns // TILE_SIDE, 2, 4, 2
 
 
 def check_order(order: str) -> None:
@@ -47,15 +42,13 @@ def to_tiles(weight: Tensor, spec: TrellisSpec, order: TileOrder) -> Tensor:
         raise ValueError(
             f"weight must have multiples of {TILE_SIDE} as dimensions, got {rows}x{columns}"
         )
-    tiles = weight.reshape(rows // TILE_SIDE, TILE_SIDE, columns // TILE_SIDE, TILE_SIDE)
-    flat = tiles.transpose(1, 2).reshape(-1, TILE_WEIGHTS)
-    index = torch.tensor(_element_order(order), device=weight.device)
-    return flat[:, index].reshape(-1, spec.steps(), spec.V)
+    blocks = weight.reshape(_split(rows, columns)).permute(_AXES[order])
+    return blocks.reshape(-1, spec.steps(), spec.V)
 
 
 def from_tiles(tiles: Tensor, out_features: int, in_features: int, order: TileOrder) -> Tensor:
     """[B, N, V] to [out, in], the inverse of ``to_tiles``."""
-    index = torch.tensor(_element_order(order), device=tiles.device)
-    flat = tiles.reshape(-1, TILE_WEIGHTS)[:, index.argsort()]
-    blocks = flat.reshape(out_features // TILE_SIDE, in_features // TILE_SIDE, TILE_SIDE, TILE_SIDE)
-    return blocks.transpose(1, 2).reshape(out_features, in_features)
+    split, axes = _split(out_features, in_features), _AXES[order]
+    blocks = tiles.reshape([split[axis] for axis in axes])
+    back = [axes.index(axis) for axis in range(len(axes))]
+    return blocks.permute(back).reshape(out_features, in_features)

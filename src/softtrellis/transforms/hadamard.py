@@ -16,6 +16,7 @@ import itertools
 import math
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache, reduce
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -268,15 +269,64 @@ def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext()
 
 
+def _hadamard(x: Tensor, block: int | None, inverse: bool) -> Tensor:
+    """``hadamard_transform`` of a tensor that is known to fit."""
+    n = x.shape[-1]
+    orders = hadamard_blocks(n)
+    work = x if x.dtype == torch.float64 else x.to(torch.float32)
+    if block is not None:
+        _check_order(block, "block")
+        if n % block:
+            raise ValueError(f"block={block} does not divide the {n} channels; pad them first")
+        work, orders = work.reshape(*x.shape[:-1], n // block, block), (block,)
+    with _without_autocast(x.device):
+        parts = [_transform(part, inverse) for part in torch.split(work, list(orders), dim=-1)]
+    y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+    return y.reshape(x.shape).to(x.dtype)
+
+
+torch.library.define(
+    "softtrellis::hadamard",
+    "(Tensor x, int? block, bool inverse) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.impl("softtrellis::hadamard", "default")
+def _hadamard_op(x: Tensor, block: int | None, inverse: bool) -> Tensor:
+    return _hadamard(x, block, inverse).contiguous()
+
+
+def _hadamard_shape(x: Tensor, block: int | None, inverse: bool) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, ctx.block, ctx.inverse = inputs
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    return torch.ops.softtrellis.hadamard(grad, ctx.block, not ctx.inverse), None, None
+
+
+torch.library.register_fake("softtrellis::hadamard", _hadamard_shape)
+torch.library.register_autograd(
+    "softtrellis::hadamard", _differentiate, setup_context=_save_for_backward
+)
+
+
 def hadamard_transform(x: Tensor, *, block: int | None = None, inverse: bool = False) -> Tensor:
     """Orthonormal Hadamard transform of the last dimension, for any size.
 
     Differentiable; the cost is that of a few small matmuls, not of one [n, n] matmul. Where n has
     no Hadamard matrix the transform is block diagonal with the orders of `hadamard_blocks(n)`.
 
+    The factors stay on x's device after their first use. `torch.compile` sees one operator.
+
     Args:
         x: [..., n], any floating dtype. float64 is computed in float64, all else in float32
-            (also under autocast).
+            (also under autocast); on a GPU the caller's
+            `torch.backends.cuda.matmul.allow_tf32`, off by default, lowers that.
         block: transform each run of `block` channels with H_block, i.e. by I (x) H_block.
         inverse: apply the transpose, which undoes the transform.
 
@@ -291,15 +341,7 @@ def hadamard_transform(x: Tensor, *, block: int | None = None, inverse: bool = F
         raise TypeError(f"x must be a floating-point tensor, not {x.dtype}; convert it first")
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"x must have channels in its last dimension, but is {list(x.shape)}")
-    n = x.shape[-1]
-    orders = hadamard_blocks(n)
-    work = x if x.dtype == torch.float64 else x.to(torch.float32)
-    if block is not None:
-        _check_order(block, "block")
-        if n % block:
-            raise ValueError(f"block={block} does not divide the {n} channels; pad them first")
-        work, orders = work.reshape(*x.shape[:-1], n // block, block), (block,)
-    with _without_autocast(x.device):
-        parts = [_transform(part, inverse) for part in torch.split(work, list(orders), dim=-1)]
-    y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-    return y.reshape(x.shape).to(x.dtype)
+    if torch.compiler.is_compiling():  # cannot trace how the matrices are made and kept
+        y: Tensor = torch.ops.softtrellis.hadamard(x, block, inverse)
+        return y
+    return _hadamard(x, block, inverse)

@@ -288,5 +288,5 @@ def _working(x: Tensor) -> Tensor:
 
 
 def _pad_last(x: Tensor, size: int) -> Tensor:
-    """Zeros after the last dimension, up to `size`."""
-    return functional.pad(x, (0, size - x.shape[-1]))
+    """Zeros after the last dimension, up to `size`; x itself where it has that size."""
+    return x if x.shape[-1] == size else functional.pad(x, (0, size - x.shape[-1]))

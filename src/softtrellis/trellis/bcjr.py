@@ -8,12 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from softtrellis.backend import Backend, ResolvedBackend, resolve_backend
 from softtrellis.spec import TrellisSpec
 from softtrellis.trellis.reference import log_marginals
-from softtrellis.trellis.validation import EXACT_OVERLAPS, Ends, check_problem, resolve_pins
+from softtrellis.trellis.validation import (
+    EXACT_OVERLAPS,
+    Ends,
+    check_problem,
+    resolve_pins,
+    values_are_readable,
+)
 
 FLOAT32_TEMPERATURES = (0.005, 1e6)
 """The temperatures at which float32 sweeps keep their stated accuracy."""
@@ -40,6 +45,10 @@ def _implementation(backend: ResolvedBackend) -> ModuleType:
         from softtrellis.trellis import bcjr_cpu
 
         return bcjr_cpu
+    if backend == "cuda":
+        from softtrellis.trellis import bcjr_cuda
+
+        return bcjr_cuda
     if backend == "triton":
         from softtrellis.trellis import bcjr_triton
 
@@ -49,45 +58,149 @@ def _implementation(backend: ResolvedBackend) -> ModuleType:
     return bcjr_torch
 
 
-class _SoftCodeword(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        w: Tensor,
-        codebook: Tensor,
-        temperature: Tensor,
-        pins: Tensor | None,
-        spec: TrellisSpec,
-        with_entropy: bool,
-        backend: ResolvedBackend,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        values, log_z, entropy = _implementation(backend).soft_forward(
-            w, codebook, spec, temperature, pins, with_entropy
-        )
-        ctx.save_for_backward(w, codebook, temperature, pins, values)
-        ctx.spec, ctx.backend = spec, backend
-        if entropy is not None:
-            ctx.mark_non_differentiable(entropy)
-        return values, log_z, entropy
+torch.library.define(
+    "softtrellis::soft_forward",
+    "(Tensor w, Tensor codebook, Tensor temperature, Tensor? pins, int L, int k, int V, "
+    "bool with_entropy, str backend) -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.define(
+    "softtrellis::soft_backward",
+    "(Tensor w, Tensor codebook, Tensor temperature, Tensor? pins, Tensor values, "
+    "Tensor grad_values, Tensor grad_log_z, int L, int k, int V, bool with_codebook, str backend) "
+    "-> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, grad_values: Tensor, grad_log_z: Tensor, _: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        w, codebook, temperature, pins, values = ctx.saved_tensors
-        grad_w, grad_codebook = _implementation(ctx.backend).soft_backward(
-            w,
-            codebook,
-            ctx.spec,
-            temperature,
-            pins,
-            values,
-            grad_values.contiguous(),
-            grad_log_z.contiguous(),
-            ctx.needs_input_grad[1],
-        )
-        return grad_w, grad_codebook, None, None, None, None, None
+
+@torch.library.impl("softtrellis::soft_forward", "default")
+def _soft_forward(
+    w: Tensor,
+    codebook: Tensor,
+    temperature: Tensor,
+    pins: Tensor | None,
+    L: int,
+    k: int,
+    V: int,
+    with_entropy: bool,
+    backend: Backend,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The backend's ``soft_forward``; an entropy that was not asked for is empty, [0]."""
+    values, log_z, entropy = _implementation(resolve_backend(backend, w)).soft_forward(
+        w.contiguous(), codebook.contiguous(), TrellisSpec(L, k, V), temperature, pins, with_entropy
+    )
+    return values, log_z, w.new_empty(0) if entropy is None else entropy
+
+
+def _soft_forward_shapes(
+    w: Tensor,
+    codebook: Tensor,
+    temperature: Tensor,
+    pins: Tensor | None,
+    L: int,
+    k: int,
+    V: int,
+    with_entropy: bool,
+    backend: Backend,
+) -> tuple[Tensor, Tensor, Tensor]:
+    entropy = w.new_empty(w.shape[:2] if with_entropy else 0)
+    return w.new_empty(w.shape), w.new_empty(w.shape[0]), entropy
+
+
+torch.library.register_fake("softtrellis::soft_forward", _soft_forward_shapes)
+
+
+@torch.library.impl("softtrellis::soft_backward", "default")
+def _soft_backward(
+    w: Tensor,
+    codebook: Tensor,
+    temperature: Tensor,
+    pins: Tensor | None,
+    values: Tensor,
+    grad_values: Tensor,
+    grad_log_z: Tensor,
+    L: int,
+    k: int,
+    V: int,
+    with_codebook: bool,
+    backend: Backend,
+) -> tuple[Tensor, Tensor]:
+    """The backend's ``soft_backward``; a gradient that was not asked for is empty, [0]."""
+    grad_w, grad_codebook = _implementation(resolve_backend(backend, w)).soft_backward(
+        w.contiguous(),
+        codebook.contiguous(),
+        TrellisSpec(L, k, V),
+        temperature,
+        pins,
+        values,
+        grad_values.contiguous(),
+        grad_log_z.contiguous(),
+        with_codebook,
+    )
+    return grad_w, w.new_empty(0) if grad_codebook is None else grad_codebook.contiguous()
+
+
+def _soft_backward_shapes(
+    w: Tensor,
+    codebook: Tensor,
+    temperature: Tensor,
+    pins: Tensor | None,
+    values: Tensor,
+    grad_values: Tensor,
+    grad_log_z: Tensor,
+    L: int,
+    k: int,
+    V: int,
+    with_codebook: bool,
+    backend: Backend,
+) -> tuple[Tensor, Tensor]:
+    grad_codebook = codebook.new_empty(codebook.shape if with_codebook else 0)
+    return w.new_empty(w.shape), grad_codebook
+
+
+torch.library.register_fake("softtrellis::soft_backward", _soft_backward_shapes)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    w, codebook, temperature, pins, *ctx.trellis, _, ctx.backend = inputs
+    values, _, entropy = output
+    ctx.save_for_backward(w, codebook, temperature, pins, values)
+    ctx.mark_non_differentiable(entropy)
+
+
+def _differentiate(
+    ctx: Any, grad_values: Tensor, grad_log_z: Tensor, _: Tensor
+) -> tuple[Tensor | None, ...]:
+    with_codebook = ctx.needs_input_grad[1]
+    grad_w, grad_codebook = torch.ops.softtrellis.soft_backward(
+        *ctx.saved_tensors, grad_values, grad_log_z, *ctx.trellis, with_codebook, ctx.backend
+    )
+    return grad_w, grad_codebook if with_codebook else None, *[None] * 7
+
+
+def _refuse_to_differentiate(ctx: Any, *_: Tensor) -> None:
+    raise RuntimeError("bcjr can be differentiated only once: it has no second derivatives")
+
+
+torch.library.register_autograd(
+    "softtrellis::soft_forward", _differentiate, setup_context=_save_for_backward
+)
+torch.library.register_autograd("softtrellis::soft_backward", _refuse_to_differentiate)
+
+
+def _soft(
+    w: Tensor,
+    codebook: Tensor,
+    spec: TrellisSpec,
+    temperature: Tensor,
+    pins: Tensor | None,
+    with_entropy: bool,
+    backend: Backend,
+) -> SoftPath:
+    values, log_z, entropy = torch.ops.softtrellis.soft_forward(
+        w, codebook, temperature, pins, spec.L, spec.k, spec.V, with_entropy, backend
+    )
+    return SoftPath(values, log_z, entropy if with_entropy else None)
 
 
 def bcjr(
@@ -104,18 +217,22 @@ def bcjr(
 
     A path has the energy |codebook[states] - w|^2, summed over steps and components, and the
     weight exp(-energy / T). The gradients with respect to ``w`` and, where it requires one, to
-    ``codebook`` are exact; the temperature has none.
+    ``codebook`` are exact and can be had once (no second derivatives); the temperature has none.
+
+    Runs under ``torch.compile``, and inside a CUDA graph once it has run before it. Tensors' values
+    (finite weights, temperatures and overlaps in range) are checked, which waits for a GPU, except
+    while ``torch.compile`` traces or a CUDA graph is captured: then the caller answers for them.
 
     Args:
         w: float32 or float64 [B, N, V].
         codebook: float [2**L, V].
         spec: the trellis.
-        temperature: T > 0, in w's squared units; a number or a tensor [B]. "cpu" and "triton" take
-            0.005 to 1e6, "torch" takes any.
+        temperature: T > 0, in w's squared units; a number or a tensor, [] or [B]. "cpu" and
+            "triton" take 0.005 to 1e6, "torch" takes any.
         ends: "free", an int tensor [B] of overlaps in [0, U) to which both ends are pinned, or
             "tail_biting": the exact trace over all overlaps, for at most 256 of them.
         return_entropy: also return the entropy of every step's marginal.
-        backend: "auto", "torch", "cpu" or "triton"; see ``resolve_backend``.
+        backend: "auto", "torch", "cpu", "triton" or "cuda"; see ``resolve_backend``.
 
     Returns:
         SoftPath.
@@ -128,34 +245,43 @@ def bcjr(
     if isinstance(ends, str) and ends == "tail_biting_exact":
         raise ValueError("bcjr's exact tail-biting answer is ends='tail_biting'")
     pins = resolve_pins(ends, w, spec)
-    resolved = resolve_backend(backend, w)
-    temperatures = _temperatures(temperature, w, exact=resolved == "torch")
+    temperatures = _temperatures(
+        temperature, w, exact=backend == "torch" or w.dtype == torch.float64
+    )
     table = codebook.to(w.dtype)
     if isinstance(ends, str) and ends == "tail_biting":
-        return _exact_tail_biting(w, table, spec, temperatures, return_entropy, resolved)
-    values, log_z, entropy = _SoftCodeword.apply(  # type: ignore[no-untyped-call]
-        w, table, temperatures, pins, spec, return_entropy, resolved
-    )
-    return SoftPath(values, log_z, entropy)
+        return _exact_tail_biting(w, table, spec, temperatures, return_entropy, backend)
+    return _soft(w, table, spec, temperatures, pins, return_entropy, backend)
 
 
 def _temperatures(temperature: float | Tensor, w: Tensor, *, exact: bool) -> Tensor:
-    value = torch.as_tensor(temperature, dtype=w.dtype, device=w.device).detach()
+    """[B], checked; a number is checked and spread out without waiting for w's device."""
+    if not isinstance(temperature, Tensor):
+        _check_temperatures(temperature, temperature, w.dtype, exact)
+        return torch.full((w.shape[0],), temperature, dtype=w.dtype, device=w.device)
+    value = temperature.detach().to(w)
     if value.ndim == 0:
         value = value.expand(w.shape[0])
     if tuple(value.shape) != (w.shape[0],):
         raise ValueError(
             f"temperature must be a number or a tensor [B={w.shape[0]}], got {list(value.shape)}"
         )
-    if not bool((torch.isfinite(value) & (value > 0)).all()):
+    if value.numel() and values_are_readable(value):
+        least, most = torch.stack(value.aminmax()).tolist()
+        _check_temperatures(least, most, w.dtype, exact)
+    return value.contiguous()
+
+
+def _check_temperatures(least: float, most: float, dtype: torch.dtype, exact: bool) -> None:
+    limits = torch.finfo(dtype)
+    if not limits.tiny <= least <= most <= limits.max:
         raise ValueError("temperature must be positive and finite; for T = 0 use viterbi")
     low, high = FLOAT32_TEMPERATURES
-    if not exact and not bool(((value >= low * (1 - 1e-6)) & (value <= high)).all()):
+    if not exact and not low * (1 - 1e-6) <= least <= most <= high:
         raise ValueError(
             f"this backend takes temperatures from {low} to {high:g}; use viterbi for T = 0, "
             "or backend='torch'"
         )
-    return value.contiguous()
 
 
 def _exact_tail_biting(
@@ -164,7 +290,7 @@ def _exact_tail_biting(
     spec: TrellisSpec,
     temperature: Tensor,
     return_entropy: bool,
-    backend: ResolvedBackend,
+    backend: Backend,
 ) -> SoftPath:
     """The average over all overlaps u, each pinned at u and weighted by its own Z."""
     if spec.num_overlaps > EXACT_OVERLAPS:
@@ -173,17 +299,11 @@ def _exact_tail_biting(
             f"{spec.num_overlaps}; pin both ends to a tail-biting path instead: "
             "ends=path.states[:, 0] >> (k*V)"
         )
-    values, log_z = [], []
     pins = [torch.full_like(w[:, 0, 0], u, dtype=torch.int64) for u in range(spec.num_overlaps)]
-    for pin in pins:
-        soft = _SoftCodeword.apply(  # type: ignore[no-untyped-call]
-            w, codebook, temperature, pin, spec, False, backend
-        )
-        values.append(soft[0])
-        log_z.append(soft[1])
-    all_log_z = torch.stack(log_z)
+    soft = [_soft(w, codebook, spec, temperature, pin, False, backend) for pin in pins]
+    all_log_z = torch.stack([each.log_z for each in soft])
     share = torch.softmax(all_log_z, 0)
-    mean = (share[:, :, None, None] * torch.stack(values)).sum(0)
+    mean = (share[:, :, None, None] * torch.stack([each.values for each in soft])).sum(0)
     entropy = None
     if return_entropy:
         entropy = _mixture_entropy(w, codebook, spec, temperature, pins, share)

@@ -37,21 +37,24 @@ _LN2 = tl.constexpr(math.log(2.0))
 @triton.jit
 def _sweeps(
     w, codebook, successors, bounds, scales, pins, values, log_z, entropy,
-    grad_values, grad_log_z, grad_w, codebook_sums, scratch, shifts, batch, N,
+    grad_values, grad_log_z, grad_w, codebook_sums, scratch, shifts, rows, count, batch, N,
     U: tl.constexpr, R: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHOICES: tl.constexpr,
     BETA_ROWS: tl.constexpr, BETA_COLUMNS: tl.constexpr, BETA_CHOICES: tl.constexpr,
     SPAN: tl.constexpr, PINNED: tl.constexpr, TANGENT: tl.constexpr, ENTROPY: tl.constexpr,
-    CODEBOOK: tl.constexpr, FAST: tl.constexpr, THREADS: tl.constexpr,
+    CODEBOOK: tl.constexpr, FAST: tl.constexpr, THREADS: tl.constexpr, CHOSEN: tl.constexpr,
 ):  # fmt: skip
     """Both sweeps over groups of M tiles; values and log_z, or with TANGENT their gradients.
 
     scratch holds per program [N + 3, 1 or 2, M, U]: alpha_0 to alpha_N and two betas, each with its
-    tangent where there is one. shifts is [programs, M, N].
+    tangent where there is one. shifts is [programs, M, N]. With CHOSEN the tiles are only those of
+    the first ``count`` entries of ``rows``.
     """
     ACROSS: tl.constexpr = U // R if R < U else 1
     RM: tl.constexpr = U // ACROSS
     FIELDS: tl.constexpr = 2 if TANGENT else 1
+    if CHOSEN:
+        batch = tl.load(count)
     program = tl.program_id(0).to(tl.int64)
     ROW: tl.constexpr = FIELDS * M * U
     own = scratch + program * (N + 3) * ROW
@@ -75,6 +78,8 @@ def _sweeps(
         factor = ()
         for m in tl.static_range(M):
             index = tl.minimum(group * M + m, batch - 1).to(tl.int64)
+            if CHOSEN:
+                index = tl.load(rows + index).to(tl.int64)
             tile = tile + (index,)
             scale = scale + (tl.load(scales + index),)
             shift = shift + (0.0,)
@@ -233,7 +238,7 @@ def default_launch(batch: int, spec: TrellisSpec, device: torch.device, *, tange
     )
 
 
-def _run(
+def sweep(
     w: Tensor,
     codebook: Tensor,
     spec: TrellisSpec,
@@ -247,9 +252,14 @@ def _run(
     grad_log_z: Tensor | None = None,
     grad_w: Tensor | None = None,
     with_codebook: bool = False,
+    chosen: tuple[Tensor, Tensor] | None = None,
     launch: Launch | None = None,
 ) -> Tensor | None:
-    """Launches the sweeps; returns the codebook's gradient [S, V] where it was asked for."""
+    """Launches the sweeps; returns the codebook's gradient [S, V] where it was asked for.
+
+    ``chosen`` restricts them to some tiles: their indices, int32 [B], and how many of these count,
+    int32 [], both on the device.
+    """
     batch, steps, _ = w.shape
     device, tangent = w.device, grad_values is not None
     launch = launch or default_launch(batch, spec, device, tangent=tangent)
@@ -280,6 +290,7 @@ def _run(
         sums,
         scratch,
         shifts,
+        *(chosen or (None, None)),
         batch,
         steps,
         U=overlaps,
@@ -299,6 +310,7 @@ def _run(
         CODEBOOK=with_codebook,
         FAST=w.is_cuda,
         THREADS=launch.threads(device),
+        CHOSEN=chosen is not None,
         num_warps=launch.warps,
         maxnreg=launch.registers,
     )
@@ -320,12 +332,7 @@ def soft_forward(
     """The soft codeword; ``bcjr_torch.soft_forward`` on a GPU.
 
     Args:
-        w: float32 [B, N, V].
-        codebook: float32 [S, V].
-        spec: the trellis.
-        temperature: float32 [B].
-        pins: int64 [B], the overlap at both ends, or None for free ends.
-        with_entropy: also return the entropies of the marginals.
+        w, codebook, spec, temperature, pins, with_entropy: as there, tensors in float32.
         launch: how to cut the work; by default what suits the batch.
 
     Returns:
@@ -337,7 +344,7 @@ def soft_forward(
     if with_entropy:
         entropy = torch.empty(w.shape[:2], dtype=torch.float32, device=w.device)
     if w.shape[0]:
-        _run(
+        sweep(
             w,
             codebook,
             spec,
@@ -366,11 +373,8 @@ def soft_backward(
     """The exact gradient of ``soft_forward``; ``bcjr_torch.soft_backward`` on a GPU.
 
     Args:
-        w, codebook, spec, temperature, pins: as in ``soft_forward``.
-        values: [B, N, V], what ``soft_forward`` returned.
-        grad_values: [B, N, V], upstream gradient g.
-        grad_log_z: [B], upstream gradient of log Z.
-        with_codebook: also return the gradient with respect to the codebook.
+        w, codebook, spec, temperature, pins, values, grad_values, grad_log_z, with_codebook: as
+            there, tensors in float32.
         launch: how to cut the work; by default what suits the batch.
 
     Returns:
@@ -379,7 +383,7 @@ def soft_backward(
     grad_w = torch.empty(w.shape, dtype=torch.float32, device=w.device)
     if w.shape[0] == 0:
         return grad_w, torch.zeros_like(codebook) if with_codebook else None
-    grad_codebook = _run(
+    grad_codebook = sweep(
         w,
         codebook,
         spec,

@@ -15,8 +15,18 @@ EXACT_OVERLAPS = 256
 """Most overlaps for which the exact tail-biting answer is computed, one run per overlap."""
 
 
+def values_are_readable(tensor: Tensor) -> bool:
+    """Whether a check may look at values: not while tracing, nor while a CUDA graph is captured."""
+    if torch.compiler.is_compiling():
+        return False
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 def check_problem(w: Tensor, codebook: Tensor, spec: TrellisSpec) -> None:
-    """ValueError unless w is float [B, N, V], finite, and the codebook is float [S, V]."""
+    """ValueError unless w is float [B, N, V], finite, and the codebook is float [S, V].
+
+    Whether w is finite is checked where ``values_are_readable``.
+    """
     if w.ndim != 3 or w.shape[2] != spec.V or w.shape[1] < 1:
         raise ValueError(f"w must be [B, N, V={spec.V}] with N >= 1, got {list(w.shape)}")
     if w.dtype not in (torch.float32, torch.float64):
@@ -29,12 +39,15 @@ def check_problem(w: Tensor, codebook: Tensor, spec: TrellisSpec) -> None:
         raise ValueError(f"codebook must be a floating point tensor, got {codebook.dtype}")
     if codebook.device != w.device:
         raise ValueError(f"w is on {w.device} and codebook on {codebook.device}; move one of them")
-    if not bool(torch.isfinite(w).all()):
+    if values_are_readable(w) and not bool(torch.isfinite(w).all()):
         raise ValueError("w holds NaN or infinity")
 
 
 def resolve_pins(ends: Ends, w: Tensor, spec: TrellisSpec) -> Tensor | None:
-    """int64 [B] where ``ends`` is a tensor of overlaps, else None; ValueError if no path exists."""
+    """int64 [B] where ``ends`` is a tensor of overlaps, else None; ValueError if no path exists.
+
+    The overlaps' range is checked where ``values_are_readable``.
+    """
     if isinstance(ends, str) and ends not in ("free", "tail_biting", "tail_biting_exact"):
         raise ValueError(
             f"unknown ends {ends!r}; use 'free', 'tail_biting', 'tail_biting_exact' "
@@ -52,6 +65,8 @@ def resolve_pins(ends: Ends, w: Tensor, spec: TrellisSpec) -> Tensor | None:
         raise ValueError("ends must be a string or an int tensor [B] of overlaps")
     if tuple(ends.shape) != (w.shape[0],):
         raise ValueError(f"ends must be [B={w.shape[0]}], got {list(ends.shape)}")
-    if ends.numel() and not 0 <= int(ends.min()) <= int(ends.max()) < spec.num_overlaps:
-        raise ValueError(f"overlaps to pin must lie in [0, {spec.num_overlaps})")
+    if ends.numel() and values_are_readable(ends):
+        least, most = torch.stack(ends.aminmax()).tolist()
+        if not 0 <= least <= most < spec.num_overlaps:
+            raise ValueError(f"overlaps to pin must lie in [0, {spec.num_overlaps})")
     return ends.to(device=w.device, dtype=torch.int64)

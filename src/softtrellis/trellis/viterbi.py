@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from softtrellis.backend import Backend, resolve_backend
+from softtrellis.backend import Backend, ResolvedBackend, resolve_backend
 from softtrellis.spec import TrellisSpec
-from softtrellis.trellis.bitshift import overlap_in
+from softtrellis.trellis.tail_biting import two_passes
 from softtrellis.trellis.validation import EXACT_OVERLAPS, Ends, check_problem, resolve_pins
 
 
@@ -29,27 +29,85 @@ class Path:
     cost: Tensor
 
 
-class BestPath(Protocol):
-    """What a backend implements: see ``viterbi_torch.best_path``."""
+def _implementation(backend: ResolvedBackend) -> ModuleType:
+    if backend == "cpu":
+        from softtrellis.trellis import viterbi_cpu
 
-    def __call__(
-        self, w: Tensor, codebook: Tensor, spec: TrellisSpec, pins: Tensor | None
-    ) -> Tensor: ...
+        return viterbi_cpu
+    if backend == "cuda":
+        from softtrellis.trellis import viterbi_cuda
+
+        return viterbi_cuda
+    if backend == "triton":
+        from softtrellis.trellis import viterbi_triton
+
+        return viterbi_triton
+    from softtrellis.trellis import viterbi_torch
+
+    return viterbi_torch
 
 
-def _implementation(backend: Backend, w: Tensor) -> BestPath:
+torch.library.define(
+    "softtrellis::best_path",
+    "(Tensor w, Tensor codebook, Tensor? pins, bool tail_biting, int L, int k, int V, str backend) "
+    "-> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.impl("softtrellis::best_path", "default")
+def _best_path_op(
+    w: Tensor,
+    codebook: Tensor,
+    pins: Tensor | None,
+    tail_biting: bool,
+    L: int,
+    k: int,
+    V: int,
+    backend: Backend,
+) -> Tensor:
     resolved = resolve_backend(backend, w)
-    if resolved == "cpu":
-        from softtrellis.trellis.viterbi_cpu import best_path as cpu
+    module, spec = _implementation(resolved), TrellisSpec(L, k, V)
+    w, codebook = w.contiguous(), codebook.contiguous()
+    states: Tensor
+    if not tail_biting:
+        states = module.best_path(w, codebook, spec, pins)
+    elif resolved == "cuda":
+        states = module.tail_biting_path(w, codebook, spec)
+    else:
+        states = two_passes(w, spec, lambda x, seam: module.best_path(x, codebook, spec, seam))
+    return states
 
-        return cpu
-    if resolved == "triton":
-        from softtrellis.trellis.viterbi_triton import best_path as triton
 
-        return triton
-    from softtrellis.trellis.viterbi_torch import best_path as reference
+def _best_path_shape(
+    w: Tensor,
+    codebook: Tensor,
+    pins: Tensor | None,
+    tail_biting: bool,
+    L: int,
+    k: int,
+    V: int,
+    backend: Backend,
+) -> Tensor:
+    return w.new_empty(w.shape[:2], dtype=torch.int32)
 
-    return reference
+
+torch.library.register_fake("softtrellis::best_path", _best_path_shape)
+
+
+def _best_path(
+    w: Tensor,
+    codebook: Tensor,
+    spec: TrellisSpec,
+    pins: Tensor | None,
+    backend: Backend,
+    *,
+    tail_biting: bool = False,
+) -> Tensor:
+    states: Tensor = torch.ops.softtrellis.best_path(
+        w, codebook, pins, tail_biting, spec.L, spec.k, spec.V, backend
+    )
+    return states
 
 
 def viterbi(
@@ -62,6 +120,9 @@ def viterbi(
 ) -> Path:
     """The path through the trellis of least squared error (QTIP, section 3.1 and algorithm 4).
 
+    Runs under ``torch.compile``, and inside a CUDA graph once it has run before it; tensors' values
+    are checked, except then, as in ``bcjr``.
+
     Args:
         w: float32 or float64 [B, N, V], the weights of B tiles.
         codebook: float [2**L, V].
@@ -70,7 +131,7 @@ def viterbi(
             ends pinned to the overlap found at the seam. "tail_biting_exact" tries every overlap
             and needs at most 256. "free" does not close the path. An int tensor [B] of overlaps
             in [0, U) pins both ends of each tile.
-        backend: "auto", "torch", "cpu" or "triton"; see ``resolve_backend``.
+        backend: "auto", "torch", "cpu", "triton" or "cuda"; see ``resolve_backend``.
 
     Returns:
         Path, detached from the autograd graph.
@@ -81,27 +142,21 @@ def viterbi(
     """
     check_problem(w, codebook, spec)
     pins = resolve_pins(ends, w, spec)
-    best_path = _implementation(backend, w)
     w = w.detach()
     table = codebook.detach().to(w)
 
     if isinstance(ends, str) and ends == "tail_biting_exact":
-        states = _exact_tail_biting(w, table, spec, best_path)
+        states = _exact_tail_biting(w, table, spec, backend)
     elif isinstance(ends, str) and ends == "tail_biting":
-        half = w.shape[1] // 2
-        rolled = best_path(w.roll(-half, dims=1), table, spec, None)
-        seam = overlap_in(rolled[:, -half if half else 0], spec).to(torch.int64)
-        states = best_path(w, table, spec, seam)
+        states = _best_path(w, table, spec, None, backend, tail_biting=True)
     else:
-        states = best_path(w, table, spec, pins)
+        states = _best_path(w, table, spec, pins, backend)
     values = table[states.to(torch.int64)]
     cost = (values.double() - w.double()).square().sum((1, 2)).to(w.dtype)
     return Path(states, values, cost)
 
 
-def _exact_tail_biting(
-    w: Tensor, codebook: Tensor, spec: TrellisSpec, best_path: BestPath
-) -> Tensor:
+def _exact_tail_biting(w: Tensor, codebook: Tensor, spec: TrellisSpec, backend: Backend) -> Tensor:
     batch, steps, _ = w.shape
     if spec.num_overlaps > EXACT_OVERLAPS:
         raise ValueError(
@@ -112,7 +167,7 @@ def _exact_tail_biting(
     states = torch.zeros(batch, steps, dtype=torch.int32, device=w.device)
     for overlap in range(spec.num_overlaps):
         pins = torch.full((batch,), overlap, dtype=torch.int64, device=w.device)
-        candidate = best_path(w, codebook, spec, pins)
+        candidate = _best_path(w, codebook, spec, pins, backend)
         cost = (codebook[candidate.to(torch.int64)] - w).square().sum((1, 2))
         better = cost < least
         least = torch.where(better, cost, least)

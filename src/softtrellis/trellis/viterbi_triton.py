@@ -124,12 +124,14 @@ def _hop(
 
 @triton.jit
 def _viterbi(
-    w, codebook, pins, states, scratch, batch, N, rows_of_tile,
+    w, codebook, pins, states, scratch, count, batch, N, rows_of_tile,
     U: tl.constexpr, R: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHOICES: tl.constexpr,
     KEEP: tl.constexpr, PATHS: tl.constexpr, SPAN: tl.constexpr, PINNED: tl.constexpr,
-    THREADS: tl.constexpr,
+    THREADS: tl.constexpr, COUNTED: tl.constexpr,
 ):  # fmt: skip
+    if COUNTED:
+        batch = tl.load(count)
     own = scratch + tl.program_id(0).to(tl.int64) * M * rows_of_tile * U
     span = tl.arange(0, SPAN)
     member = tl.arange(0, M)
@@ -225,8 +227,21 @@ def best_path(
     Returns:
         int32 [B, N], the states.
     """
+    states = torch.empty(*w.shape[:2], dtype=torch.int32, device=w.device)
+    return fill(w, codebook, spec, pins, states, None, launch)
+
+
+def fill(
+    w: Tensor,
+    codebook: Tensor,
+    spec: TrellisSpec,
+    pins: Tensor | None,
+    states: Tensor,
+    tiles: Tensor | None,
+    launch: Launch | None = None,
+) -> Tensor:
+    """``best_path`` into ``states``; only of the first ``tiles``, int32 [] on the device."""
     batch, steps, _ = w.shape
-    states = torch.empty(batch, steps, dtype=torch.int32, device=w.device)
     if batch == 0:
         return states
     launch = launch or default_launch(batch, spec, w.device)
@@ -245,6 +260,7 @@ def best_path(
         pins if pins is None else pins.contiguous(),
         states,
         scratch,
+        tiles,
         batch,
         steps,
         rows_of_tile,
@@ -260,6 +276,7 @@ def best_path(
         SPAN=min(1024, spec.num_overlaps),
         PINNED=pins is not None,
         THREADS=launch.threads(w.device),
+        COUNTED=tiles is not None,
         num_warps=launch.warps,
         maxnreg=launch.registers,
     )

@@ -1,0 +1,51 @@
+// What all kernels share.
+
+#pragma once
+
+typedef unsigned int u32;
+
+__device__ __forceinline__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ __forceinline__ float power_of_two(int exponent) {  // of -149 to 127
+    return exponent < -126 ? __uint_as_float(1u << max(exponent + 149, 0))
+                           : __uint_as_float((u32)(min(exponent, 127) + 127) << 23);
+}
+
+__device__ __forceinline__ u32 largest_of_warp(float x) {  // x >= 0
+    return __reduce_max_sync(0xffffffffu, __float_as_uint(x));
+}
+
+__device__ __forceinline__ float sum_of_warp(float x) {
+#pragma unroll
+    for (int i = 16; i; i >>= 1) x += __shfl_xor_sync(0xffffffffu, x, i);
+    return x;
+}
+
+// Shared memory by its 32-bit address, which lets a swizzle be one exclusive or.
+__device__ __forceinline__ u32 address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
+
+__device__ __forceinline__ float4 constant4(u32 from) {  // of what is not written any more
+    float4 x;
+    asm("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+        : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+        : "r"(from));
+    return x;
+}
+
+__device__ __forceinline__ float4 message4(u32 from) {  // of what barriers guard
+    float4 x;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+                 : "r"(from));
+    return x;
+}
+
+// A barrier among the threads of one group.
+template <int THREADS>
+__device__ __forceinline__ void group_barrier(int group) {
+    asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"(THREADS) : "memory");
+}

@@ -1,0 +1,59 @@
+// What the kernels for L = 16, k = 2, V = 1 share: any code with one weight a step.
+//
+// Two steps are taken at once. The 16 overlaps h * 1024 + a, with the two pairs of bits h = (h1, h0)
+// on top, lead through the middle overlaps (h0, a, c) to the 16 overlaps (a, c, e), so that a thread
+// needs no other messages. A state of the first step is (h1, h0, a, c), one of the second (h0, a, c, e).
+//
+// The codebook is a factor times float16 numbers, as those of 1MAD, 3INST, mul1 and mcg are; the
+// kernels leave any other to the Triton ones.
+
+#pragma once
+
+#include "common.cuh"
+
+constexpr int OVERLAPS = 16384;
+constexpr int STATES = 65536;
+constexpr int BLOCKS = 1024;  // of 16 overlaps
+
+__device__ __forceinline__ void unpack(u32 pair, float &low, float &high) {
+    asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}"
+        : "=f"(low), "=f"(high)
+        : "r"(pair));
+}
+
+// Where a codeword lies in shared memory: every second 128 bytes have their neighbouring 16 bytes
+// exchanged, against bank conflicts. Bits above the seventh may be added afterwards.
+__device__ __forceinline__ int placed(int state) { return state ^ (state >> 6 & 1) << 3; }
+
+// The codewords over their factor that one thread reads: from shared memory, where load_halves put
+// them, or from global memory.
+template <bool SHARED>
+struct Codewords {
+    const unsigned short *first;   // of state (h = 0, a, c = 0)
+    const unsigned short *low;     // of state (h0 = 0, a, c = 0, e = 0)
+    const unsigned short *high;    // of state (h0 = 0, a, c = 2, e = 0)
+
+    __device__ __forceinline__ Codewords(const unsigned short *halves, int a)
+        : first(halves + (SHARED ? placed(a << 2) : a << 2)),
+          low(halves + (SHARED ? placed(a << 4) : a << 4)),
+          high(halves + (SHARED ? placed(a << 4 | 8) : a << 4 | 8)) {}
+
+    // c = 0 .. 3 of the first step.
+    __device__ __forceinline__ void of_first(int h, float *c) const {
+        const uint2 *from = (const uint2 *)(first + (h << 12));
+        const uint2 x = SHARED ? *from : __ldg(from);
+        unpack(x.x, c[0], c[1]), unpack(x.y, c[2], c[3]);
+    }
+    // (c, e) = (0, 0) .. (1, 3), or (2, 0) .. (3, 3), of the second.
+    __device__ __forceinline__ void of_second(int h0, int half, float *c) const {
+        const uint4 *from = (const uint4 *)((half ? high : low) + (h0 << 14));
+        const uint4 x = SHARED ? *from : __ldg(from);
+        unpack(x.x, c[0], c[1]), unpack(x.y, c[2], c[3]);
+        unpack(x.z, c[4], c[5]), unpack(x.w, c[6], c[7]);
+    }
+};
+
+__device__ __forceinline__ void load_halves(unsigned short *to, const unsigned short *halves) {
+    for (int i = threadIdx.x; i < STATES / 8; i += blockDim.x)
+        ((uint4 *)to)[placed(i * 8) / 8] = ((const uint4 *)halves)[i];
+}

@@ -1,0 +1,126 @@
+"""CUDA C++ kernels compiled at run time (NVRTC): no build step at install."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _checked(answer: tuple[Any, ...]) -> Any:
+    """What a call of cuda.bindings returned; RuntimeError with the name of its error."""
+    error, *rest = answer
+    if int(error) != 0:
+        raise RuntimeError(f"CUDA: {error!r}")
+    return rest[0] if len(rest) == 1 else rest
+
+
+@cache
+def compile_source(source: str, major: int, minor: int) -> bytes:
+    """Machine code of ``cuda/<source>`` for one compute capability.
+
+    Raises:
+        RuntimeError: it does not compile; with the compiler's messages.
+    """
+    from cuda.bindings import nvrtc
+
+    folder = files("softtrellis.trellis") / "cuda"
+    headers = [file for file in folder.iterdir() if file.name.endswith(".cuh")]
+    program = _checked(
+        nvrtc.nvrtcCreateProgram(
+            (folder / source).read_bytes(),
+            source.encode(),
+            len(headers),
+            [header.read_bytes() for header in headers],
+            [header.name.encode() for header in headers],
+        )
+    )
+    options = [f"--gpu-architecture=sm_{major}{minor}".encode(), b"--std=c++17", b"-lineinfo"]
+    answer = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    if int(answer[0]) != 0:
+        log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
+        _checked(nvrtc.nvrtcGetProgramLog(program, log))
+        raise RuntimeError(f"{source} does not compile for sm_{major}{minor}:\n{log.decode()}")
+    binary: bytes = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
+    _checked(nvrtc.nvrtcGetCUBIN(program, binary))
+    _checked(nvrtc.nvrtcDestroyProgram(program))
+    return binary
+
+
+@cache
+def _function(source: str, name: str, device: int, shared_bytes: int) -> Any:
+    from cuda.bindings import driver
+
+    binary = compile_source(source, *torch.cuda.get_device_capability(device))
+    module = _checked(driver.cuModuleLoadData(binary))
+    function = _checked(driver.cuModuleGetFunction(module, name.encode()))
+    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    _checked(driver.cuFuncSetAttribute(function, attribute, shared_bytes))
+    return function
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel of ``cuda/<source>`` whose only parameter is a structure of addresses and ints.
+
+    Attributes:
+        source: the file's name in the folder ``cuda`` beside this module.
+        name: the kernel's name, declared ``extern "C"``.
+        threads: threads of a block.
+    """
+
+    source: str
+    name: str
+    threads: int
+
+    def __call__(
+        self,
+        blocks: int,
+        shared_bytes: int,
+        device: torch.device,
+        addresses: Sequence[Tensor | None],
+        numbers: Sequence[int],
+    ) -> None:
+        """Starts it on PyTorch's current stream; compiles it the first time.
+
+        Args:
+            blocks: blocks of the grid.
+            shared_bytes: dynamic shared memory of a block.
+            device: the CUDA device.
+            addresses: contiguous tensors, or None, in the order of the structure's pointers.
+            numbers: 32-bit ints, which follow the pointers.
+        """
+        from cuda.bindings import driver
+
+        structure = (ctypes.c_int64 * (len(addresses) + -(-len(numbers) // 2)))()
+        for i, tensor in enumerate(addresses):
+            structure[i] = 0 if tensor is None else tensor.data_ptr()
+        rest = (ctypes.c_int32 * len(numbers))(*numbers)
+        ctypes.memmove(ctypes.addressof(structure) + 8 * len(addresses), rest, 4 * len(numbers))
+        parameters = (ctypes.c_void_p * 1)(ctypes.addressof(structure))
+        with torch.cuda.device(device):
+            stream = torch.cuda.current_stream()
+            function = _function(self.source, self.name, stream.device_index, shared_bytes)
+            grid, block = (blocks, 1, 1), (self.threads, 1, 1)
+            _checked(
+                driver.cuLaunchKernel(
+                    function,
+                    *grid,
+                    *block,
+                    shared_bytes,
+                    stream.cuda_stream,
+                    ctypes.addressof(parameters),
+                    0,
+                )
+            )
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a CUDA device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
