@@ -84,8 +84,8 @@ def default_tiles(spec: TrellisSpec, device: Device) -> int:
     if device == "cpu":
         return 64 if spec.V == 2 else 32
     if spec.L > 14:
-        return 3168 if spec.V == 2 else 1056
-    return 6336 if spec.L > 12 else 8448
+        return 31680 if spec.V == 2 else 10560
+    return 31680 if spec.L > 12 else 84480
 
 
 @dataclass(frozen=True)

@@ -63,14 +63,14 @@ def _start(
         blocks = min(multiprocessors(device), -(-batch // _HYB_GROUPS))
         floats = blocks * _HYB_GROUPS * steps * (spec.num_overlaps * fields + 32)
         group = spec.num_overlaps * 4 * fields + 128 + steps * 48
-        shared = spec.num_states // 4 * 8 + 512 * 8 + _HYB_GROUPS * group
+        shared = spec.num_states // 4 * 8 + 512 * 8 + 128 + _HYB_GROUPS * group
         tables = [codebook, states_of_rows(device)]
         kernel = _HYB[tangent]
     else:
         blocks = min(multiprocessors(device), batch)
         floats = blocks * (steps // 2 * spec.num_overlaps * fields + steps * 64)
-        shared = spec.num_overlaps * 4 * fields + 3 * 64 + 16 + steps * 32
-        shared += 0 if tangent else spec.num_states * 2
+        shared = (spec.num_overlaps + 2048) * 4 * fields + 3 * 64 + 32 + steps * 48
+        shared += spec.num_states * (1 if tangent else 2)
         tables = [*scaled_halves(codebook), torch.stack(codebook.aminmax())]
         kernel = _SCALAR[tangent]
     scratch = torch.empty(floats, dtype=torch.float32, device=device)

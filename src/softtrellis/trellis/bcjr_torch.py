@@ -22,12 +22,12 @@ from softtrellis.trellis.reference import (
     log_weights,
 )
 
-_CHUNK_ELEMENTS = 1 << 24
+_CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}
 
 
 def _chunk(w: Tensor, spec: TrellisSpec) -> int:
     per_tile = max(spec.num_states * spec.V, 2 * (w.shape[1] + 1) * spec.num_overlaps)
-    return max(1, _CHUNK_ELEMENTS // per_tile)
+    return max(1, _CHUNK_ELEMENTS.get(w.device.type, 1 << 24) // per_tile)
 
 
 def soft_forward(

@@ -262,7 +262,7 @@ def sweep(
     """
     batch, steps, _ = w.shape
     device, tangent = w.device, grad_values is not None
-    launch = launch or default_launch(batch, spec, device, tangent=tangent)
+    launch = launch or default_launch(1 if chosen else batch, spec, device, tangent=tangent)
     states, overlaps, branches = spec.num_states, spec.num_overlaps, spec.num_branches
     fields = 2 if tangent else 1
     bytes_per_tile = 4 * (fields * (steps + 3) * overlaps + steps)

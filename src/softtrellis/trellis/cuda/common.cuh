@@ -19,6 +19,12 @@ __device__ __forceinline__ u32 largest_of_warp(float x) {  // x >= 0
     return __reduce_max_sync(0xffffffffu, __float_as_uint(x));
 }
 
+__device__ __forceinline__ float least_of_warp(float x) {
+#pragma unroll
+    for (int i = 16; i; i >>= 1) x = fminf(x, __shfl_xor_sync(0xffffffffu, x, i));
+    return x;
+}
+
 __device__ __forceinline__ float sum_of_warp(float x) {
 #pragma unroll
     for (int i = 16; i; i >>= 1) x += __shfl_xor_sync(0xffffffffu, x, i);

@@ -1,6 +1,6 @@
 // Messages of BCJR, with their derivatives in the backward pass.
 //
-// Messages are linear, with a power of two taken out at every step. What underflows is bounded by a
+// Messages are linear and scaled by a power of two at every step. What underflows is bounded by a
 // certificate; a tile that fails it is left to the log-domain kernel. What is lost at one step is
 // below 2^-126 in a message or in phi, so that its share of the posterior is below
 //     2^-126 max(alpha) max(phi) max(beta) / (min(max(alpha), max(phi), max(beta)) Z)
@@ -25,6 +25,11 @@ struct alignas(TANGENT ? 16 : 8) Two {
     Message<TANGENT> at[2];
 };
 
+__device__ __forceinline__ Message<false> times(Message<false> m, float x) { return {m.v * x}; }
+__device__ __forceinline__ Message<true> times(Message<true> m, float x) {
+    return {m.v * x, m.t * x};
+}
+
 __device__ __forceinline__ void load_two(Two<false> &two, u32 from) {
     asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
                  : "=f"(two.at[0].v), "=f"(two.at[1].v)
@@ -37,19 +42,10 @@ __device__ __forceinline__ void load_two(Two<true> &two, u32 from) {
                  : "r"(from));
 }
 
-// Reads what is read once, past the first cache, which it leaves to the codebook.
-__device__ __forceinline__ Message<false> once(const Message<false> *from) {
-    return {__ldcg(&from->v)};
-}
-__device__ __forceinline__ Message<true> once(const Message<true> *from) {
-    const float2 x = __ldcg((const float2 *)from);
-    return {x.x, x.y};
-}
-
 // Whether the sum z of alpha phi beta, with alpha times two to scaled, is safe from what was lost.
 __device__ __forceinline__ bool certified(float z, float alpha_max, float beta_max, float log2_phi_max,
-                                          float scaled) {
+                                          int scaled) {
     const float alpha = log2f(alpha_max), beta = log2f(beta_max);
     const float lost = alpha + beta + log2_phi_max - fminf(fminf(alpha, beta), log2_phi_max) - 126.0f;
-    return log2f(z) - scaled >= lost + 16.0f + 8.0f + 18.0f && z < 3e38f;
+    return log2f(z) - (float)scaled >= lost + 16.0f + 8.0f + 18.0f && z < 3e38f;
 }

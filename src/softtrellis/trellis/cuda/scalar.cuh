@@ -25,35 +25,39 @@ __device__ __forceinline__ void unpack(u32 pair, float &low, float &high) {
 // exchanged, against bank conflicts. Bits above the seventh may be added afterwards.
 __device__ __forceinline__ int placed(int state) { return state ^ (state >> 6 & 1) << 3; }
 
-// The codewords over their factor that one thread reads: from shared memory, where load_halves put
-// them, or from global memory.
-template <bool SHARED>
+// The codewords over their factor that one thread reads: those of the lower states from shared memory,
+// where load_halves put them, the others from global memory.
+template <int SHARED_STATES>
 struct Codewords {
-    const unsigned short *first;   // of state (h = 0, a, c = 0)
-    const unsigned short *low;     // of state (h0 = 0, a, c = 0, e = 0)
-    const unsigned short *high;    // of state (h0 = 0, a, c = 2, e = 0)
+    const unsigned short *first, *low, *high;  // of h = 0, c = 0; h0 = c = e = 0; h0 = e = 0, c = 2
+    const unsigned short *far_first, *far_low;
 
-    __device__ __forceinline__ Codewords(const unsigned short *halves, int a)
-        : first(halves + (SHARED ? placed(a << 2) : a << 2)),
-          low(halves + (SHARED ? placed(a << 4) : a << 4)),
-          high(halves + (SHARED ? placed(a << 4 | 8) : a << 4 | 8)) {}
+    __device__ __forceinline__ Codewords(const unsigned short *shared, const unsigned short *global,
+                                         int a)
+        : first(shared + placed(a << 2)),
+          low(shared + placed(a << 4)),
+          high(shared + placed(a << 4 | 8)),
+          far_first(global + (a << 2)),
+          far_low(global + (a << 4)) {}
 
     // c = 0 .. 3 of the first step.
     __device__ __forceinline__ void of_first(int h, float *c) const {
-        const uint2 *from = (const uint2 *)(first + (h << 12));
-        const uint2 x = SHARED ? *from : __ldg(from);
+        const uint2 x = (h << 12) < SHARED_STATES ? *(const uint2 *)(first + (h << 12))
+                                                  : __ldg((const uint2 *)(far_first + (h << 12)));
         unpack(x.x, c[0], c[1]), unpack(x.y, c[2], c[3]);
     }
     // (c, e) = (0, 0) .. (1, 3), or (2, 0) .. (3, 3), of the second.
     __device__ __forceinline__ void of_second(int h0, int half, float *c) const {
-        const uint4 *from = (const uint4 *)((half ? high : low) + (h0 << 14));
-        const uint4 x = SHARED ? *from : __ldg(from);
+        const uint4 x = (h0 << 14) < SHARED_STATES
+                            ? *(const uint4 *)((half ? high : low) + (h0 << 14))
+                            : __ldg((const uint4 *)(far_low + (h0 << 14 | half << 3)));
         unpack(x.x, c[0], c[1]), unpack(x.y, c[2], c[3]);
         unpack(x.z, c[4], c[5]), unpack(x.w, c[6], c[7]);
     }
 };
 
-__device__ __forceinline__ void load_halves(unsigned short *to, const unsigned short *halves) {
-    for (int i = threadIdx.x; i < STATES / 8; i += blockDim.x)
+__device__ __forceinline__ void load_halves(unsigned short *to, const unsigned short *halves,
+                                            int states) {
+    for (int i = threadIdx.x; i < states / 8; i += blockDim.x)
         ((uint4 *)to)[placed(i * 8) / 8] = ((const uint4 *)halves)[i];
 }

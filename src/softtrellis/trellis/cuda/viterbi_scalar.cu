@@ -100,7 +100,7 @@ struct Worker {
 #pragma unroll
             for (int b = 0; b < EACH; b++) {
                 const int a = b * GROUP + id;
-                const Codewords<true> codewords(halves, a);
+                const Codewords<STATES> codewords(halves, halves, a);
                 float out[16];
 #pragma unroll
                 for (int i = 0; i < 16; i++) out[i] = 2e30f;
@@ -225,7 +225,7 @@ extern "C" __global__ void __launch_bounds__(GROUP, 1) viterbi(const Arguments a
         return;
     }
     unsigned short *halves = (unsigned short *)(w + arg.steps);
-    load_halves(halves, arg.halves);
+    load_halves(halves, arg.halves, STATES);
     Worker worker = {arg, halves, factor, own, w, kept, id, lane, warp};
     worker.run();
 }
