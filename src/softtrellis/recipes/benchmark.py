@@ -224,6 +224,7 @@ def _referee(config: BenchmarkConfig, case: Case, generator: torch.Generator) ->
         generator,
         config.parity_tiles or (2 if config.device == "cpu" else 4),
         gradients="forward-backward" in config.operations,
+        temperatures=config.temperatures,
     )
 
 

@@ -73,7 +73,7 @@ def soft_answers(
     w: Tensor,
     codebook: Tensor,
     spec: TrellisSpec,
-    temperature: float,
+    temperature: float | Tensor,
     ends: Ends,
     gradient: Tensor | None,
     backend: Backend,
@@ -145,6 +145,7 @@ class Referee:
         generator: of everything random, on the same device.
         probes: how many tiles, at least 2.
         gradients: whether gradients will be asked for; the reference takes long for them.
+        temperatures: which will be asked for; the reference answers them together.
     """
 
     spec: TrellisSpec
@@ -152,6 +153,7 @@ class Referee:
     generator: torch.Generator
     probes: int
     gradients: bool = True
+    temperatures: tuple[float, ...] = ()
     _answers: dict[tuple[float, bool], dict[str, Tensor]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
@@ -258,19 +260,28 @@ class Referee:
         return _Hidden(w, upstream, pins, rows, which)
 
     def _exact(self, temperature: float, pinned: bool) -> dict[str, Tensor]:
-        key = temperature, pinned
-        if key not in self._answers:
-            part = self._part(pinned)
-            self._answers[key] = soft_answers(
-                self._w[part].double(),
-                self._table,
-                self.spec,
-                temperature,
-                self._pins[part] if pinned else "free",
-                self._upstream[part].double() if self.gradients else None,
-                "torch",
-            )
-        return self._answers[key]
+        if (temperature, pinned) not in self._answers:
+            asked = dict.fromkeys((temperature, *self.temperatures))
+            self._answer([T for T in asked if (T, pinned) not in self._answers], pinned)
+        return self._answers[temperature, pinned]
+
+    def _answer(self, temperatures: list[float], pinned: bool) -> None:
+        """Asks the reference for all these temperatures in one batch."""
+        part, count = self._part(pinned), len(temperatures)
+        w, pins = self._w[part].double(), self._pins[part]
+        upstream = self._upstream[part].double().repeat(count, 1, 1) if self.gradients else None
+        answers = soft_answers(
+            w.repeat(count, 1, 1),
+            self._table,
+            self.spec,
+            w.new_tensor(temperatures).repeat_interleave(len(w)),
+            pins.repeat(count) if pinned else "free",
+            upstream,
+            "torch",
+        )
+        for i, T in enumerate(temperatures):
+            rows = slice(i * len(w), (i + 1) * len(w))
+            self._answers[T, pinned] = {name: x[rows] for name, x in answers.items()}
 
     @cached_property
     def _through_seam(self) -> Tensor:

@@ -69,8 +69,8 @@ def _start(
     else:
         blocks = min(multiprocessors(device), batch)
         floats = blocks * (steps // 2 * spec.num_overlaps * fields + steps * 64)
-        shared = (spec.num_overlaps + 2048) * 4 * fields + 3 * 64 + 32 + steps * 48
-        shared += spec.num_states * (1 if tangent else 2)
+        states = spec.num_states // 8 * 5 if tangent else spec.num_states
+        shared = spec.num_overlaps * 4 * fields + 5 * 64 + 32 + steps * 48 + states * 2
         tables = [*scaled_halves(codebook), torch.stack(codebook.aminmax())]
         kernel = _SCALAR[tangent]
     scratch = torch.empty(floats, dtype=torch.float32, device=device)

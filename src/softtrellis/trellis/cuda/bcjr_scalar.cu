@@ -47,14 +47,39 @@ struct alignas(16) Step {
 
 template <bool TANGENT>
 struct Shared {
-    Message<TANGENT> message[OVERLAPS];  // as the last two steps left them
-    u32 largest[WARPS], largest_middle[WARPS];
+    Message<TANGENT> message[OVERLAPS];  // see Places
+    u32 largest[2][WARPS], largest_middle[2][WARPS];  // of odd and even pairs of steps
     float sums[WARPS];
-    Message<TANGENT> fetched[4][GROUP];  // alpha on its way
-    double outside;                      // the sum of the squares o^2
-    float log2_z;                        // without them
+    double outside;  // the sum of the squares o^2
+    float log2_z;    // without them
     int tile, bad;
     u32 gain;
+};
+
+// Where the 16 messages of one thread lie. A thread reads the messages of 16 overlaps and writes those
+// of 16 others over them, so that one barrier serves a pair of steps: the message of overlap u lies
+// at slot(rotated(u, r)), where r grows by 4 in the sweep of alpha and falls by 4 in that of beta.
+template <int SIZE>
+struct Places {
+    u32 first, high[4], low[4];  // bytes
+
+    // Spreads the overlaps of neighbouring threads over the banks, for every even rotation.
+    __device__ static u32 slot(u32 q) {
+        if (SIZE == 8) return q ^ ((q >> 4 ^ q >> 8) & 15) ^ (q >> 12) * 5;
+        return q ^ (q >> 5 & 31) ^ q >> 10 ^ q >> 10 << 1;
+    }
+    __device__ static u32 rotated(u32 u, int r) { return (u >> r | u << (14 - r)) & (OVERLAPS - 1); }
+
+    // Those of u | i << shift, i = 0 .. 15.
+    __device__ __forceinline__ Places(u32 u, int shift, int r) {
+        first = slot(rotated(u, r)) * SIZE;
+#pragma unroll
+        for (u32 i = 0; i < 4; i++) {
+            low[i] = slot(rotated(i << shift, r)) * SIZE;
+            high[i] = slot(rotated(i << (shift + 2), r)) * SIZE;
+        }
+    }
+    __device__ __forceinline__ u32 at(int i) const { return first ^ high[i >> 2] ^ low[i & 3]; }
 };
 
 // phi and the scaled distances of four states that follow one another.
@@ -71,7 +96,7 @@ __device__ __forceinline__ void weigh(const float *c, float scale, const Step &x
 template <bool TANGENT>
 struct Worker {
     static constexpr int SIZE = sizeof(Message<TANGENT>);
-    static constexpr int SHARED_STATES = TANGENT ? STATES / 2 : STATES;
+    static constexpr int SHARED_STATES = TANGENT ? STATES / 8 * 5 : STATES;
     // phi of the first step is 2^HEADROOM at most, that of the second 2^SECOND; between the two
     // 2^MIDDLE is taken out of the messages.
     static constexpr int HEADROOM = TANGENT ? 53 : 58;
@@ -89,9 +114,9 @@ struct Worker {
 
     __device__ void barrier() const { __syncthreads(); }
 
-    // Messages are swizzled by 16 bytes in every 128 x 8.
-    __device__ static u32 swizzled(u32 bytes) { return bytes ^ ((bytes >> 7 & 7) << 4); }
-    __device__ static int place(int u) { return (int)swizzled(u * SIZE) / SIZE; }
+    __device__ Message<TANGENT> &message(u32 at) const {
+        return *(Message<TANGENT> *)((char *)own.message + at);
+    }
 
     __device__ static u32 most_of(const u32 *all) {
         u32 most = 0;
@@ -101,8 +126,8 @@ struct Worker {
     }
 
     // The exponent of the power of two that brings the messages to 2^HEADROOM or a little more.
-    __device__ int normaliser(u32 &most) const {
-        most = most_of(own.largest);
+    __device__ int normaliser(int parity, u32 &most) const {
+        most = most_of(own.largest[parity]);
         return HEADROOM + 127 - (int)(most >> 23);
     }
 
@@ -111,37 +136,9 @@ struct Worker {
         for (int u = id; u < OVERLAPS; u += GROUP) {
             Message<TANGENT> m = {};
             m.v = pin < 0 || u == pin ? start : 0.0f;
-            own.message[place(u)] = m;
+            message(Places<SIZE>::slot(u) * SIZE) = m;
         }
-        if (id < WARPS) own.largest[id] = __float_as_uint(start);
-    }
-
-    __device__ void load_row(int a, float by, Message<TANGENT> *row) const {
-        const u32 from = swizzled((u32)a * 16 * SIZE) + address(own.message);
-#pragma unroll
-        for (int i = 0; i < SIZE; i++) {
-            const float4 x = message4(from ^ (i << 4));
-            if constexpr (TANGENT) {
-                row[2 * i] = {x.x * by, x.y * by}, row[2 * i + 1] = {x.z * by, x.w * by};
-            } else {
-                row[4 * i] = {x.x * by}, row[4 * i + 1] = {x.y * by};
-                row[4 * i + 2] = {x.z * by}, row[4 * i + 3] = {x.w * by};
-            }
-        }
-    }
-
-    __device__ void store_row(int a, const Message<TANGENT> *row) {
-        char *to = (char *)own.message;
-        const u32 base = swizzled((u32)a * 16 * SIZE);
-#pragma unroll
-        for (int i = 0; i < SIZE; i++) {
-            float4 x;
-            if constexpr (TANGENT)
-                x = make_float4(row[2 * i].v, row[2 * i].t, row[2 * i + 1].v, row[2 * i + 1].t);
-            else
-                x = make_float4(row[4 * i].v, row[4 * i + 1].v, row[4 * i + 2].v, row[4 * i + 3].v);
-            *(float4 *)(to + (base ^ (i << 4))) = x;
-        }
+        if (id < WARPS) own.largest[0][id] = __float_as_uint(start);
     }
 
     __device__ float cut(float w) const { return fminf(fmaxf(w, arg.bounds[0]), arg.bounds[1]); }
@@ -173,10 +170,11 @@ struct Worker {
         return gain;
     }
 
+    // Two steps of alpha: from overlaps (h1, h0, a), which go to keep, to overlaps (a, c, e).
     template <bool FAR>
-    __device__ __forceinline__ void alpha_block(int a, const Message<TANGENT> *A, float scale,
-                                                const Step &x, const Step &y, float &top,
-                                                float &top_middle) {
+    __device__ __forceinline__ void alpha_block(int a, const Places<SIZE> &places, float by,
+                                                Message<TANGENT> *keep, float scale, const Step &x,
+                                                const Step &y, float &top, float &top_middle) {
         const Codewords<SHARED_STATES> codewords(halves, arg.halves, a);
         Message<TANGENT> out[16] = {};
 #pragma unroll
@@ -184,7 +182,8 @@ struct Worker {
             Message<TANGENT> middle[4] = {};
 #pragma unroll
             for (int h1 = 0; h1 < 4; h1++) {
-                const Message<TANGENT> m = A[h1 * 4 + h0];
+                const Message<TANGENT> m = times(message(places.at(h1 * 4 + h0)), by);
+                keep[(h1 * 4 + h0) * BLOCKS + a] = m;
                 float c[4], d[4], phi[4];
                 codewords.of_first(h1 * 4 + h0, c);
                 weigh<FAR>(c, scale, x, d, phi);
@@ -224,32 +223,22 @@ struct Worker {
             }
         }
 #pragma unroll
-        for (int i = 0; i < 16; i++) top = fmaxf(top, out[i].v);
-        store_row(a, out);
+        for (int i = 0; i < 16; i++) {
+            top = fmaxf(top, out[i].v);
+            message(places.at(i)) = out[i];
+        }
     }
 
     // alpha of the even steps into scratch, and log2 of Z without the squares.
     __device__ void alpha_sweep(float scale, int pin) {
         const int N = arg.steps;
-        int exponent = HEADROOM;
+        int exponent = HEADROOM, r = 0;
         u32 most;
         for (int t = 0; t < N; t += 2) {
-            const int by = normaliser(most);
+            const int parity = t / 2 & 1, by = normaliser(parity, most);
             const float scale_by = power_of_two(by);
-            Message<TANGENT> *store = alphas + (size_t)(t / 2) * OVERLAPS;
-            Message<TANGENT> A[2][16];
-#pragma unroll
-            for (int b = 0; b < 2; b++) {
-#pragma unroll
-                for (int h = 0; h < 16; h++) {
-                    const int at = place(b * GROUP + id) + h * BLOCKS;
-                    A[b][h] = times(own.message[at], scale_by);
-                    store[at] = A[b][h];
-                }
-            }
             const Step x = steps[t], y = steps[t + 1];
             exponent += by;
-            barrier();
             if (id == 0) {
                 steps[t].alpha_max = __uint_as_float(most) * scale_by;
                 steps[t].alpha_exponent = exponent;
@@ -257,23 +246,31 @@ struct Worker {
             exponent += (int)x.shift + (int)y.shift - MIDDLE;
             float top = 0.0f, top_middle = 0.0f;
             const bool far = x.far != 0.0f || y.far != 0.0f;
-#pragma unroll
-            for (int b = 0; b < 2; b++) {
-                const int a = b * GROUP + id;
+            Message<TANGENT> *keep = alphas + (size_t)(t / 2) * OVERLAPS;
+#pragma unroll 1
+            for (int a = id; a < BLOCKS; a += GROUP) {
+                const Places<SIZE> places(a, 10, r);
                 if (far)
-                    alpha_block<true>(a, A[b], scale, x, y, top, top_middle);
+                    alpha_block<true>(a, places, scale_by, keep, scale, x, y, top, top_middle);
                 else
-                    alpha_block<false>(a, A[b], scale, x, y, top, top_middle);
+                    alpha_block<false>(a, places, scale_by, keep, scale, x, y, top, top_middle);
             }
+            r = r < 10 ? r + 4 : r - 10;
             const u32 found = largest_of_warp(top), found_middle = largest_of_warp(top_middle);
-            if (lane == 0) own.largest[warp] = found, own.largest_middle[warp] = found_middle;
+            if (lane == 0) {
+                own.largest[parity ^ 1][warp] = found;
+                own.largest_middle[parity][warp] = found_middle;
+            }
             barrier();
-            if (id == 0) steps[t + 1].alpha_max = __uint_as_float(most_of(own.largest_middle));
+            if (id == 0)
+                steps[t + 1].alpha_max = __uint_as_float(most_of(own.largest_middle[parity]));
         }
-        const int by = normaliser(most);
+        const int by = normaliser(N / 2 & 1, most);
         float sum = 0.0f;
-        for (int u = id; u < OVERLAPS; u += GROUP)
-            if (pin < 0 || u == pin) sum += own.message[place(u)].v * power_of_two(by);
+        for (u32 u = id; u < OVERLAPS; u += GROUP)
+            if (pin < 0 || u == pin)
+                sum += message(Places<SIZE>::slot(Places<SIZE>::rotated(u, r)) * SIZE).v *
+                       power_of_two(by);
         sum = sum_of_warp(sum);
         if (lane == 0) own.sums[warp] = sum;
         barrier();
@@ -289,22 +286,18 @@ struct Worker {
         float v = 0, z = 0, drift = 0;
     };
 
-    // What four states (of c or e) with the messages m on the far side give: their sum, and the sums
-    // of phi d m and of its derivative.
-    __device__ __forceinline__ static void gather(const float *d, const float *phi, const Step &x,
-                                                  const Message<TANGENT> *m, Message<TANGENT> &sum,
+    // What a state with the message m on its far side adds to the message on its near side, to the
+    // sum of phi d m and to its derivative.
+    __device__ __forceinline__ static void gather(float d, float phi, float gamma,
+                                                  const Message<TANGENT> &m, Message<TANGENT> &sum,
                                                   float &value, float &slope) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const float weighted = phi[i] * d[i];
-            sum.v = fmaf(phi[i], m[i].v, sum.v);
-            value = fmaf(weighted, m[i].v, value);
-            if constexpr (TANGENT) {
-                const float gamma = fmaf(d[i], x.g, -x.centre);
-                const float inner = fmaf(gamma, m[i].v, m[i].t);
-                sum.t = fmaf(phi[i], inner, sum.t);
-                slope = fmaf(weighted, inner, slope);
-            }
+        const float weighted = phi * d;
+        sum.v = fmaf(phi, m.v, sum.v);
+        value = fmaf(weighted, m.v, value);
+        if constexpr (TANGENT) {
+            const float inner = fmaf(gamma, m.v, m.t);
+            sum.t = fmaf(phi, inner, sum.t);
+            slope = fmaf(weighted, inner, slope);
         }
     }
 
@@ -320,97 +313,95 @@ struct Worker {
         }
     }
 
-    // Asks for alpha at (h1 = 0 .. 3, h0, a); fetched holds it once the copies have been waited for.
-    __device__ __forceinline__ void fetch(const Message<TANGENT> *load, int a, int h0) {
+    // alpha at (h1 = 0 .. 3, h0, a).
+    __device__ __forceinline__ static void fetch(const Message<TANGENT> *kept, int h0,
+                                                 Message<TANGENT> *to) {
 #pragma unroll
-        for (int h1 = 0; h1 < 4; h1++)
-            asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(
-                             address(&own.fetched[h1][id])),
-                         "l"(load + place(a) + (h1 * 4 + h0) * BLOCKS), "n"(SIZE)
-                         : "memory");
-        asm volatile("cp.async.commit_group;" ::: "memory");
+        for (int h1 = 0; h1 < 4; h1++) to[h1] = kept[(h1 * 4 + h0) * BLOCKS];
     }
 
+    // Two steps of beta, from overlaps (a, c, e) to overlaps (h1, h0, a), and their sums.
     template <bool FAR>
-    __device__ __forceinline__ void beta_block(int a, const Message<TANGENT> *B,
-                                               const Message<TANGENT> *load, float scale, float pre,
+    __device__ __forceinline__ void beta_block(int a, const Places<SIZE> &places, float by,
+                                               const Message<TANGENT> *kept, float scale, float pre,
                                                const Step &x, const Step &y, Sums *sums, float &top,
                                                float &top_middle) {
-        const int column = place(a);
         const Codewords<SHARED_STATES> codewords(halves, arg.halves, a);
-#pragma unroll 1
-        for (int h0 = 0; h0 < 4; h0++) {
-            Message<TANGENT> A[4], middle[4] = {}, back[4] = {};
-            float phi[4][4], d[4][4];
-            asm volatile("cp.async.wait_group 0;" ::: "memory");
+        Message<TANGENT> B[16], next[4];
+        fetch(kept + a, 0, next);
 #pragma unroll
-            for (int h1 = 0; h1 < 4; h1++) A[h1] = times(own.fetched[h1][id], pre);
-            if (h0 < 3 || a < GROUP) fetch(load, h0 < 3 ? a : a + GROUP, (h0 + 1) & 3);
+        for (int i = 0; i < 16; i++) B[i] = times(message(places.at(i)), by);
+#pragma unroll
+        for (int h0 = 0; h0 < 4; h0++) {
+            Message<TANGENT> A[4], out[4] = {};
+            float first[4][4], value[4] = {}, slope[4] = {};
 #pragma unroll
             for (int h1 = 0; h1 < 4; h1++) {
-                float c[4];
-                codewords.of_first(h1 * 4 + h0, c);
-                weigh<FAR>(c, scale, x, d[h1], phi[h1]);
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    middle[i].v = fmaf(phi[h1][i], A[h1].v, middle[i].v);
-                    if constexpr (TANGENT) {
-                        const float gamma = fmaf(d[h1][i], x.g, -x.centre);
-                        middle[i].t =
-                            fmaf(phi[h1][i], fmaf(gamma, A[h1].v, A[h1].t), middle[i].t);
-                    }
-                }
+                A[h1] = times(next[h1], pre);
+                codewords.of_first(h1 * 4 + h0, first[h1]);
             }
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                float c[8];
-                codewords.of_second(h0, half, c);
+                float second[8];
+                codewords.of_second(h0, half, second);
 #pragma unroll
                 for (int j = 0; j < 2; j++) {
                     const int i = half * 2 + j;
-                    float f[4], p[4], value = 0.0f, slope = 0.0f;
-                    weigh<FAR>(c + 4 * j, scale, y, f, p);
-                    gather(f, p, y, B + i * 4, back[i], value, slope);
-                    add(times(middle[i], power_of_two(-MIDDLE)), back[i], value, slope, sums[1]);
-                    back[i] = times(back[i], power_of_two(-MIDDLE));
-                    top_middle = fmaxf(top_middle, back[i].v);
+                    const float c[4] = {first[0][i], first[1][i], first[2][i], first[3][i]};
+                    float d[4], phi[4], f[4], p[4];
+                    weigh<FAR>(c, scale, x, d, phi);
+                    weigh<FAR>(second + 4 * j, scale, y, f, p);
+                    Message<TANGENT> middle = {}, back = {};
+                    float gamma[4], value_y = 0.0f, slope_y = 0.0f;
+#pragma unroll
+                    for (int h1 = 0; h1 < 4; h1++) {
+                        middle.v = fmaf(phi[h1], A[h1].v, middle.v);
+                        if constexpr (TANGENT) {
+                            gamma[h1] = fmaf(d[h1], x.g, -x.centre);
+                            middle.t = fmaf(phi[h1], fmaf(gamma[h1], A[h1].v, A[h1].t), middle.t);
+                        }
+                    }
+#pragma unroll
+                    for (int e = 0; e < 4; e++)
+                        gather(f[e], p[e], TANGENT ? fmaf(f[e], y.g, -y.centre) : 0.0f,
+                               B[i * 4 + e], back, value_y, slope_y);
+                    add(times(middle, power_of_two(-MIDDLE)), back, value_y, slope_y, sums[1]);
+                    back = times(back, power_of_two(-MIDDLE));
+                    top_middle = fmaxf(top_middle, back.v);
+#pragma unroll
+                    for (int h1 = 0; h1 < 4; h1++)
+                        gather(d[h1], phi[h1], TANGENT ? gamma[h1] : 0.0f, back, out[h1],
+                               value[h1], slope[h1]);
                 }
             }
+            if (h0 < 3) fetch(kept + a, h0 + 1, next);
 #pragma unroll
             for (int h1 = 0; h1 < 4; h1++) {
-                Message<TANGENT> out = {};
-                float value = 0.0f, slope = 0.0f;
-                gather(d[h1], phi[h1], x, back, out, value, slope);
-                add(A[h1], out, value, slope, sums[0]);
-                top = fmaxf(top, out.v);
-                own.message[column + (h1 * 4 + h0) * BLOCKS] = out;
+                add(A[h1], out[h1], value[h1], slope[h1], sums[0]);
+                top = fmaxf(top, out[h1].v);
+                message(places.at(h1 * 4 + h0)) = out[h1];
             }
         }
     }
 
     // Sums of every step into partials, from alpha in scratch.
     __device__ void beta_sweep(float scale) {
-        int exponent = HEADROOM;
-        for (int t = arg.steps - 2; t >= 0; t -= 2) {
-            const Message<TANGENT> *load = alphas + (size_t)(t / 2) * OVERLAPS;
+        int exponent = HEADROOM, r = 0, parity = 0;
+        for (int t = arg.steps - 2; t >= 0; t -= 2, parity ^= 1) {
+            const Message<TANGENT> *kept = alphas + (size_t)(t / 2) * OVERLAPS;
             if (t > 0) {
-                const char *row = (const char *)(load - OVERLAPS);
+                const char *row = (const char *)(kept - OVERLAPS);
                 for (int i = id; i < sizeof(own.message) / 128; i += GROUP)
                     asm volatile("prefetch.global.L2 [%0];" ::"l"(row + i * 128));
             }
-            fetch(load, id, 0);
             u32 most;
-            const int by = normaliser(most);
+            const int by = normaliser(parity, most);
             const float scale_by = power_of_two(by);
-            Message<TANGENT> B[2][16];
-#pragma unroll
-            for (int b = 0; b < 2; b++) load_row(b * GROUP + id, scale_by, B[b]);
             const Step x = steps[t], y = steps[t + 1];
             exponent += by;
             const int shifts = (int)x.shift + (int)y.shift - MIDDLE;
             const float level = own.log2_z + (float)(x.alpha_exponent + shifts + exponent);
             const int scaled = max(TARGET - (int)level, -149);
-            barrier();
             if (id == 0) {
                 steps[t + 1].beta_max = __uint_as_float(most) * scale_by;
                 steps[t].scaled = scaled;
@@ -420,16 +411,22 @@ struct Worker {
             Sums sums[2];
             const bool far = x.far != 0.0f || y.far != 0.0f;
             const float pre = power_of_two(scaled);
-#pragma unroll
-            for (int b = 0; b < 2; b++) {
-                const int a = b * GROUP + id;
+#pragma unroll 1
+            for (int a = id; a < BLOCKS; a += GROUP) {
+                const Places<SIZE> places(a << 4, 0, r);
                 if (far)
-                    beta_block<true>(a, B[b], load, scale, pre, x, y, sums, top, top_middle);
+                    beta_block<true>(a, places, scale_by, kept, scale, pre, x, y, sums, top,
+                                     top_middle);
                 else
-                    beta_block<false>(a, B[b], load, scale, pre, x, y, sums, top, top_middle);
+                    beta_block<false>(a, places, scale_by, kept, scale, pre, x, y, sums, top,
+                                      top_middle);
             }
+            r = r >= 4 ? r - 4 : r + 10;
             const u32 found = largest_of_warp(top), found_middle = largest_of_warp(top_middle);
-            if (lane == 0) own.largest[warp] = found, own.largest_middle[warp] = found_middle;
+            if (lane == 0) {
+                own.largest[parity ^ 1][warp] = found;
+                own.largest_middle[parity][warp] = found_middle;
+            }
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 const float v = sum_of_warp(sums[i].v), z = sum_of_warp(sums[i].z);
@@ -438,7 +435,7 @@ struct Worker {
                     partials[(t + i) * WARPS + warp] = make_float4(v, z, drift, 0.0f);
             }
             barrier();
-            if (id == 0) steps[t].beta_max = __uint_as_float(most_of(own.largest_middle));
+            if (id == 0) steps[t].beta_max = __uint_as_float(most_of(own.largest_middle[parity]));
         }
         barrier();
     }

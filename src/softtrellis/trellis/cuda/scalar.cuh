@@ -48,7 +48,7 @@ struct Codewords {
     }
     // (c, e) = (0, 0) .. (1, 3), or (2, 0) .. (3, 3), of the second.
     __device__ __forceinline__ void of_second(int h0, int half, float *c) const {
-        const uint4 x = (h0 << 14) < SHARED_STATES
+        const uint4 x = (h0 + 1 << 14) <= SHARED_STATES
                             ? *(const uint4 *)((half ? high : low) + (h0 << 14))
                             : __ldg((const uint4 *)(far_low + (h0 << 14 | half << 3)));
         unpack(x.x, c[0], c[1]), unpack(x.y, c[2], c[3]);
