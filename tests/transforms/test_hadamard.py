@@ -1,4 +1,5 @@
 import hashlib
+import math
 
 import pytest
 import torch
@@ -231,3 +232,25 @@ def test_compiled_is_eager():
         torch.testing.assert_close(y, expected)
         (grad,) = torch.autograd.grad(y, x, g)
         torch.testing.assert_close(grad, hadamard_transform(g, block=block))
+
+
+@pytest.mark.parametrize("n", MODEL_DIMENSIONS)
+def test_every_device_cuts_the_same_matrix(n):
+    twos, paley = ([], []), ([], [])
+    for i, device in enumerate(("cpu", "cuda")):
+        for order in (order for stage in _stages(n, device) for order in stage):
+            assert not (order & (order - 1) and twos[i])  # Paley's factors come first
+            (paley if order & (order - 1) else twos)[i].append(order) if order > 1 else None
+    assert paley[0] == paley[1]
+    assert math.prod(twos[0]) == math.prod(twos[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", [*MODEL_DIMENSIONS[:-4], *AWKWARD_DIMENSIONS])
+def test_a_gpu_gives_what_the_cpu_gives_in_float64(n):
+    x = vectors(n)
+    found = hadamard_transform(x.float().cuda())
+    expected = hadamard_transform(x)
+    assert float((found.cpu().double() - expected).norm() / expected.norm()) < 1e-6
+    back = hadamard_transform(found, inverse=True)
+    assert float((back.cpu().double() - x).norm() / x.norm()) < 1e-6

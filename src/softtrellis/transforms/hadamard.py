@@ -29,7 +29,7 @@ Integers = npt.NDArray[np.int64]
 MAX_PALEY_ORDER = 2048
 """Largest Paley factor used; beyond it, the dense matmul would cost more than it is worth."""
 
-_STAGE = 64  # largest matmul factor that is built up from powers of two
+_WIDEST = {"cpu": 64, "cuda": 128}  # largest matmul factor built up from powers of two
 
 
 # ---------------------------------------------------------------------- finite fields
@@ -154,13 +154,13 @@ def _paley_factors(n: int) -> tuple[int, ...] | None:
 
 
 @cache
-def _stages(n: int) -> tuple[tuple[int, ...], ...]:
+def _stages(n: int, device_type: str = "cpu") -> tuple[tuple[int, ...], ...]:
     """Base orders of each matmul of the transform; their Kronecker product in order is H_n.
 
-    Powers of two are dealt to as few Sylvester matmuls as `_STAGE` allows, in even shares; the
-    last Paley matmul takes some too while it is small.
+    Powers of two are dealt to as few Sylvester matmuls as `_WIDEST` allows, in even shares; the
+    last Paley matmul takes some too while it is small. H_n is the same for every device.
     """
-    paley = _paley_factors(n)
+    paley, widest = _paley_factors(n), _WIDEST.get(device_type, _WIDEST["cpu"])
     assert paley is not None
     twos = (n // math.prod(paley)).bit_length() - 1
     for sylvester in itertools.count(0 if paley else 1):
@@ -168,7 +168,7 @@ def _stages(n: int) -> tuple[tuple[int, ...], ...]:
         sizes = bases.copy()
         for _ in range(twos):
             sizes[sizes.index(min(sizes))] *= 2
-        if all(size <= max(_STAGE, base) for size, base in zip(sizes, bases, strict=True)):
+        if all(size <= max(widest, base) for size, base in zip(sizes, bases, strict=True)):
             break
     stages: list[tuple[int, ...]] = [(order,) for order in paley[:-1]]
     stages += [(base, size // base) for base, size in zip(bases, sizes, strict=True)]
@@ -247,7 +247,7 @@ def _stage_matrix(orders: tuple[int, ...], dtype: torch.dtype, device: torch.dev
 
 
 def _stage_matrices(n: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    return [_stage_matrix(orders, dtype, device) for orders in _stages(n)]
+    return [_stage_matrix(orders, dtype, device) for orders in _stages(n, device.type)]
 
 
 def _transform(x: Tensor, inverse: bool) -> Tensor:
@@ -258,8 +258,10 @@ def _transform(x: Tensor, inverse: bool) -> Tensor:
         y = y.reshape(x.numel() // right, size, right // size)
         right //= size
         factor = matrix.mT if inverse else matrix
-        # One matmul of two matrices: a batch of small ones would synchronise its threads each time.
-        y = torch.matmul(y.mT.reshape(-1, size), factor.mT).reshape(-1, right, size).mT
+        if y.is_cuda and right > 1:
+            y = torch.bmm(factor.expand(len(y), size, size), y)
+        else:  # a batch of small matmuls would synchronise a CPU's threads for each of them
+            y = torch.matmul(y.mT.reshape(-1, size), factor.mT).reshape(-1, right, size).mT
     return y.reshape(x.shape)
 
 

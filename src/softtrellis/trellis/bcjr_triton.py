@@ -35,6 +35,18 @@ _LN2 = tl.constexpr(math.log(2.0))
 
 
 @triton.jit
+def _near(weight, value, low, high, TANGENT: tl.constexpr):
+    """Where a step's distances are measured from, so that those of likely states are small.
+
+    That is the weight, or the edge of the codebook's range that is next to it; in the backward pass
+    the soft codeword, which neighbouring steps can hold far from the weight.
+    """
+    if TANGENT:
+        return tl.load(value)
+    return tl.minimum(tl.maximum(weight, low), high)
+
+
+@triton.jit
 def _sweeps(
     w, codebook, successors, bounds, scales, pins, values, log_z, entropy,
     grad_values, grad_log_z, grad_w, codebook_sums, scratch, shifts, rows, count, batch, N,
@@ -107,24 +119,19 @@ def _sweeps(
             x = ()
             far = ()
             gain = ()
-            gain_mean = ()
             for m in tl.static_range(M):
                 tl.store(own_shifts + m * N + t, shift[m])
-                mean = 0.0
                 for v in tl.static_range(V):
                     entry = (tile[m] * N + t) * V + v
                     weight = tl.load(w + entry)
-                    near = tl.minimum(tl.maximum(weight, low[v]), high[v])
+                    near = _near(weight, values + entry, low[v], high[v], TANGENT)
                     x = x + (near * scale[m],)
                     far = far + (2.0 * (weight - near) * scale[m],)
                     if TANGENT:
-                        g = tl.load(grad_values + entry)
-                        gain = gain + (g / scale[m],)
-                        mean += g * (tl.load(values + entry) - near)
-                gain_mean = gain_mean + (mean,)
+                        gain = gain + (tl.load(grad_values + entry) / scale[m],)
             shift = alpha_step(
                 codebook, alpha, alpha + M * U, alpha + ROW, alpha + ROW + M * U,
-                x, far, gain, gain_mean, scale, shift, t % 2 == 1,
+                x, far, gain, scale, shift, t % 2 == 1,
                 U, R, V, M, ROWS, COLUMNS, CHOICES, TANGENT, FAST, THREADS,
             )  # fmt: skip
             tl.debug_barrier()
@@ -133,13 +140,21 @@ def _sweeps(
         total = ()
         for m in tl.static_range(M):
             last = own + N * ROW + m * U
+            drift = 0.0
             if PINNED:
                 log2_z = tl.load(last + pin[m])
+                if TANGENT:
+                    drift = tl.load(last + M * U + pin[m])
             else:
                 mass = tl.zeros([SPAN], tl.float32)
+                mass_a = tl.zeros([SPAN], tl.float32)
                 for j in range(U // SPAN):
-                    mass += tl.exp2(tl.load(last + j * SPAN + span) - shift[m])
+                    p = tl.exp2(tl.load(last + j * SPAN + span) - shift[m])
+                    mass += p
+                    if TANGENT:
+                        mass_a += p * tl.load(last + M * U + j * SPAN + span)
                 log2_z = shift[m] + tl.log2(tl.sum(mass))
+                drift = tl.sum(mass_a) / tl.sum(mass)
             for j in range(U // SPAN):
                 position = j * SPAN + span
                 end = tl.zeros([SPAN], tl.float32) - log2_z
@@ -147,8 +162,9 @@ def _sweeps(
                     u = (position % ACROSS) * RM + position // ACROSS
                     end = tl.where(u == pin[m], end, IMPOSSIBLE)
                 tl.store(last + ROW + position, end)
-                if TANGENT:
-                    tl.store(last + ROW + M * U + position, tl.zeros([SPAN], tl.float32))
+                if TANGENT:  # the mean of G, 0 but for the rounding of the values, is taken off
+                    b_end = tl.zeros([SPAN], tl.float32) - drift
+                    tl.store(last + ROW + M * U + position, b_end)
             if not TANGENT:
                 whole = log2_z.to(tl.float64)
                 i = 0
@@ -172,29 +188,25 @@ def _sweeps(
             x = ()
             far = ()
             gain = ()
-            gain_mean = ()
             grad = ()
             shift = ()
             for m in tl.static_range(M):
                 shift = shift + (tl.load(own_shifts + m * N + t) + tl.log2(total[m]),)
-                mean = 0.0
                 for v in tl.static_range(V):
                     entry = (tile[m] * N + t) * V + v
                     weight = tl.load(w + entry)
-                    near = tl.minimum(tl.maximum(weight, low[v]), high[v])
+                    near = _near(weight, values + entry, low[v], high[v], TANGENT)
                     x = x + (near * scale[m],)
                     far = far + (2.0 * (weight - near) * scale[m],)
                     if TANGENT:
                         g = tl.load(grad_values + entry)
                         gain = gain + (g / scale[m],)
-                        mean += g * (tl.load(values + entry) - near)
                         if CODEBOOK:
                             counts = tl.where(group * M + m < batch, 1.0, 0.0)
                             grad = grad + (g * counts,)
-                gain_mean = gain_mean + (mean,)
-            total, total_h, total_d, total_x = beta_step(
+            total, total_d, total_x = beta_step(
                 successors, alpha, beta, alpha + M * U, beta + M * U, new_beta, new_beta + M * U,
-                x, far, gain, gain_mean, scale, shift, slot == 1, own_sum, grad, grad_z, factor,
+                x, far, gain, scale, shift, slot == 1, own_sum, grad, grad_z, factor,
                 U, R, V, M, BETA_ROWS, BETA_COLUMNS, BETA_CHOICES, TANGENT, ENTROPY, CODEBOOK,
                 FAST, THREADS,
             )  # fmt: skip
@@ -203,11 +215,9 @@ def _sweeps(
                 for v in tl.static_range(V):
                     mean = total_d[m * V + v] / (total[m] * scale[m])
                     weight = tl.load(w + step * V + v)
-                    near = tl.minimum(tl.maximum(weight, low[v]), high[v])
+                    near = _near(weight, values + step * V + v, low[v], high[v], TANGENT)
                     if TANGENT:
-                        soft = tl.load(values + step * V + v)
-                        mean -= (soft - near) * (total_h[m] / total[m])
-                        mean += (soft - weight) * tl.load(grad_log_z + tile[m])
+                        mean += (near - weight) * tl.load(grad_log_z + tile[m])
                         factor_w = 2.0 * _LN2 * scale[m] * scale[m]
                         tl.store(grad_w + step * V + v, mean * factor_w)
                     else:

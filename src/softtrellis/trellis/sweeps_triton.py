@@ -1,7 +1,7 @@
 """One step of the BCJR sweeps in Triton, for a few tiles that share every read of the codebook.
 
-Messages are base-2 logarithms, one per overlap. A weight is cut into p, within the codebook's
-range, and the rest o. With d = (C[s] - p) * sqrt(log2(e) / T) and ``far`` = 2 o * sqrt(log2(e) / T)
+Messages are base-2 logarithms, one per overlap. A weight is cut into p, which likely states are
+near, and the rest o. With d = (C[s] - p) * sqrt(log2(e) / T) and ``far`` = 2 o * sqrt(log2(e) / T)
 a state's weight is 2**-(d . d - far . d), up to a factor that all states share: what matters stays
 small, and accurate, for an outlier too. Messages into step t are alpha_t; every step subtracts from
 them the greatest one of the step before (``shift``), so that what matters stays near zero.
@@ -105,7 +105,7 @@ def _alpha_chunk(
 
 @triton.jit
 def alpha_step(
-    codebook, alpha, a, new_alpha, new_a, w, far, gain, gain_mean, scale, shift, turn,
+    codebook, alpha, a, new_alpha, new_a, w, far, gain, scale, shift, turn,
     U: tl.constexpr, R: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHOICES: tl.constexpr, TANGENT: tl.constexpr,
     FAST: tl.constexpr, THREADS: tl.constexpr,
@@ -154,7 +154,7 @@ def alpha_step(
             message = (top[m] - shift[m]) + log2(mass[m], FAST)
             tl.store(new_alpha + m * U + v, message)
             if TANGENT:
-                mean = _divide(sum_a[m], mass[m], FAST) - gain_mean[m]
+                mean = _divide(sum_a[m], mass[m], FAST)
                 tl.store(new_a + m * U + v, mean)
             new_peak = new_peak + (tl.maximum(peak[m], message),)
         peak = new_peak
@@ -166,7 +166,7 @@ def alpha_step(
 
 @triton.jit
 def beta_step(
-    codebook, alpha, beta, a, b, new_beta, new_b, w, far, gain, gain_mean, scale, shift,
+    codebook, alpha, beta, a, b, new_beta, new_b, w, far, gain, scale, shift,
     turn, codebook_sum, grad, grad_log_z, factor,
     U: tl.constexpr, R: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHOICES: tl.constexpr,
@@ -178,8 +178,8 @@ def beta_step(
     A state's posterior is 2**(alpha_t - shift + beta_{t+1} - d . d + far . d): no maximum is
     needed, because what underflows there is negligible in every later sum as well. codebook
     [V, R, U]; beta and b lie transposed, overlap x * R + y at y * (U / R) + x. Returns tuples of M
-    scalars: the sum of the posterior P, of P H, of P D d (V per tile) and of P log2 P, where H is a
-    path's G with TANGENT, and D is H with TANGENT and 1 without.
+    scalars: the sum of the posterior P, of P D d (V per tile) and of P log2 P, where D is a
+    path's G with TANGENT and 1 without.
     """
     RM: tl.constexpr = R if R < U else U
     ACROSS: tl.constexpr = U // RM
@@ -190,12 +190,10 @@ def beta_step(
         if TANGENT:
             touch(b, M * U, THREADS)
     mass = ()
-    mass_h = ()
     mass_d = ()
     mass_x = ()
     for _ in tl.static_range(M):
         mass = mass + (tl.zeros([ROWS, COLUMNS], tl.float32),)
-        mass_h = mass_h + (tl.zeros([ROWS, COLUMNS], tl.float32),)
         mass_x = mass_x + (tl.zeros([ROWS, COLUMNS], tl.float32),)
         for _ in tl.static_range(V):
             mass_d = mass_d + (tl.zeros([ROWS, COLUMNS], tl.float32),)
@@ -212,8 +210,7 @@ def beta_step(
             p_of_u = p_of_u + (tl.zeros([ROWS, COLUMNS], tl.float32),)
             h_of_u = h_of_u + (tl.zeros([ROWS, COLUMNS], tl.float32),)
             if TANGENT:
-                known = tl.load(a + m * U + u, cache_modifier=".cg")
-                before_a = before_a + (known - gain_mean[m],)
+                before_a = before_a + (tl.load(a + m * U + u, cache_modifier=".cg"),)
         for chunk in range(R // CHOICES):
             for i in tl.static_range(CHOICES):
                 c = chunk * CHOICES + i
@@ -267,7 +264,6 @@ def beta_step(
                     if V == 2:
                         tl.store(here + R * U, tl.load(here + R * U) + sum1)
         new_mass = ()
-        new_mass_h = ()
         for m in tl.static_range(M):
             alive = p_of_u[m] > 0.0
             at = (u % RM) * ACROSS + u // RM
@@ -276,22 +272,16 @@ def beta_step(
             scatter(new_beta + m * U + at, message, FAST)
             new_mass = new_mass + (mass[m] + p_of_u[m],)
             if TANGENT:
-                mean = _divide(h_of_u[m], p_of_u[m], FAST) - (before_a[m] + gain_mean[m])
+                mean = _divide(h_of_u[m], p_of_u[m], FAST) - before_a[m]
                 scatter(new_b + m * U + at, tl.where(alive, mean, 0.0), FAST)
-                new_mass_h = new_mass_h + (mass_h[m] + h_of_u[m],)
         mass = new_mass
-        if TANGENT:
-            mass_h = new_mass_h
     total = ()
-    total_h = ()
     total_d = ()
     total_x = ()
     for m in tl.static_range(M):
         total = total + (tl.sum(mass[m]),)
-        if TANGENT:
-            total_h = total_h + (tl.sum(mass_h[m]),)
         if ENTROPY:
             total_x = total_x + (tl.sum(mass_x[m]),)
         for v in tl.static_range(V):
             total_d = total_d + (tl.sum(mass_d[m * V + v]),)
-    return total, total_h, total_d, total_x
+    return total, total_d, total_x
