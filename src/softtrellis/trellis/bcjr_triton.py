@@ -26,24 +26,12 @@ from softtrellis.trellis.launch_triton import (
     successor_planes,
     tiles_at_once,
 )
-from softtrellis.trellis.sweeps_triton import IMPOSSIBLE, alpha_step, beta_step
+from softtrellis.trellis.sweeps_triton import IMPOSSIBLE, alpha_step, beta_step, near_of
 
 _SCRATCH_BYTES = {1: 5 << 30, 2: 2 << 30}
 _CHOICES = 16
 _LOG2E = 1.0 / math.log(2.0)
 _LN2 = tl.constexpr(math.log(2.0))
-
-
-@triton.jit
-def _near(weight, value, low, high, TANGENT: tl.constexpr):
-    """Where a step's distances are measured from, so that those of likely states are small.
-
-    That is the weight, or the edge of the codebook's range that is next to it; in the backward pass
-    the soft codeword, which neighbouring steps can hold far from the weight.
-    """
-    if TANGENT:
-        return tl.load(value)
-    return tl.minimum(tl.maximum(weight, low), high)
 
 
 @triton.jit
@@ -124,7 +112,7 @@ def _sweeps(
                 for v in tl.static_range(V):
                     entry = (tile[m] * N + t) * V + v
                     weight = tl.load(w + entry)
-                    near = _near(weight, values + entry, low[v], high[v], TANGENT)
+                    near = near_of(weight, values + entry, low[v], high[v], TANGENT)
                     x = x + (near * scale[m],)
                     far = far + (2.0 * (weight - near) * scale[m],)
                     if TANGENT:
@@ -195,7 +183,7 @@ def _sweeps(
                 for v in tl.static_range(V):
                     entry = (tile[m] * N + t) * V + v
                     weight = tl.load(w + entry)
-                    near = _near(weight, values + entry, low[v], high[v], TANGENT)
+                    near = near_of(weight, values + entry, low[v], high[v], TANGENT)
                     x = x + (near * scale[m],)
                     far = far + (2.0 * (weight - near) * scale[m],)
                     if TANGENT:
@@ -215,7 +203,7 @@ def _sweeps(
                 for v in tl.static_range(V):
                     mean = total_d[m * V + v] / (total[m] * scale[m])
                     weight = tl.load(w + step * V + v)
-                    near = _near(weight, values + step * V + v, low[v], high[v], TANGENT)
+                    near = near_of(weight, values + step * V + v, low[v], high[v], TANGENT)
                     if TANGENT:
                         mean += (near - weight) * tl.load(grad_log_z + tile[m])
                         factor_w = 2.0 * _LN2 * scale[m] * scale[m]

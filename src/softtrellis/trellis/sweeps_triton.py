@@ -104,6 +104,18 @@ def _alpha_chunk(
 
 
 @triton.jit
+def near_of(weight, value, low, high, TANGENT: tl.constexpr):
+    """Where a step's distances are measured from, so that those of likely states are small.
+
+    That is the weight, or the edge of the codebook's range that is next to it; in the backward pass
+    the soft codeword, which neighbouring steps can hold far from the weight.
+    """
+    if TANGENT:
+        return tl.load(value)
+    return tl.minimum(tl.maximum(weight, low), high)
+
+
+@triton.jit
 def alpha_step(
     codebook, alpha, a, new_alpha, new_a, w, far, gain, scale, shift, turn,
     U: tl.constexpr, R: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
