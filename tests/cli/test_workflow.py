@@ -46,7 +46,7 @@ def test_inspect(softtrellis: Command, checkpoint: Path) -> None:
     assert "code         1mad, L=4 k=2 V=1" in result.out
     assert "(licence mit)" in result.out
     assert "checksums match" in result.out
-    assert all(re.search(rf"{re.escape(name)} +32 x 64 +8\n", result.out) for name in LAYERS)
+    assert all(re.search(rf"{re.escape(name)} +32 x 64 +8 +2\n", result.out) for name in LAYERS)
     assert "code=1mad" in result.out
     found = re.search(
         r"([\d,]+) weights: codes ([\d.]+) .* signs ([\d.]+); all files ([\d,]+) bytes", result.out

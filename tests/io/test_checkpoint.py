@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from softtrellis.io.checkpoint import (
     MANIFEST,
@@ -23,6 +24,7 @@ from softtrellis.io.checkpoint import (
     size_report,
 )
 from softtrellis.io.files import OutputExists, whole_directory
+from softtrellis.io.manifest import codes_of
 from softtrellis.io.sources import load_source
 from softtrellis.modules.replace import quantized_layers
 from softtrellis.recipes.ptq import QuantizeConfig, quantize_model
@@ -71,6 +73,50 @@ def test_reload_gives_the_same_bits(tiny_directory: Path, tmp_path: Path, name: 
     assert card.startswith("---\nlicense: mit\n")
     assert load_any(str(tmp_path / "out")).tokenizer.chat_template is not None
     assert load_any(str(tmp_path / "out")).licence == "mit"
+
+
+def test_a_checkpoint_of_version_1_still_loads() -> None:
+    folder = Path(__file__).parent / "checkpoint_v1"
+    assert read_manifest(folder).version == 1
+    logits = load_quantized(folder)(torch.arange(16)[None]).logits[0, -1, :4]
+    expected = torch.tensor([0.744292, 0.801097, 1.420848, 0.761336])
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_of_several_codes_and_scales_of_channels(
+    tiny_directory: Path, tmp_path: Path
+) -> None:
+    source = load_source(str(tiny_directory))
+    base, model = base_of(source), source.model
+    for layers, bits, code in (
+        ("*.0.*", 3, "gaussian"),
+        ("*.1.mlp.*", 2, "gaussian"),
+        ("*.1.self*", 2, "hyb"),
+    ):
+        config = QuantizeConfig(bits=bits, code=code, L=10, layers=(layers,), error_feedback=False)
+        quantize_model(model, config)
+    generator = torch.Generator().manual_seed(0)
+    for layer in quantized_layers(model).values():
+        before = layer.weight()
+        si = 1 + 0.1 * torch.randn(layer.in_features, generator=generator)
+        so = 1 + 0.1 * torch.randn(layer.out_features, generator=generator)
+        layer.set_scales(si, so)
+        expected = so.half().float()[:, None] * before * si.half().float()
+        torch.testing.assert_close(layer.weight(), expected)
+    output = tmp_path / "out"
+    output.mkdir()
+    save_quantized(model, source.tokenizer, output, base=base)
+    manifest = read_manifest(output)
+    assert [code.spec.k for code in codes_of(manifest.layers)] == [3, 2, 2]
+    loaded = load_quantized(output)
+    for key, layer in quantized_layers(model).items():
+        assert torch.equal(layer.weight(), quantized_layers(loaded)[key].weight())
+    weights = load_file(output / WEIGHTS)
+    assert weights["softtrellis.table.1"].shape == (512, 2)
+    size = size_report(output)
+    stored = sum(sum(x.stored_bits().values()) for x in quantized_layers(model).values())
+    tables = sum(32 * x.numel() for name, x in weights.items() if name.startswith("softtrellis."))
+    assert size.stored_bits == (stored + tables) / size.weights
 
 
 def test_sizes_are_counted_from_the_bytes(tiny_directory: Path, tmp_path: Path) -> None:

@@ -23,28 +23,25 @@ def add_parser(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Prints the manifest in words."""
-    from softtrellis.io.checkpoint import (
-        FORMAT_VERSION,
-        describe_sizes,
-        read_manifest,
-        verify_files,
-    )
+    from softtrellis.io.checkpoint import describe_sizes, read_manifest, verify_files
+    from softtrellis.io.manifest import codes_of
     from softtrellis.io.model_card import plain
 
     directory = Path(options.checkpoint)
     manifest = read_manifest(directory)
     if not options.no_verify:
         verify_files(directory, manifest)
-    code = next(iter(manifest.layers.values())).code
-    print(f"softtrellis checkpoint, version {FORMAT_VERSION}")
+    print(f"softtrellis checkpoint, version {manifest.version}")
     print(f"base model   {manifest.base.name} (licence {manifest.base.licence})")
-    print(f"code         {code.name}, L={code.spec.L} k={code.spec.k} V={code.spec.V}")
+    for code in codes_of(manifest.layers):
+        print(f"code         {code.name}, L={code.spec.L} k={code.spec.k} V={code.spec.V}")
     checked = "not compared" if options.no_verify else "match"
     print(f"files        {len(manifest.files)}, checksums {checked}")
     print(describe_sizes(directory))
-    print(f"\n{'layer':45}     out x in     tiles")
+    print(f"\n{'layer':45}     out x in     tiles  bits")
     for name, layer in manifest.layers.items():
-        print(f"{name:45}  {layer.out_features:5} x {layer.in_features:<5}  {layer.tiles:6}")
+        shape = f"{layer.out_features:5} x {layer.in_features:<5}"
+        print(f"{name:45}  {shape}  {layer.tiles:6}  {layer.code.spec.k:4}")
     for name, value in manifest.provenance.items():
         print(f"\n{name}: {plain(value)}")
     return 0

@@ -22,6 +22,7 @@ from softtrellis.io.manifest import (
     BaseModel,
     CheckpointError,
     Manifest,
+    codes_of,
     is_checkpoint,
     manifest_json,
     read_manifest,
@@ -90,7 +91,7 @@ def save_quantized(
     """Writes a quantized model; see docs/checkpoint.md for the format.
 
     Args:
-        model: with ``QuantizedLinear`` layers, all of one code.
+        model: with ``QuantizedLinear`` layers.
         tokenizer: saved with its chat template.
         directory: an existing, writable directory; see ``whole_directory``.
         base: the model it was made from.
@@ -98,19 +99,20 @@ def save_quantized(
         provenance: settings and figures to keep.
 
     Raises:
-        ValueError: no quantized layer, or layers of different codes.
+        ValueError: no quantized layer, or layers of one code with different tables.
     """
     from safetensors.torch import save_file
 
     layers = quantized_layers(model)
-    codes = {layer.layer.code for layer in layers.values()}
-    if len(codes) != 1:
-        raise ValueError(f"a checkpoint holds layers of one code, this model has {len(codes)}")
-    code = codes.pop()
+    if not layers:
+        raise ValueError("the model has no quantized layer to save")
+    formats = {name: layer.layer for name, layer in layers.items()}
+    codes = codes_of(formats)
     tensors = _stored_tensors(model)
-    table = _table(code, next(iter(layers.values())).codebook)
-    if table is not None:
-        tensors[TABLE] = table
+    for layer in layers.values():
+        table, key = _table(layer.layer.code, layer.codebook), _table_name(codes, layer.layer.code)
+        if table is not None and not torch.equal(tensors.setdefault(key, table), table):
+            raise ValueError(f"layers of the same code {layer.layer.code} have different tables")
     save_file(tensors, str(directory / WEIGHTS), metadata={"format": "pt"})
     (directory / WEIGHTS).chmod(0o644)
     config = model.config.to_dict()
@@ -125,8 +127,7 @@ def save_quantized(
     if source_directory is not None:
         for path in sorted(source_directory.glob("LICENSE*")):
             shutil.copy2(path, directory / path.name)
-    formats = {name: layer.layer for name, layer in layers.items()}
-    card = model_card(base.name, base.licence, code, formats, provenance or {})
+    card = model_card(base.name, base.licence, formats, provenance or {})
     (directory / "README.md").write_text(card, encoding="utf-8")
     files = {
         path.name: {"sha256": sha256_of(path), "bytes": path.stat().st_size}
@@ -134,7 +135,7 @@ def save_quantized(
         if path.is_file() and path.name != MANIFEST and not path.name.startswith(("train_", "log"))
     }
     manifest = Manifest(base, formats, files, provenance or {})
-    write_json(directory / MANIFEST, manifest_json(manifest, code))
+    write_json(directory / MANIFEST, manifest_json(manifest))
     return manifest
 
 
@@ -148,6 +149,12 @@ def _stored_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
         seen.add(tensor.data_ptr())
         tensors[name] = tensor.detach().cpu().contiguous()
     return tensors
+
+
+def _table_name(codes: list[TrellisCode], code: TrellisCode) -> str:
+    """The name of a code's table: that of the first code has no number."""
+    index = codes.index(code)
+    return f"{TABLE}.{index}" if index else TABLE
 
 
 def _table(code: TrellisCode, codebook: Tensor) -> Tensor | None:
@@ -216,8 +223,10 @@ def load_quantized(path: str | Path, config: LoadConfig | None = None) -> PreTra
         tensors = load_file(str(directory / WEIGHTS))
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{directory / WEIGHTS} cannot be read: {error}") from error
-    code = next(iter(manifest.layers.values())).code
-    codebook = _codebook(code, tensors.pop(TABLE, None))
+    codes = codes_of(manifest.layers)
+    codebooks = {
+        code: _codebook(code, tensors.pop(_table_name(codes, code), None)) for code in codes
+    }
     settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     settings.pop("quantization_config", None)
     model_type = settings.pop("model_type")
@@ -226,7 +235,11 @@ def load_quantized(path: str | Path, config: LoadConfig | None = None) -> PreTra
         model: PreTrainedModel = AutoModelForCausalLM.from_config(model_config)  # type: ignore[no-untyped-call]
     layers = manifest.layers
     try:
-        replace_modules(model, layers, lambda name, _: QuantizedLinear(layers[name], codebook))
+        replace_modules(
+            model,
+            layers,
+            lambda name, _: QuantizedLinear(layers[name], codebooks[layers[name].code]),
+        )
         missing = _assign(model, tensors)
     except (AttributeError, RuntimeError) as error:
         reason = "".join(str(error).splitlines()[:2])
@@ -310,15 +323,15 @@ def size_report(directory: Path) -> SizeReport:
     with safe_open(str(directory / WEIGHTS), "pt") as file:
         stored = set(file.keys())
         for name in manifest.layers:
-            for key in ("codes", "scale", "in_signs", "out_signs", "out_scale"):
+            for key in ("codes", "scale", "in_signs", "out_signs", "out_scale", "in_scale"):
                 full = f"{name}.{key}"
                 if full not in stored:
                     continue
                 tensor = file.get_tensor(full)
                 bits = tensor.numel() * tensor.element_size() * 8
                 codes, other = (codes + bits, other) if key == "codes" else (codes, other + bits)
-        if TABLE in stored:
-            table = file.get_tensor(TABLE)
+        for key in (key for key in stored if key.startswith(TABLE)):
+            table = file.get_tensor(key)
             other += table.numel() * table.element_size() * 8
     files = sum((directory / name).stat().st_size for name in (MANIFEST, *manifest.files))
     return SizeReport(weights, codes / weights, (codes + other) / weights, files)

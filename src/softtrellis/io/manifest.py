@@ -13,7 +13,8 @@ from softtrellis.modules.quantized_linear import LayerFormat
 from softtrellis.quantizers.hard import TrellisCode
 from softtrellis.spec import TrellisSpec
 
-FORMAT, FORMAT_VERSION = "softtrellis", 1
+FORMAT, FORMAT_VERSION = "softtrellis", 2
+READABLE_VERSIONS = (1, 2)
 MANIFEST, WEIGHTS = "softtrellis.json", "model.safetensors"
 
 
@@ -45,23 +46,31 @@ class Manifest:
         layers: the stored shape of every quantized layer.
         files: sha256 and bytes of every other file.
         provenance: settings and figures of the runs that made it, for people to read.
+        version: of the format it was written in.
     """
 
     base: BaseModel
     layers: Mapping[str, LayerFormat]
     files: Mapping[str, Mapping[str, Any]]
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    version: int = FORMAT_VERSION
 
 
-def manifest_json(manifest: Manifest, code: TrellisCode) -> dict[str, Any]:
-    """What ``read_manifest`` reads, for layers of one code."""
+def codes_of(layers: Mapping[str, LayerFormat]) -> list[TrellisCode]:
+    """The codes of the layers, each once, in the order in which they come up."""
+    return list(dict.fromkeys(layer.code for layer in layers.values()))
+
+
+def manifest_json(manifest: Manifest) -> dict[str, Any]:
+    """What ``read_manifest`` reads."""
+    codes = codes_of(manifest.layers)
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "base": asdict(manifest.base),
-        "code": asdict(code),
+        "codes": [asdict(code) for code in codes],
         "layers": {
-            name: {k: v for k, v in asdict(layer).items() if k != "code"}
+            name: {**asdict(layer), "code": codes.index(layer.code)}
             for name, layer in manifest.layers.items()
         },
         "files": dict(manifest.files),
@@ -93,16 +102,20 @@ def read_manifest(directory: Path) -> Manifest:
                 f"{path} is of format {value['format']!r}; give a checkpoint of {FORMAT!r}"
             )
         version = value["format_version"]
-        if version != FORMAT_VERSION:
+        if version not in READABLE_VERSIONS:
             raise CheckpointError(
                 f"{directory} has checkpoint version {version}, this release reads "
-                f"{FORMAT_VERSION}; use the release of softtrellis that wrote it"
+                f"{' and '.join(map(str, READABLE_VERSIONS))}; use the release of softtrellis that "
+                "wrote it"
             )
-        code = dict(value["code"])
-        spec = TrellisSpec(**code.pop("spec"))
-        trellis_code = TrellisCode(spec, **code)
+        if version == 1:  # one code for all layers
+            codes = [_code(value["code"])]
+            shapes = {name: {"code": 0, **layer} for name, layer in value["layers"].items()}
+        else:
+            codes, shapes = [_code(code) for code in value["codes"]], value["layers"]
         layers = {
-            name: LayerFormat(code=trellis_code, **layer) for name, layer in value["layers"].items()
+            name: LayerFormat(**{**layer, "code": codes[layer["code"]]})
+            for name, layer in shapes.items()
         }
         if not layers or min(layer.tiles for layer in layers.values()) < 1:
             raise ValueError("a layer without weights, or no layer")
@@ -112,12 +125,18 @@ def read_manifest(directory: Path) -> Manifest:
         }
         if not files.keys() >= {WEIGHTS, "config.json"}:
             raise ValueError("files that it must list are missing")
-        return Manifest(BaseModel(**value["base"]), layers, files, dict(value["provenance"]))
+        base = BaseModel(**value["base"])
+        return Manifest(base, layers, files, dict(value["provenance"]), version)
     except CheckpointError:
         raise
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{path} is damaged ({reason}); copy the checkpoint again") from error
+
+
+def _code(value: Mapping[str, Any]) -> TrellisCode:
+    code = dict(value)
+    return TrellisCode(TrellisSpec(**code.pop("spec")), **code)
 
 
 def verify_files(directory: Path, manifest: Manifest) -> None:

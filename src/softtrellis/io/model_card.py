@@ -5,20 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from softtrellis.io.manifest import codes_of
 from softtrellis.modules.quantized_linear import LayerFormat
-from softtrellis.quantizers.hard import TrellisCode
 
 
 def model_card(
     base: str,
     licence: str,
-    code: TrellisCode,
     layers: Mapping[str, LayerFormat],
     provenance: Mapping[str, Any],
 ) -> str:
     """README.md of a checkpoint: YAML front matter for hubs, then what it is and how to load it."""
-    spec = code.spec
-    weights = sum(layer.in_features * layer.out_features for layer in layers.values())
+    sizes = [layer.in_features * layer.out_features for layer in layers.values()]
+    weights, code_bits = sum(sizes), [layer.code.spec.k for layer in layers.values()]
+    bits = f"{sum(n * k for n, k in zip(sizes, code_bits, strict=True)) / weights:.3g}"
+    codes = "; ".join(
+        f"code {code.name}, L={code.spec.L}, k={code.spec.k}, V={code.spec.V}"
+        for code in codes_of(layers)
+    )
     steps = "".join(f"- {name}: {plain(value)}\n" for name, value in provenance.items())
     return f"""---
 license: {licence}
@@ -29,11 +33,11 @@ tags:
 - trellis-coded-quantization
 ---
 
-# {base}, {spec.k}-bit trellis-coded
+# {base}, {bits}-bit trellis-coded
 
-{len(layers)} linear layers of {base} ({weights:,} weights) at {spec.k} bits per weight, as
-tail-biting paths through a bitshift trellis: code {code.name}, L={spec.L}, k={spec.k},
-V={spec.V}. All other weights are those of the base model, and its licence ({licence}) applies.
+{len(layers)} linear layers of {base} ({weights:,} weights) at {bits} bits per weight, as
+tail-biting paths through a bitshift trellis: {codes}. All other weights are those of the base
+model, and its licence ({licence}) applies.
 
 ```python
 from softtrellis import load_quantized

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ class LayerFormat:
         multiple: both dimensions are padded to a multiple of it.
         block: the order of the Hadamard blocks, or None for full width.
         channel_scales: whether every output channel has its own float16 scale.
+        in_scales: whether every input channel has one.
         bias: whether the layer has a bias.
     """
 
@@ -33,6 +34,7 @@ class LayerFormat:
     multiple: int = 16
     block: int | None = None
     channel_scales: bool = False
+    in_scales: bool = False
     bias: bool = False
 
     @property
@@ -70,6 +72,7 @@ class QuantizedLinear(nn.Module):
         scale: float32 [].
         in_signs, out_signs: uint8, packed signs of the rotation.
         out_scale: float16 [out_features], with channel scales only.
+        in_scale: float16 [in_features], with input scales only.
         bias: [out_features], where the layer has one.
         codebook: float32 [S, V]; shared between layers and not stored with each.
     """
@@ -79,6 +82,7 @@ class QuantizedLinear(nn.Module):
     in_signs: Tensor
     out_signs: Tensor
     out_scale: Tensor | None
+    in_scale: Tensor | None
     bias: Tensor | None
     codebook: Tensor
 
@@ -93,6 +97,8 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("out_signs", torch.zeros(-(-rows // 8), dtype=torch.uint8))
         channels = torch.ones(layer.out_features, dtype=torch.float16)
         self.register_buffer("out_scale", channels if layer.channel_scales else None)
+        inputs = torch.ones(layer.in_features, dtype=torch.float16)
+        self.register_buffer("in_scale", inputs if layer.in_scales else None)
         self.register_buffer("bias", torch.zeros(layer.out_features) if layer.bias else None)
         self.register_buffer("codebook", codebook, persistent=False)
 
@@ -113,6 +119,8 @@ class QuantizedLinear(nn.Module):
         module.out_signs = pack_signs(basis.incoherence.out_signs)
         if basis.out_scale is not None:
             module.out_scale = basis.out_scale.detach().clone()
+        if basis.in_scale is not None:
+            module.in_scale = basis.in_scale.detach().clone()
         if bias is not None:
             module.bias = bias.detach().clone()
         return module
@@ -138,7 +146,7 @@ class QuantizedLinear(nn.Module):
             in_signs=unpack_signs(self.in_signs, columns),
             out_signs=unpack_signs(self.out_signs, rows),
         )
-        return WeightBasis(incoherence, self.scale, self.out_scale)
+        return WeightBasis(incoherence, self.scale, self.out_scale, self.in_scale)
 
     def states(self) -> Tensor:
         """int32 [tiles, N], the unpacked paths."""
@@ -147,8 +155,20 @@ class QuantizedLinear(nn.Module):
 
     def weight(self) -> Tensor:
         """float32 [out_features, in_features], decoded."""
-        latent = self.layer.code.decode(self.states(), self.codebook, *self.layer.padded)
-        return self.basis().to_weight(latent)
+        return self.basis().to_weight(self._latent())
+
+    def unscaled_weight(self) -> Tensor:
+        """``weight`` without the scales of the channels."""
+        return self.basis().unscaled_weight(self._latent())
+
+    def set_scales(self, in_scale: Tensor, out_scale: Tensor) -> None:
+        """Gives every input and output channel a scale: [in_features] and [out_features]."""
+        self.layer = replace(self.layer, in_scales=True, channel_scales=True)
+        self.in_scale = in_scale.detach().to(torch.float16)
+        self.out_scale = out_scale.detach().to(torch.float16)
+
+    def _latent(self) -> Tensor:
+        return self.layer.code.decode(self.states(), self.codebook, *self.layer.padded)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]."""
@@ -166,7 +186,7 @@ class QuantizedLinear(nn.Module):
 
     def stored_bits(self) -> dict[str, int]:
         """Bits of the stored buffers: "codes", and "scales" (scales and signs)."""
-        scales = [self.scale, self.in_signs, self.out_signs, self.out_scale]
+        scales = [self.scale, self.in_signs, self.out_signs, self.out_scale, self.in_scale]
         return {
             "codes": _bits(self.codes),
             "scales": sum(_bits(buffer) for buffer in scales if buffer is not None),

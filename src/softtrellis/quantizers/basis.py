@@ -12,17 +12,19 @@ from softtrellis.transforms.incoherence import Incoherence
 
 @dataclass(frozen=True, eq=False)
 class WeightBasis:
-    """W = diag(out_scale) R^-1(scale * latent), with R the rotation.
+    """W = diag(out_scale) R^-1(scale * latent) diag(in_scale), with R the rotation.
 
     Attributes:
         incoherence: the randomised Hadamard rotation of both sides, with its padding.
         scale: float32 [], from the codebook's units to the weights'.
         out_scale: float16 [out] or None, for ones.
+        in_scale: float16 [in] or None, for ones.
     """
 
     incoherence: Incoherence
     scale: Tensor
     out_scale: Tensor | None = None
+    in_scale: Tensor | None = None
 
     @classmethod
     def fit(
@@ -61,17 +63,28 @@ class WeightBasis:
         """[out_pad, in_pad] in the codebook's units from weights [out, in]."""
         if self.out_scale is not None:
             weight = weight / self.out_scale.to(weight.dtype).unsqueeze(1)
+        if self.in_scale is not None:
+            weight = weight / self.in_scale.to(weight.dtype)
         return self.incoherence.rotate_weight(weight) / self.scale
 
     def to_weight(self, latent: Tensor) -> Tensor:
         """Weights [out, in] from a latent matrix [out_pad, in_pad]; differentiable."""
-        weight = self.incoherence.unrotate_weight(latent * self.scale)
+        weight = self.unscaled_weight(latent)
         if self.out_scale is not None:
             weight = weight * self.out_scale.to(weight.dtype).unsqueeze(1)
+        if self.in_scale is not None:
+            weight = weight * self.in_scale.to(weight.dtype)
         return weight
+
+    def unscaled_weight(self, latent: Tensor) -> Tensor:
+        """``to_weight`` without the scales of the channels; differentiable."""
+        return self.incoherence.unrotate_weight(latent * self.scale)
 
     def rotate_hessian(self, hessian: Tensor) -> Tensor:
         """[in_pad, in_pad]: the inputs' second moment in this basis, from H [in, in]."""
+        if self.in_scale is not None:
+            scale = self.in_scale.to(hessian.dtype)
+            hessian = scale.unsqueeze(1) * hessian * scale
         return self.incoherence.rotate_hessian(hessian)
 
 
