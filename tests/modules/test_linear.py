@@ -10,7 +10,7 @@ from torch import Tensor
 from softtrellis.modules.latent_linear import LatentLinear
 from softtrellis.modules.quantized_linear import LayerFormat, QuantizedLinear
 from softtrellis.quantizers.hard import TrellisCode
-from softtrellis.recipes.ptq import quantize_linear
+from softtrellis.recipes.group import quantize_linear
 from softtrellis.spec import TrellisSpec
 
 CODES = {

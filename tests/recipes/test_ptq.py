@@ -10,14 +10,16 @@ import torch
 
 from softtrellis.io.sources import Source, load_source
 from softtrellis.io.text import load_documents, token_windows
-from softtrellis.modules.replace import quantized_layers
+from softtrellis.modules.blocks import Blocks
+from softtrellis.modules.replace import get_linear, linear_names, quantized_layers
 from softtrellis.quantizers.ldlq import proxy_loss
 from softtrellis.quantizers.scalar import lloyd_max, round_to_nearest
-from softtrellis.recipes.calibration import collect_hessians
-from softtrellis.recipes.ptq import QuantizeConfig, quantize_linear, quantize_model
+from softtrellis.recipes.calibration import InputMoments, watch_inputs
+from softtrellis.recipes.group import quantize_linear
+from softtrellis.recipes.ptq import QuantizeConfig, quantize_model
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 60
 
@@ -27,6 +29,18 @@ def text(tmp_path: Path) -> str:
     path = tmp_path / "text.txt"
     path.write_text(TEXT, encoding="utf-8")
     return str(path)
+
+
+def watch(
+    model: PreTrainedModel, index: int, windows: torch.Tensor
+) -> tuple[InputMoments, torch.Tensor]:
+    blocks = Blocks(model, windows, device=torch.device("cpu"), batch=2)
+    states = blocks.states
+    for i in range(index):
+        states = blocks.run_all(i, states)
+    names = [name for name in linear_names(model) if name.startswith(f"model.layers.{index}.")]
+    linears = {name: get_linear(model, name) for name in names}
+    return watch_inputs(blocks, index, states, linears)
 
 
 def test_hessians_are_the_second_moments(tiny_llama: LlamaForCausalLM) -> None:
@@ -40,16 +54,22 @@ def test_hessians_are_the_second_moments(tiny_llama: LlamaForCausalLM) -> None:
         tiny_llama(window[None])
     handle.remove()
     x = torch.cat(seen)
-    found = collect_hessians(tiny_llama, [name], windows)[name]
-    torch.testing.assert_close(found, x.T @ x / x.shape[0])
+    moments, _ = watch(tiny_llama, 1, windows)
+    torch.testing.assert_close(moments.hessian(name), x.T @ x / x.shape[0])
+    assert moments.tokens(name) == 48
+    assert moments.hessian("model.layers.1.another") is None
 
 
-def test_layers_behind_the_last_one_are_not_run(tiny_llama: LlamaForCausalLM) -> None:
-    windows = torch.randint(128, (1, 16))
-    ran: list[str] = []
-    tiny_llama.model.layers[1].register_forward_hook(lambda *_: ran.append("layer 1"))
-    collect_hessians(tiny_llama, ["model.layers.0.mlp.up_proj"], windows)
-    assert ran == []
+def test_layers_with_the_same_inputs_share_their_moments(tiny_llama: LlamaForCausalLM) -> None:
+    moments, _ = watch(tiny_llama, 0, torch.randint(128, (2, 16)))
+    names = [name for name in linear_names(tiny_llama) if ".0." in name]
+    short = [[name.rpartition(".")[2] for name in group] for group in moments.groups(names)]
+    assert short == [
+        ["q_proj", "k_proj", "v_proj"],
+        ["o_proj"],
+        ["gate_proj", "up_proj"],
+        ["down_proj"],
+    ]
 
 
 @pytest.mark.parametrize(
@@ -109,7 +129,7 @@ def test_ldlq_beats_plain_rounding_on_a_real_layer(stories260k: Path, shared_dat
     text = load_documents([str(shared_data / "tinystories.txt")], split="calibration")
     windows = token_windows(source.tokenizer, text, 256, limit=8)
     name = "model.layers.2.mlp.down_proj"
-    hessian = collect_hessians(source.model, [name], windows)[name]
+    hessian = watch(source.model, 2, windows)[0].hessian(name)
     weight = source.model.get_submodule(name).weight
     assert isinstance(weight, torch.Tensor)
     config = QuantizeConfig(L=10)

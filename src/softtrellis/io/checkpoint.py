@@ -60,6 +60,7 @@ __all__ = [
 ]
 
 TABLE = "softtrellis.table"
+_NOT_LISTED = ("train_", "quantize_", "log")  # files of the runs
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def save_quantized(
     files = {
         path.name: {"sha256": sha256_of(path), "bytes": path.stat().st_size}
         for path in sorted(directory.iterdir())
-        if path.is_file() and path.name != MANIFEST and not path.name.startswith(("train_", "log"))
+        if path.is_file() and path.name != MANIFEST and not path.name.startswith(_NOT_LISTED)
     }
     manifest = Manifest(base, formats, files, provenance or {})
     write_json(directory / MANIFEST, manifest_json(manifest))

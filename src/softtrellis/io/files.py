@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Any
 
 STATE = "train_state.safetensors"
-"""What an interrupted run can go on from; a partial directory with it is never lost."""
+"""What an interrupted training run can go on from."""
+
+STATES = "*_state*"
+"""Files that an interrupted run can go on from; a partial directory with one is never lost."""
 
 
 class OutputExists(FileExistsError):
@@ -68,13 +71,12 @@ def whole_directory(
     if directory.is_symlink():
         directory = directory.resolve()
     partial = partial_path(directory)
-    resumable = (partial / STATE).is_file()
+    resumable = any(partial.glob(STATES))
     if resume and not resumable:
         raise FileNotFoundError(f"there is no interrupted run in {partial}; start without --resume")
     if resumable and not resume and not force:
         raise OutputExists(
-            f"an interrupted run lies in {partial}; go on with 'train --resume', "
-            "or discard it with --force"
+            f"an interrupted run lies in {partial}; go on with --resume, or discard it with --force"
         )
     if partial.exists() and not resume:
         shutil.rmtree(partial)
@@ -82,13 +84,14 @@ def whole_directory(
     try:
         yield partial
     except BaseException as error:
-        if not (partial / STATE).is_file():
+        if not any(partial.glob(STATES)):
             shutil.rmtree(partial, ignore_errors=True)
         elif not isinstance(error, ValueError):
             error.add_note(f"{partial} keeps the run; the same command with --resume goes on")
         raise
     _exchange(partial, directory)
-    (directory / STATE).unlink(missing_ok=True)
+    for path in directory.glob(STATES):
+        path.unlink()
 
 
 def _exchange(partial: Path, directory: Path) -> None:

@@ -1,17 +1,16 @@
-"""Second moments of the inputs of linear layers, by streaming forward hooks."""
+"""Second moments of the inputs of linear layers, one decoder layer at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from softtrellis.io.progress import progress
-from softtrellis.modules.replace import decoder_index, get_linear
-from softtrellis.modules.tail import run_prefix, stop_before
+from softtrellis.modules.blocks import Blocks
 
 
 def check_finite(model: nn.Module) -> None:
@@ -21,56 +20,100 @@ def check_finite(model: nn.Module) -> None:
             raise ValueError(f"{name} holds NaN or infinity; repair the model first")
 
 
-class HessianHook:
-    """Accumulates sum x x^T over the inputs of one linear layer."""
+class SecondMoment:
+    """Accumulates sum x x^T over the inputs of linear layers, in float32."""
 
     def __init__(self, in_features: int, device: torch.device) -> None:
         self.total = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
         self.count = 0
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        x = args[0].detach().reshape(-1, self.total.shape[0]).to(torch.float32)
-        self.total.addmm_(x.T, x)
-        self.count += x.shape[0]
+    def add(self, x: Tensor) -> None:
+        """Counts inputs [..., in]."""
+        rows = x.detach().reshape(-1, self.total.shape[0]).to(torch.float32)
+        self.total.addmm_(rows.T, rows)
+        self.count += rows.shape[0]
 
-    def hessian(self) -> Tensor:
+    def mean(self) -> Tensor:
         """float32 [in, in], E[x x^T]."""
         return self.total / max(1, self.count)
 
 
-@torch.no_grad()
-def collect_hessians(
-    model: nn.Module, names: Sequence[str], windows: Tensor, *, show_progress: bool = False
-) -> dict[str, Tensor]:
-    """H = E[x x^T] of the inputs of linear layers (QTIP, section 4).
+@dataclass
+class InputMoments:
+    """The second moments of one decoder layer's linear layers.
 
-    Layers behind the last one named are not run.
+    Attributes:
+        leaders: for every linear layer that ran, the first one that had the same input.
+        moments: by leader.
+    """
+
+    leaders: dict[str, str] = field(default_factory=dict)
+    moments: dict[str, SecondMoment] = field(default_factory=dict)
+    _last: tuple[Tensor, str] | None = None
+
+    def see(self, name: str, x: Tensor) -> None:
+        """Counts an input of a linear layer, once for those that follow one another with it."""
+        if name not in self.leaders:
+            shared = self._last is not None and self._last[0] is x
+            self.leaders[name] = self._last[1] if shared and self._last is not None else name
+        leader = self.leaders[name]
+        if leader == name:
+            if name not in self.moments:
+                self.moments[name] = SecondMoment(x.shape[-1], x.device)
+            self.moments[name].add(x)
+        self._last = (x, leader)
+
+    def hessian(self, name: str) -> Tensor | None:
+        """float32 [in, in] of a layer's inputs; None if it never ran.
+
+        Raises:
+            ValueError: NaN or infinity among the inputs.
+        """
+        if name not in self.leaders:
+            return None
+        found = self.moments[self.leaders[name]].mean()
+        if not bool(torch.isfinite(found).all()):
+            raise ValueError(f"the inputs of {name} hold NaN or infinity on the calibration text")
+        return found
+
+    def tokens(self, name: str) -> int:
+        """Inputs that a layer saw."""
+        return self.moments[self.leaders[name]].count if name in self.leaders else 0
+
+    def groups(self, names: Iterable[str]) -> list[list[str]]:
+        """Names with the same inputs together, in the order in which they ran."""
+        wanted, found = set(names), dict[str, list[str]]()
+        for name, leader in self.leaders.items():
+            if name in wanted:
+                found.setdefault(leader, []).append(name)
+        never_ran = [[name] for name in wanted - self.leaders.keys()]
+        return [*found.values(), *sorted(never_ran)]
+
+
+@torch.no_grad()
+def watch_inputs(
+    blocks: Blocks, index: int, states: Tensor, linears: dict[str, nn.Linear]
+) -> tuple[InputMoments, Tensor]:
+    """Runs a decoder layer that is on the device, and takes the moments of its linears' inputs.
+
+    H = E[x x^T] (QTIP, section 4).
 
     Args:
-        model: a causal language model.
-        names: linear layers in its decoder layers.
-        windows: int64 [n, ctx].
-        show_progress: show a progress bar.
+        blocks: the model.
+        index: of the decoder layer.
+        states: [n, ctx, d], what enters it.
+        linears: all its linear layers by name.
 
     Returns:
-        float32 [in, in] by name.
-
-    Raises:
-        ValueError: activations with NaN or infinity, named by layer.
+        The moments, and the layer's output [n, ctx, d].
     """
-    device = next(model.parameters()).device
-    last = max(decoder_index(model, name) for name in names)
-    hooks: dict[str, HessianHook] = {}
+    found = InputMoments()
     with ExitStack() as stack:
-        stack.enter_context(stop_before(model, last + 1))
-        for name in names:
-            linear = get_linear(model, name)
-            hooks[name] = HessianHook(linear.in_features, device)
-            stack.callback(linear.register_forward_pre_hook(hooks[name]).remove)
-        for window in progress(windows, "calibrate", enabled=show_progress):
-            run_prefix(model, window[None].to(device))
-    hessians = {name: hook.hessian() for name, hook in hooks.items()}
-    for name, hessian in hessians.items():
-        if not bool(torch.isfinite(hessian).all()):
-            raise ValueError(f"the inputs of {name} hold NaN or infinity on the calibration text")
-    return hessians
+        for name, linear in linears.items():
+
+            def see(_: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+                found.see(name, args[0])
+
+            stack.callback(linear.register_forward_pre_hook(see).remove)
+        output = blocks.run_all(index, states)
+    return found, output

@@ -29,30 +29,47 @@ from softtrellis.io.files import whole_directory
 from softtrellis.io.text import load_documents, token_windows
 from softtrellis.modules.replace import dequantize_
 from softtrellis.recipes.environment import environment
-from softtrellis.recipes.ptq import LayerReport, QuantizeConfig, quantize_model
+from softtrellis.recipes.finetune import FineTuneConfig
+from softtrellis.recipes.group import LayerReport
+from softtrellis.recipes.ptq import QuantizeConfig, quantize_model
 from softtrellis.recipes.qat import DistillConfig, DistillResult, distill
 
 DENSE_BITS = 32
 
 
 def quantize_to(
-    model: str, config: QuantizeConfig, output: Path, *, force: bool = False
+    model: str,
+    config: QuantizeConfig,
+    output: Path,
+    *,
+    fine_tune: FineTuneConfig | None = None,
+    force: bool = False,
+    resume: bool = False,
 ) -> dict[str, LayerReport]:
     """Loads, quantizes and saves a model; a report per layer."""
-    with whole_directory(output, force=force) as directory:
+    with whole_directory(output, force=force, resume=resume) as directory:
         source = load_full_precision(model)
         base = base_of(source)
         reports: dict[str, LayerReport] = {}
         quantized = quantize_model(
-            source.model, config, tokenizer=source.tokenizer, reports=reports
+            source.model,
+            config,
+            tokenizer=source.tokenizer,
+            reports=reports,
+            fine_tune=fine_tune,
+            run_directory=directory,
+            resume=resume,
         )
+        provenance = {"quantize": _settings(config)}
+        if fine_tune is not None:
+            provenance["fine_tune"] = asdict(fine_tune)
         save_quantized(
             quantized,
             source.tokenizer,
             directory,
             base=base,
             source_directory=source.directory,
-            provenance={"quantize": _settings(config)},
+            provenance=provenance,
         )
     return reports
 

@@ -2,39 +2,38 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-import torch
 from torch import Tensor, nn
 
 from softtrellis.backend import Backend
 from softtrellis.io.checkpoint import load_full_precision
-from softtrellis.io.progress import progress
+from softtrellis.io.sources import fingerprint
 from softtrellis.io.text import load_documents, token_windows
-from softtrellis.modules.quantized_linear import LayerFormat, QuantizedLinear
-from softtrellis.modules.replace import (
-    get_linear,
-    quantized_layers,
-    replace_modules,
-    select_layers,
-)
-from softtrellis.quantizers.basis import WeightBasis
+from softtrellis.modules.quantized_linear import LayerFormat
+from softtrellis.modules.replace import quantized_layers, select_layers
 from softtrellis.quantizers.hard import TrellisCode
-from softtrellis.quantizers.ldlq import BLOCK, block_ldl, ldlq, proxy_loss
-from softtrellis.recipes.calibration import check_finite, collect_hessians
+from softtrellis.quantizers.ldlq import BLOCK
+from softtrellis.recipes.block_ptq import BlockQuantizer
+from softtrellis.recipes.calibration import check_finite
+from softtrellis.recipes.finetune import FineTuneConfig
+from softtrellis.recipes.group import LayerReport
+from softtrellis.recipes.ptq_state import LayerStore
+from softtrellis.recipes.run_state import digest
 from softtrellis.spec import TrellisSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Profile = Literal["qtip", "exl3"]
+Inputs = Literal["quantized", "original"]
 EXL3_BLOCK = 128
 EXL3_CODES = ("mul1", "mcg", "3inst")
+_NOT_SETTINGS = ("trellis_code", "data", "show_progress")
 
 
 @dataclass(frozen=True)
@@ -45,30 +44,43 @@ class QuantizeConfig:
         profile: "qtip" (HYB, V=2, full-width Hadamard) or "exl3" (mul1, V=1, Hadamard blocks of
             128, a float16 scale per output channel, EXL3's tile order).
         bits: bits per weight, 1 to 4.
+        bits_map: (pattern, bits) for layers with other bits, patterns as in ``select_layers``; the
+            last one that matches counts.
         code: see ``codebook``; None is the profile's own.
         L: bits of a trellis state.
         layers: which linear layers, see ``select_layers``; None is all of the decoder layers'.
+        skip: layers that stay as they are, patterns likewise.
         data: texts for the Hessians, see ``load_documents``.
         ctx: tokens per calibration window.
         windows: calibration windows.
+        batch: windows that a decoder layer takes at once.
+        inputs: what the Hessians are taken from, and blocks tuned on: "quantized" is the output of
+            the layers before as they are quantized, "original" that of the original ones (QTIP).
         damping: added to each Hessian's diagonal, as a share of its mean.
         error_feedback: LDLQ; False is plain Viterbi without Hessians.
         seed: of the random signs.
+        device: where decoder layers are quantized, one at a time; on "cuda" they run in bfloat16,
+            with float32 states and sums.
         backend: of Viterbi.
         show_progress: show progress bars.
     """
 
     profile: Profile = "qtip"
     bits: int = 2
+    bits_map: tuple[tuple[str, int], ...] = ()
     code: str | None = None
     L: int = 16
     layers: tuple[str, ...] | None = None
+    skip: tuple[str, ...] = ()
     data: tuple[str, ...] = ("pydoc",)
     ctx: int = 512
     windows: int = 32
+    batch: int = 4
+    inputs: Inputs = "quantized"
     damping: float = 0.01
     error_feedback: bool = True
     seed: int = 0
+    device: str = "cpu"
     backend: Backend = "auto"
     show_progress: bool = False
     trellis_code: TrellisCode = field(init=False)
@@ -76,12 +88,16 @@ class QuantizeConfig:
     def __post_init__(self) -> None:
         if self.profile not in get_args(Profile):
             raise ValueError(f"unknown profile {self.profile!r}; use 'qtip' or 'exl3'")
-        for name, least in (("ctx", 2), ("windows", 1)):
+        if self.inputs not in get_args(Inputs):
+            raise ValueError(f"inputs must be quantized or original, got {self.inputs!r}")
+        for name, least in (("ctx", 2), ("windows", 1), ("batch", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if not 0 < self.damping < math.inf:
             raise ValueError(f"damping must be a positive number, got {self.damping}")
         object.__setattr__(self, "trellis_code", self._trellis_code())
+        for _, bits in self.bits_map:
+            self.code_for(bits)
 
     def _trellis_code(self) -> TrellisCode:
         if self.profile == "qtip":
@@ -95,92 +111,51 @@ class QuantizeConfig:
         spec = TrellisSpec(16, self.bits, 1)
         return TrellisCode(spec, name, normalize=False, order="exl3")
 
-    def layer_format(self, linear: nn.Linear) -> LayerFormat:
-        """The stored shape of a linear layer."""
+    def code_for(self, bits: int) -> TrellisCode:
+        """The code of layers with so many bits; ValueError if there is none."""
+        spec = self.trellis_code.spec
+        return replace(self.trellis_code, spec=TrellisSpec(spec.L, bits, spec.V))
+
+    def bits_of(self, model: nn.Module, names: Sequence[str]) -> dict[str, int]:
+        """Bits per weight of every named layer.
+
+        Raises:
+            UnknownLayerError: a pattern of ``bits_map`` that names no layer.
+        """
+        bits = dict.fromkeys(names, self.bits)
+        for pattern, other in self.bits_map:
+            bits |= dict.fromkeys(set(select_layers(model, (pattern,))) & set(names), other)
+        return bits
+
+    def names_of(self, model: nn.Module) -> list[str]:
+        """The layers that are to be quantized.
+
+        Raises:
+            UnknownLayerError: a pattern that names no layer.
+            ValueError: no layer is left, or one is quantized already.
+        """
+        names = select_layers(model, self.layers)
+        skipped = set(select_layers(model, self.skip)) if self.skip else set()
+        names = [name for name in names if name not in skipped]
+        if not names:
+            raise ValueError("skip leaves no layer to quantize")
+        for name in quantized_layers(model):
+            if name in names:
+                raise ValueError(f"{name} is quantized already; quantize the full-precision model")
+        return names
+
+    def layer_format(self, linear: nn.Linear, bits: int | None = None) -> LayerFormat:
+        """The stored shape of a linear layer with so many bits, by default ``bits``."""
         exl3 = self.profile == "exl3"
         return LayerFormat(
             in_features=linear.in_features,
             out_features=linear.out_features,
-            code=self.trellis_code,
+            code=self.trellis_code if bits is None else self.code_for(bits),
             multiple=EXL3_BLOCK if exl3 else BLOCK,
             block=EXL3_BLOCK if exl3 else None,
             channel_scales=exl3,
             bias=linear.bias is not None,
         )
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What quantization did to one layer.
-
-    Attributes:
-        proxy_loss: share of the output's energy lost on the calibration text, tr(E H E^T) over
-            tr(W H W^T).
-        error: mean squared error of the weights over their variance.
-        seconds: time it took.
-    """
-
-    proxy_loss: float
-    error: float
-    seconds: float
-
-
-def quantize_linear(
-    weight: Tensor,
-    hessian: Tensor | None,
-    layer: LayerFormat,
-    codebook: Tensor,
-    *,
-    bias: Tensor | None = None,
-    damping: float = 0.01,
-    seed: int = 0,
-    backend: Backend = "auto",
-) -> tuple[QuantizedLinear, LayerReport]:
-    """Quantizes one weight matrix (QTIP, section 4).
-
-    Args:
-        weight: [out, in].
-        hessian: [in, in], E[x x^T]; None is plain Viterbi without error feedback.
-        layer: its stored shape.
-        codebook: float32 [S, V].
-        bias: [out] or None.
-        damping, seed, backend: see ``QuantizeConfig``.
-
-    Raises:
-        ValueError: weights with NaN or infinity, or a weight that is zero.
-    """
-    began = time.perf_counter()
-    if not bool(torch.isfinite(weight).all()):
-        raise ValueError("the weight holds NaN or infinity")
-    weight = weight.detach().to(torch.float32)
-    rms = float(codebook.double().square().mean().sqrt())
-    basis = WeightBasis.fit(
-        weight,
-        layer.random_incoherence(seed).to(weight.device),
-        codebook_rms=rms,
-        channel_scales=layer.channel_scales,
-    )
-    latent, code = basis.to_latent(weight), layer.code
-    if hessian is None:
-        states = code.encode(latent, codebook, backend=backend)
-    else:
-        blocks: list[Tensor] = []
-
-        def encode(columns: Tensor) -> Tensor:
-            blocks.append(code.encode(columns, codebook, backend=backend))
-            return code.decode(blocks[-1], codebook, columns.shape[0], BLOCK)
-
-        ldlq(latent, block_ldl(basis.rotate_hessian(hessian), damping), encode)
-        states = torch.stack(blocks[::-1], dim=1).flatten(0, 1)
-    module = QuantizedLinear.from_states(layer, codebook, states, basis, bias)
-    found = module.weight()
-    identity = torch.eye(weight.shape[1], device=weight.device)
-    report = LayerReport(
-        proxy_loss=proxy_loss(weight, found, identity if hessian is None else hessian),
-        error=float((found - weight).square().mean() / weight.square().mean()),
-        seconds=time.perf_counter() - began,
-    )
-    return module, report
 
 
 def quantize_model(
@@ -189,6 +164,9 @@ def quantize_model(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     reports: dict[str, LayerReport] | None = None,
+    fine_tune: FineTuneConfig | None = None,
+    run_directory: Path | None = None,
+    resume: bool = False,
 ) -> PreTrainedModel:
     """Quantizes the linear layers of a causal language model after training (QTIP).
 
@@ -197,53 +175,38 @@ def quantize_model(
         config: see ``QuantizeConfig``.
         tokenizer: needed with a loaded model, unless ``error_feedback`` is off.
         reports: filled with a report per layer, where given.
+        fine_tune: also tune every block while it is quantized.
+        run_directory: where finished decoder layers are kept, for ``resume``.
+        resume: go on with what lies there.
 
     Returns:
         The model, with ``QuantizedLinear`` in the place of the chosen layers; ``save_quantized``
         stores it.
 
     Raises:
-        ValueError: layers that do not exist, text shorter than a window, or weights with NaN or
-            infinity (named by tensor).
+        ValueError: layers that do not exist, text shorter than a window, weights with NaN or
+            infinity (named by tensor), or a run that was started with other settings.
     """
     if isinstance(model, str | Path):
         source = load_full_precision(str(model))
         model, tokenizer = source.model, source.tokenizer
-    names = select_layers(model, config.layers)
-    for name in names:
-        if name in quantized_layers(model):
-            raise ValueError(f"{name} is quantized already; quantize the full-precision model")
+    names = config.names_of(model)
     check_finite(model)
-    hessians: dict[str, Tensor] = {}
-    if config.error_feedback:
+    windows: Tensor | None = None
+    if config.error_feedback or fine_tune is not None:
         if tokenizer is None:
             raise ValueError("a loaded model needs its tokenizer: quantize_model(..., tokenizer=)")
         documents = load_documents(config.data, split="calibration")
         windows = token_windows(tokenizer, documents, config.ctx, limit=config.windows)
-        hessians = collect_hessians(model, names, windows, show_progress=config.show_progress)
-    codebook = config.trellis_code.codebook().to(next(model.parameters()).device)
-    made: dict[str, nn.Module] = {}
-    for name in progress(names, "quantize", enabled=config.show_progress):
-        linear = get_linear(model, name)
-        try:
-            made[name], report = quantize_linear(
-                linear.weight,
-                hessians.pop(name, None),
-                config.layer_format(linear),
-                codebook,
-                bias=linear.bias,
-                damping=config.damping,
-                seed=layer_seed(config.seed, name),
-                backend=config.backend,
-            )
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-        if reports is not None:
-            reports[name] = report
-    replace_modules(model, names, lambda name, _: made[name])
+    settings = {
+        **{name: value for name, value in asdict(config).items() if name not in _NOT_SETTINGS},
+        "fine_tune": None if fine_tune is None else asdict(fine_tune),
+        "model": fingerprint(model),
+        "text": None if windows is None else digest([windows]),
+    }
+    store = LayerStore(run_directory, settings, resume=resume)
+    quantizer = BlockQuantizer(model, names, windows, config, fine_tune, store)
+    quantizer.run()
+    if reports is not None:
+        reports |= {name: quantizer.reports[name] for name in names}
     return model
-
-
-def layer_seed(seed: int, name: str) -> int:
-    """The seed of a layer's signs: the same whichever other layers are quantized."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")

@@ -1,0 +1,184 @@
+"""Running a model's decoder layers one at a time on stored hidden states.
+
+Only the layer in hand has to be on the device, so that a model larger than the device's memory can
+be quantized there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from softtrellis.modules.replace import decoder_layers
+from softtrellis.modules.tail import run_prefix
+
+_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a decoder layer is called with, apart from its hidden states.
+
+    Attributes:
+        args, kwargs: the other arguments.
+        by_name: whether the hidden states are passed as ``hidden_states=``.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    by_name: bool
+
+    def output(self, layer: nn.Module, states: Tensor) -> Any:
+        """What the layer returns for hidden states [b, ctx, d]."""
+        if self.by_name:
+            return layer(*self.args, hidden_states=states, **self.kwargs)
+        return layer(states, *self.args, **self.kwargs)
+
+
+def _hidden(output: Any) -> Tensor:
+    states: Tensor = output[0] if isinstance(output, tuple) else output
+    return states
+
+
+class _Catcher(nn.Module):
+    """Stands in a decoder layer's place: keeps what the layer is called with, and passes it on.
+
+    The first call of the first layer runs the layer, to see how layers return their output.
+    """
+
+    def __init__(self, layer: nn.Module, first: _Catcher | None) -> None:
+        super().__init__()
+        self._layer = [layer]  # in a list, so that it is no submodule and stays where it is
+        self._first = [first or self]
+        self.as_tuple: bool | None = None
+        self.states: list[Tensor] = []
+        self.calls: list[Call] = []
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_layer"][0], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        by_name = not args
+        states = kwargs.pop("hidden_states") if by_name else args[0]
+        self.states.append(states)
+        self.calls.append(Call(args[1:], kwargs, by_name))
+        first = self._first[0]
+        if first.as_tuple is None:
+            output = self.calls[0].output(self._layer[0], states)
+            first.as_tuple = isinstance(output, tuple)
+            return output
+        return (states,) if first.as_tuple else states
+
+
+class Blocks:
+    """The decoder layers of a causal language model, and what enters the first of them.
+
+    Attributes:
+        prefix: the name of the list of decoder layers.
+        layers: the decoder layers, each wherever it was.
+        calls: a ``Call`` for each layer.
+        states: [n, ctx, d], what enters the first layer, on ``device``.
+        batch: windows that a layer takes at once; 1 where its other arguments fix that.
+        device: where layers run.
+        autocast: what matmuls are computed in, or None for what the weights are in.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: nn.Module,
+        windows: Tensor,
+        *,
+        device: torch.device,
+        batch: int,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        """Finds out how the model calls its layers, with windows int64 [n, ctx] of tokens.
+
+        Raises:
+            ValueError: a model whose decoder layers cannot be run one at a time.
+        """
+        self.device, self.autocast = device, autocast
+        self.prefix, self.layers = decoder_layers(model)
+        base = getattr(model, "base_model", model)
+        catchers: list[_Catcher] = []
+        for layer in self.layers:
+            catchers.append(_Catcher(layer, catchers[0] if catchers else None))
+        with self.on_device(0), _exchanged(self.layers, catchers):
+            home = next(base.parameters()).device
+            base.to(device)
+            try:
+                for window in windows:
+                    run_prefix(model, window[None].to(device))
+            finally:
+                base.to(home)
+        self.calls = [catcher.calls[0] for catcher in catchers]
+        self.states = torch.cat([states.detach() for states in catchers[0].states])
+        with self.on_device(0):
+            if len(catchers) > 1:
+                self._check_replay(catchers[1].states[0])
+            self.batch = batch if self._takes(min(batch, len(windows))) else 1
+
+    @contextmanager
+    def on_device(self, index: int) -> Iterator[nn.Module]:
+        """A decoder layer on the device, and back where it was afterwards."""
+        layer = self.layers[index]
+        home = next(layer.parameters(), torch.empty(0)).device
+        layer.to(self.device)
+        try:
+            yield layer
+        finally:
+            layer.to(home)
+
+    def run(self, index: int, states: Tensor) -> Tensor:
+        """What a layer that is on the device makes of hidden states [b, ctx, d]."""
+        with torch.autocast(
+            self.device.type, dtype=self.autocast, enabled=self.autocast is not None
+        ):
+            return _hidden(self.calls[index].output(self.layers[index], states))
+
+    @torch.no_grad()
+    def run_all(self, index: int, states: Tensor) -> Tensor:
+        """``run`` on [n, ctx, d], in batches."""
+        return torch.cat([self.run(index, part) for part in states.split(self.batch)])
+
+    def _check_replay(self, expected: Tensor) -> None:
+        found = self.run(0, self.states[:1])
+        if found.shape != expected.shape or not _close(found, expected):
+            raise ValueError(
+                "this model's decoder layers cannot be run one at a time: they depend on more than "
+                "the hidden states that enter them"
+            )
+
+    def _takes(self, count: int) -> bool:
+        """Whether the first layer takes several windows as it takes one."""
+        one = torch.cat([self.run(0, part) for part in self.states[:count].split(1)])
+        try:
+            return _close(self.run(0, self.states[:count]), one)
+        except RuntimeError:
+            return False
+
+
+def _close(found: Tensor, expected: Tensor) -> bool:
+    return bool((found - expected).abs().max() <= _TOLERANCE * expected.abs().max())
+
+
+@contextmanager
+def _exchanged(layers: nn.ModuleList, others: Sequence[nn.Module]) -> Iterator[None]:
+    """Puts other modules in the places of a list, for a while."""
+    kept = list(layers)
+    for i, module in enumerate(others):
+        layers[i] = module
+    try:
+        yield
+    finally:
+        for i, module in enumerate(kept):
+            layers[i] = module

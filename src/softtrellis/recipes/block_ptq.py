@@ -1,0 +1,186 @@
+"""Whole models, decoder layer by decoder layer: only one of them is on the device at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from softtrellis.io.progress import progress
+from softtrellis.modules.blocks import Blocks
+from softtrellis.modules.quantized_linear import QuantizedLinear
+from softtrellis.modules.replace import (
+    decoder_index,
+    get_linear,
+    get_quantized,
+    linear_names,
+    quantized_layers,
+    replace_modules,
+)
+from softtrellis.quantizers.hard import TrellisCode
+from softtrellis.recipes.calibration import InputMoments, watch_inputs
+from softtrellis.recipes.finetune import FineTuneConfig, TuneReport, tune_block
+from softtrellis.recipes.group import LayerReport, quantize_group
+from softtrellis.recipes.ptq_state import LayerStore
+
+if TYPE_CHECKING:
+    from softtrellis.recipes.ptq import QuantizeConfig
+
+
+class BlockQuantizer:
+    """Quantizes the named linear layers of a model, which is changed in place.
+
+    Attributes:
+        reports: by layer.
+        tuned: by decoder layer, a report for each group where blocks are tuned.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        names: Sequence[str],
+        windows: Tensor | None,
+        config: QuantizeConfig,
+        fine_tune: FineTuneConfig | None,
+        store: LayerStore,
+    ) -> None:
+        """``windows`` int64 [n, ctx] is None where neither Hessians nor tuning are wanted."""
+        self.model, self.names, self.config = model, list(names), config
+        self.fine_tune, self.store = fine_tune, store
+        self.device = torch.device(config.device)
+        self.bits = config.bits_of(model, names)
+        codes = {config.code_for(bits) for bits in self.bits.values()}
+        self.codebooks: dict[TrellisCode, Tensor] = {
+            code: code.codebook().to(self.device) for code in codes
+        }
+        self.blocks: Blocks | None = None
+        if windows is not None:
+            self.blocks = Blocks(
+                model,
+                windows,
+                device=self.device,
+                batch=config.batch,
+                autocast=torch.bfloat16 if self.device.type == "cuda" else None,
+            )
+        self.reports: dict[str, LayerReport] = {}
+        self.tuned: dict[int, list[TuneReport]] = {}
+
+    def run(self) -> None:
+        """Quantizes all layers, or goes on where the store ends."""
+        by_layer: dict[int, list[str]] = {}
+        for name in self.names:
+            by_layer.setdefault(decoder_index(self.model, name), []).append(name)
+        last = max(by_layer)
+        states = original = None
+        if self.blocks is not None:
+            states = self.blocks.states
+            if self.fine_tune is not None and self.config.inputs == "quantized":
+                original = states
+        with progress(len(self.names), "quantize", enabled=self.config.show_progress) as bar:
+            for index in range(last + 1):
+                names = by_layer.get(index, [])
+                if states is None:
+                    self._weights_only(names)
+                else:
+                    states, original = self._layer(index, names, states, original)
+                bar.update(len(names))
+        homes = {get_quantized(self.model, name).codes.device for name in self.names}
+        shared = {(code, h): b.to(h) for code, b in self.codebooks.items() for h in homes}
+        for name in self.names:
+            module = get_quantized(self.model, name)
+            module.codebook = shared[module.layer.code, module.codes.device]
+
+    def _layer(
+        self, index: int, names: list[str], states: Tensor, original: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """One decoder layer; returns what enters the next one, in both streams.
+
+        ``states`` is what the layer's Hessians are taken from. ``original`` is what would enter it
+        if nothing had been quantized, where that is another and blocks are tuned towards it.
+        """
+        assert self.blocks is not None
+        with self.blocks.on_device(index) as layer:
+            moments, output = None, None
+            done = self.store.has(index)
+            if names and not done:
+                moments, output = watch_inputs(self.blocks, index, states, self._linears(index))
+            elif self.config.inputs == "original":
+                output = self.blocks.run_all(index, states)
+            targets = output
+            if original is not None and (original is not states or output is None):
+                targets = self.blocks.run_all(index, original)
+            if done:
+                self.reports |= self.store.load(index, layer, self.codebooks)
+            elif moments is not None and targets is not None:
+                self._quantize(index, names, moments, states, targets)
+                reports = {name: self.reports[name] for name in names}
+                self.store.save(index, layer, reports)
+            if self.config.inputs == "original":
+                assert output is not None
+                return output, None
+            with _dequantized(layer):
+                following = self.blocks.run_all(index, states)
+            return following, None if original is None else targets
+
+    def _linears(self, index: int) -> dict[str, nn.Linear]:
+        assert self.blocks is not None
+        prefix = f"{self.blocks.prefix}.{index}."
+        names = [name for name in linear_names(self.model) if name.startswith(prefix)]
+        return {name: get_linear(self.model, name) for name in names}
+
+    def _quantize(
+        self,
+        index: int,
+        names: list[str],
+        moments: InputMoments,
+        states: Tensor,
+        targets: Tensor,
+    ) -> None:
+        for group in moments.groups(names):
+            hessian = moments.hessian(group[0]) if self.config.error_feedback else None
+            leader = moments.leaders.get(group[0], group[0])
+            self._group(group, leader, hessian, moments.tokens(group[0]))
+            if self.fine_tune is not None:
+                assert self.blocks is not None
+                report = tune_block(self.blocks, index, states, targets, self.fine_tune)
+                self.tuned.setdefault(index, []).append(report)
+
+    def _group(self, names: list[str], leader: str, hessian: Tensor | None, tokens: int) -> None:
+        config = self.config
+        linears = {name: get_linear(self.model, name) for name in names}
+        found = quantize_group(
+            linears,
+            hessian,
+            {n: config.layer_format(linear, self.bits[n]) for n, linear in linears.items()},
+            self.codebooks,
+            leader=leader,
+            tokens=tokens,
+            damping=config.damping,
+            seed=config.seed,
+            backend=config.backend,
+        )
+        self.reports |= {name: report for name, (_, report) in found.items()}
+        replace_modules(self.model, names, lambda name, _: found[name][0])
+
+    def _weights_only(self, names: list[str]) -> None:
+        """Without text: every layer by itself."""
+        for name in names:
+            linear = get_linear(self.model, name)
+            home = linear.weight.device
+            linear.to(self.device)
+            self._group([name], name, None, 0)
+            self.model.get_submodule(name).to(home)
+
+
+@contextmanager
+def _dequantized(layer: nn.Module) -> Iterator[None]:
+    """Decodes the weights of quantized layers once for all passes in the context."""
+    quantized: Mapping[str, QuantizedLinear] = quantized_layers(layer)
+    replace_modules(layer, quantized, lambda name, _: quantized[name].dequantize())
+    try:
+        yield
+    finally:
+        replace_modules(layer, quantized, lambda name, _: quantized[name])

@@ -1,0 +1,149 @@
+"""QTIP's fine-tuning: what a block still has in full precision makes up for what it lost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from softtrellis.modules.blocks import Blocks
+from softtrellis.modules.scaled_linear import ScaledLinear, scale_, unscale_
+
+BETAS = (0.9, 0.95)
+
+
+@dataclass(frozen=True)
+class FineTuneConfig:
+    """How blocks are tuned while they are quantized (QTIP, section 4 and appendix).
+
+    After every group of linear layers that share their inputs, the weights of the block that are
+    not quantized yet, the input and output scales of those that are, biases and norms are tuned to
+    the output of the original block: Adam, mean squared error, the best epoch by held-out windows.
+
+    Attributes:
+        epochs: passes over the calibration windows for each group.
+        lr: learning rate of weights, biases and norms.
+        scale_lr: learning rate of the scales.
+        batch: windows per step.
+        held_out: share of the windows that only choose the best epoch.
+        seed: of the order of the windows.
+    """
+
+    epochs: int = 5
+    lr: float = 1e-4
+    scale_lr: float = 1e-3
+    batch: int = 8
+    held_out: float = 0.125
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("lr", "scale_lr"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a positive number, got {getattr(self, name)}")
+        if not 0 < self.held_out < 1:
+            raise ValueError(f"held_out must be between 0 and 1, got {self.held_out}")
+
+
+@dataclass(frozen=True)
+class TuneReport:
+    """What tuning did to a block's output on held-out windows.
+
+    Attributes:
+        before, after: mean squared error over the mean square of what the block adds to its input.
+    """
+
+    before: float
+    after: float
+
+
+def tune_block(
+    blocks: Blocks, index: int, states: Tensor, targets: Tensor, config: FineTuneConfig
+) -> TuneReport:
+    """Tunes a decoder layer that is on the device; its quantized layers keep their codes.
+
+    Args:
+        blocks: the model.
+        index: of the decoder layer.
+        states: [n, ctx, d], what enters it.
+        targets: [n, ctx, d], what it should make of that.
+        config: see ``FineTuneConfig``.
+
+    Raises:
+        ValueError: fewer than two windows.
+    """
+    count = len(states)
+    if count < 2:
+        raise ValueError("fine-tuning needs two calibration windows at least; raise windows")
+    held = max(1, round(config.held_out * count))
+    train, test = slice(0, count - held), slice(count - held, count)
+    layer = blocks.layers[index]
+    energy = float((targets - states).float().square().mean())
+    scale_(layer)
+    scales, others = _parameters(layer)
+    for parameter in (*scales, *others):
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.Adam(
+        [{"params": scales, "lr": config.scale_lr}, {"params": others, "lr": config.lr}],
+        betas=BETAS,
+    )
+    batches = _batches(count - held, min(config.batch, blocks.batch), config)
+    steps = config.epochs * math.ceil((count - held) / min(config.batch, blocks.batch))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+
+    def error() -> float:
+        return _error(blocks, index, states[test], targets[test]) / energy
+
+    before = best = error()
+    kept = [p.detach().clone() for p in (*scales, *others)]
+    inputs, wanted = states[train], targets[train]
+    for epoch in batches:
+        for rows in epoch:
+            with torch.enable_grad():
+                found = blocks.run(index, inputs[rows])
+                loss = (found.float() - wanted[rows].float()).square().mean() / energy
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        found_error = error()
+        if found_error < best:
+            best = found_error
+            kept = [p.detach().clone() for p in (*scales, *others)]
+    with torch.no_grad():
+        for parameter, value in zip((*scales, *others), kept, strict=True):
+            parameter.copy_(value)
+    for parameter in (*scales, *others):
+        parameter.requires_grad_(False)
+        parameter.grad = None
+    unscale_(layer)
+    return TuneReport(before, best)
+
+
+def _parameters(layer: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The scales of quantized layers, and all else that is not quantized."""
+    scaled = [m for m in layer.modules() if isinstance(m, ScaledLinear)]
+    scales = [p for m in scaled for p in (m.in_scale, m.out_scale)]
+    ids = {id(p) for p in scales}
+    others = [p for p in layer.parameters() if id(p) not in ids and p.is_floating_point()]
+    return scales, others
+
+
+def _batches(count: int, size: int, config: FineTuneConfig) -> Iterator[tuple[Tensor, ...]]:
+    """For every epoch the window numbers of its steps, in a new order."""
+    generator = torch.Generator().manual_seed(config.seed)
+    for _ in range(config.epochs):
+        yield torch.randperm(count, generator=generator).split(size)
+
+
+@torch.no_grad()
+def _error(blocks: Blocks, index: int, states: Tensor, targets: Tensor) -> float:
+    total = 0.0
+    for part, wanted in zip(states.split(blocks.batch), targets.split(blocks.batch), strict=True):
+        total += float((blocks.run(index, part).float() - wanted.float()).double().square().sum())
+    return total / targets.numel()

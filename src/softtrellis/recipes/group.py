@@ -1,0 +1,183 @@
+"""Quantizing linear layers that share their inputs: one Hessian, one rotation, one LDLQ."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from softtrellis.backend import Backend
+from softtrellis.modules.quantized_linear import LayerFormat, QuantizedLinear
+from softtrellis.quantizers.basis import WeightBasis
+from softtrellis.quantizers.hard import TrellisCode
+from softtrellis.quantizers.ldlq import BLOCK, Feedback, block_ldl, ldlq, proxy_loss
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What quantization did to one layer.
+
+    Attributes:
+        proxy_loss: share of the output's energy lost on the calibration text, tr(E H E^T) over
+            tr(W H W^T).
+        error: mean squared error of the weights over their variance.
+        seconds: time it took, shared evenly by the layers that were quantized together.
+        damping: what was added to the Hessian's diagonal, over its mean; 0 without a Hessian.
+        dead: input channels that never fired.
+        tokens: inputs that its Hessian was taken from.
+        largest: the largest weight over their root mean square.
+    """
+
+    proxy_loss: float
+    error: float
+    seconds: float
+    damping: float = 0.0
+    dead: int = 0
+    tokens: int = 0
+    largest: float = 0.0
+
+
+def name_seed(seed: int, name: str) -> int:
+    """A seed for a name: the same whatever else is quantized."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
+
+
+def quantize_group(
+    linears: Mapping[str, nn.Linear],
+    hessian: Tensor | None,
+    formats: Mapping[str, LayerFormat],
+    codebooks: Mapping[TrellisCode, Tensor],
+    *,
+    leader: str,
+    tokens: int = 0,
+    damping: float = 0.01,
+    seed: int = 0,
+    backend: Backend = "auto",
+) -> dict[str, tuple[QuantizedLinear, LayerReport]]:
+    """Quantizes the weights of layers that have the same inputs (QTIP, section 4).
+
+    Their inputs are rotated alike, so that one factorisation serves all, and the columns of all
+    layers of one code are encoded together.
+
+    Args:
+        linears: by name; weights [out, in] on one device.
+        hessian: [in, in], E[x x^T]; None is plain Viterbi without error feedback.
+        formats: their stored shapes.
+        codebooks: float32 [S, V] on that device for every code of theirs.
+        leader: the name that the signs of the inputs are drawn for.
+        tokens: inputs that the Hessian was taken from, for the report.
+        damping, seed, backend: see ``QuantizeConfig``.
+
+    Raises:
+        ValueError: weights with NaN or infinity, or a weight that is zero; with the name.
+    """
+    began = time.perf_counter()
+    weights = {name: _weight(name, linear) for name, linear in linears.items()}
+    bases: dict[str, WeightBasis] = {}
+    for name, weight in weights.items():
+        layer = formats[name]
+        signs = layer.random_incoherence(name_seed(seed, f"inputs of {leader}")).in_signs
+        own = layer.random_incoherence(name_seed(seed, name))
+        bases[name] = WeightBasis.fit(
+            weight,
+            replace(own, in_signs=signs).to(weight.device),
+            codebook_rms=float(codebooks[layer.code].double().square().mean().sqrt()),
+            channel_scales=layer.channel_scales,
+        )
+    feedback = None
+    if hessian is not None:
+        feedback = block_ldl(next(iter(bases.values())).rotate_hessian(hessian), damping)
+    made: dict[str, QuantizedLinear] = {}
+    for code in dict.fromkeys(layer.code for layer in formats.values()):
+        names = [name for name, layer in formats.items() if layer.code == code]
+        latent = torch.cat([bases[name].to_latent(weights[name]) for name in names])
+        states = _encode(latent, feedback, code, codebooks[code], backend)
+        parts = states.split([formats[name].tiles for name in names])
+        for name, part in zip(names, parts, strict=True):
+            made[name] = QuantizedLinear.from_states(
+                formats[name], codebooks[code], part, bases[name], linears[name].bias
+            )
+    seconds = (time.perf_counter() - began) / len(linears)
+    results = {}
+    for name, weight in weights.items():
+        found, energy = made[name].weight(), weight.square().mean()
+        h = torch.eye(weight.shape[1], device=weight.device) if hessian is None else hessian
+        results[name] = (
+            made[name],
+            LayerReport(
+                proxy_loss=proxy_loss(weight, found, h),
+                error=float((found - weight).square().mean() / energy),
+                seconds=seconds,
+                damping=0.0 if feedback is None else feedback.damping,
+                dead=0 if hessian is None else int((hessian.diagonal() <= 0).sum()),
+                tokens=tokens,
+                largest=float(weight.abs().max() / energy.sqrt()),
+            ),
+        )
+    return results
+
+
+def _weight(name: str, linear: nn.Linear) -> Tensor:
+    weight = linear.weight.detach().to(torch.float32)
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError(f"{name}: the weight holds NaN or infinity")
+    if not bool(weight.any()):
+        raise ValueError(f"{name}: the weight is zero everywhere; skip this layer")
+    return weight
+
+
+def _encode(
+    latent: Tensor,
+    feedback: Feedback | None,
+    code: TrellisCode,
+    codebook: Tensor,
+    backend: Backend,
+) -> Tensor:
+    """int32 [tiles, N]: the states of a latent matrix [out, in], by LDLQ with feedback."""
+    if feedback is None:
+        return code.encode(latent, codebook, backend=backend)
+    blocks: list[Tensor] = []
+
+    def encode(columns: Tensor) -> Tensor:
+        blocks.append(code.encode(columns, codebook, backend=backend))
+        return code.decode(blocks[-1], codebook, columns.shape[0], BLOCK)
+
+    ldlq(latent, feedback, encode)
+    return torch.stack(blocks[::-1], dim=1).flatten(0, 1)
+
+
+def quantize_linear(
+    weight: Tensor,
+    hessian: Tensor | None,
+    layer: LayerFormat,
+    codebook: Tensor,
+    *,
+    bias: Tensor | None = None,
+    damping: float = 0.01,
+    seed: int = 0,
+    backend: Backend = "auto",
+) -> tuple[QuantizedLinear, LayerReport]:
+    """``quantize_group`` of one weight matrix.
+
+    Args:
+        weight: [out, in].
+        hessian: [in, in], E[x x^T]; None is plain Viterbi without error feedback.
+        layer: its stored shape.
+        codebook: float32 [S, V].
+        bias: [out] or None.
+        damping, seed, backend: see ``QuantizeConfig``.
+
+    Raises:
+        ValueError: weights with NaN or infinity, or a weight that is zero.
+    """
+    linear = nn.Linear(layer.in_features, layer.out_features, bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    options = {"weight": linear}, hessian, {"weight": layer}, {layer.code: codebook}
+    found = quantize_group(*options, leader="weight", damping=damping, seed=seed, backend=backend)
+    return found["weight"]

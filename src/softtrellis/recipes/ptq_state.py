@@ -1,0 +1,119 @@
+"""What an interrupted quantization goes on from: one file per finished decoder layer."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from softtrellis.io.files import write_json
+from softtrellis.modules.quantized_linear import LayerFormat, QuantizedLinear
+from softtrellis.modules.replace import quantized_layers, replace_modules
+from softtrellis.quantizers.hard import TrellisCode
+from softtrellis.recipes.group import LayerReport
+
+SETTINGS = "quantize_state.json"
+
+
+class LayerStore:
+    """Finished decoder layers in a directory; in none where there is no directory."""
+
+    def __init__(
+        self, directory: Path | None, settings: Mapping[str, Any], *, resume: bool
+    ) -> None:
+        """Starts anew, or goes on with what lies in the directory.
+
+        Args:
+            directory: of the run, or None to keep nothing.
+            settings: all that decides what a layer becomes.
+            resume: go on.
+
+        Raises:
+            ValueError: the run was started with other settings (named).
+        """
+        self.directory = directory
+        if directory is None:
+            return
+        path, now = directory / SETTINGS, json.loads(json.dumps(settings, sort_keys=True))
+        if resume and path.is_file():
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            for name in sorted(saved.keys() | now.keys()):
+                if saved.get(name) != now.get(name):
+                    raise ValueError(
+                        f"the interrupted run had {name}={saved.get(name)!r}, this one has "
+                        f"{now.get(name)!r}; resume with the same settings, or start over with "
+                        "--force"
+                    )
+        else:
+            write_json(path, now)
+
+    def _path(self, index: int) -> Path | None:
+        if self.directory is None:
+            return None
+        return self.directory / f"quantize_state_{index:05d}.safetensors"
+
+    def has(self, index: int) -> bool:
+        """Whether a decoder layer is finished."""
+        path = self._path(index)
+        return path is not None and path.is_file()
+
+    def save(self, index: int, layer: nn.Module, reports: Mapping[str, LayerReport]) -> None:
+        """Writes a finished decoder layer, whole or not at all."""
+        from safetensors.torch import save_file
+
+        path = self._path(index)
+        if path is None:
+            return
+        formats = {name: asdict(module.layer) for name, module in quantized_layers(layer).items()}
+        tensors = {n: t.detach().cpu().contiguous() for n, t in layer.state_dict().items()}
+        metadata = {
+            "formats": json.dumps(formats),
+            "reports": json.dumps({name: asdict(report) for name, report in reports.items()}),
+        }
+        beside = path.with_suffix(".tmp")
+        save_file(tensors, str(beside), metadata=metadata)
+        os.replace(beside, path)
+
+    def load(
+        self, index: int, layer: nn.Module, codebooks: Mapping[TrellisCode, Tensor]
+    ) -> dict[str, LayerReport]:
+        """Puts a finished decoder layer back; its reports.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path = self._path(index)
+        assert path is not None
+        device = next(layer.parameters()).device
+        try:
+            with safe_open(str(path), "pt", device=str(device)) as file:
+                metadata = file.metadata()
+                tensors = {n: torch.clone(file.get_tensor(n)) for n in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is damaged ({error}); start over with --force") from error
+        formats = {
+            name: _layer_format(value, codebooks)
+            for name, value in json.loads(metadata["formats"]).items()
+        }
+        replace_modules(
+            layer,
+            formats,
+            lambda name, _: QuantizedLinear(formats[name], codebooks[formats[name].code]),
+        )
+        layer.load_state_dict(tensors, assign=True)
+        layer.requires_grad_(False)
+        reports = json.loads(metadata["reports"])
+        return {name: LayerReport(**report) for name, report in reports.items()}
+
+
+def _layer_format(value: dict[str, Any], codes: Mapping[TrellisCode, Tensor]) -> LayerFormat:
+    code = next(code for code in codes if asdict(code) == value["code"])
+    return LayerFormat(**{**value, "code": code})
