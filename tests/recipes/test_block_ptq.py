@@ -1,0 +1,202 @@
+"""Whole models decoder layer by decoder layer: streams, tuning, maps of bits, interrupted runs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from softtrellis.io.files import whole_directory
+from softtrellis.modules.blocks import Blocks
+from softtrellis.modules.replace import UnknownLayerError, quantized_layers
+from softtrellis.modules.scaled_linear import ScaledLinear, scale_, unscale_
+from softtrellis.recipes import block_ptq
+from softtrellis.recipes.finetune import FineTuneConfig, TuneReport
+from softtrellis.recipes.group import LayerReport
+from softtrellis.recipes.ptq import QuantizeConfig, quantize_model
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+TEXT = "".join(f"Sphinx {i} of black quartz, judge my vow {i * i}. " for i in range(90))
+TUNE = FineTuneConfig(epochs=2, lr=1e-3, scale_lr=1e-2, batch=2, held_out=0.25)
+Quantize = Callable[..., "PreTrainedModel"]
+
+
+@pytest.fixture
+def quantize(
+    tmp_path: Path, tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
+) -> Quantize:
+    """Quantizes a copy of the tiny Llama."""
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT, encoding="utf-8")
+
+    def run(changes: dict[str, Any] | None = None, **options: Any) -> PreTrainedModel:
+        settings = {"code": "gaussian", "L": 8, "ctx": 64, "windows": 8, "batch": 2}
+        config = QuantizeConfig(data=(str(path),), **(settings | (changes or {})))
+        model = copy.deepcopy(tiny_llama)
+        return quantize_model(model, config, tokenizer=tiny_tokenizer, **options)
+
+    return run
+
+
+def same(a: PreTrainedModel, b: PreTrainedModel) -> bool:
+    x, y = a.state_dict(), b.state_dict()
+    return x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x)
+
+
+def test_blocks_are_the_model(tiny_llama: LlamaForCausalLM) -> None:
+    windows = torch.randint(128, (5, 16))
+    blocks = Blocks(tiny_llama, windows, device=torch.device("cpu"), batch=2)
+    assert blocks.batch == 2
+    states = blocks.states
+    for index in range(len(blocks.layers)):
+        states = blocks.run_all(index, states)
+    with torch.no_grad():
+        expected = tiny_llama.model(windows, use_cache=False).last_hidden_state
+        torch.testing.assert_close(tiny_llama.model.norm(states), expected)
+
+
+def test_hessians_come_through_the_layers_before_as_they_are_quantized(quantize: Quantize) -> None:
+    reports: dict[str, dict[str, LayerReport]] = {"quantized": {}, "original": {}}
+    models = {
+        inputs: quantize({"inputs": inputs}, reports=found) for inputs, found in reports.items()
+    }
+    first, later = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"
+    assert reports["quantized"][first].proxy_loss == reports["original"][first].proxy_loss
+    assert reports["quantized"][later].proxy_loss != reports["original"][later].proxy_loss
+    assert reports["quantized"][later].tokens == 8 * 64
+    assert not same(models["quantized"], models["original"])
+
+
+def test_layers_that_share_inputs_rotate_them_alike(quantize: Quantize) -> None:
+    layers = quantized_layers(quantize())
+    signs = {name.removeprefix("model.layers."): layer.in_signs for name, layer in layers.items()}
+    q, k = signs["0.self_attn.q_proj"], signs["0.self_attn.k_proj"]
+    assert torch.equal(q, k)
+    assert not torch.equal(q, signs["1.self_attn.q_proj"])
+    alone = quantized_layers(quantize({"layers": ("0.self_attn.k_proj",)}))
+    assert torch.equal(alone["model.layers.0.self_attn.k_proj"].in_signs, k)
+
+
+@pytest.mark.parametrize("inputs", ["quantized", "original"])
+def test_tuning_brings_blocks_nearer_to_the_original(
+    quantize: Quantize, inputs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[TuneReport] = []
+    tune = block_ptq.tune_block
+
+    def spy(*args: Any) -> TuneReport:
+        seen.append(tune(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(block_ptq, "tune_block", spy)
+    model = quantize({"inputs": inputs}, fine_tune=TUNE)
+    assert len(seen) == 8  # four groups in two layers
+    assert all(report.after <= report.before for report in seen)
+    assert sum(report.after < 0.97 * report.before for report in seen) >= 6
+    layers = quantized_layers(model)
+    assert len(layers) == 14
+    for layer in layers.values():
+        assert layer.in_scale is not None
+        assert layer.out_scale is not None
+        assert layer.layer.in_scales
+    assert not any(parameter.requires_grad for parameter in model.model.layers.parameters())
+    assert not any(isinstance(module, ScaledLinear) for module in model.modules())
+
+
+def test_scales_do_what_the_layer_does(quantize: Quantize) -> None:
+    model = quantize()
+    ids = torch.randint(128, (2, 16))
+    before = model(ids).logits
+    scale_(model)
+    torch.testing.assert_close(model(ids).logits, before, rtol=1e-4, atol=1e-5)
+    unscale_(model)
+    torch.testing.assert_close(model(ids).logits, before, rtol=1e-4, atol=1e-5)
+
+
+def test_bits_by_layer_and_skipped_layers(quantize: Quantize) -> None:
+    bits_map = (("down_proj", 3), ("1.mlp.down_proj", 4))
+    layers = quantized_layers(quantize({"bits_map": bits_map, "skip": ("o_proj", "*.0.mlp.up*")}))
+    bits = {name.removeprefix("model.layers."): x.layer.code.spec.k for name, x in layers.items()}
+    assert bits["0.mlp.down_proj"] == 3
+    assert bits["1.mlp.down_proj"] == 4
+    assert bits["1.mlp.up_proj"] == 2
+    assert "0.mlp.up_proj" not in bits
+    assert len(bits) == 11
+    with pytest.raises(UnknownLayerError, match="head"):
+        quantize({"bits_map": (("head", 3),)})
+    with pytest.raises(ValueError, match="skip leaves no layer"):
+        quantize({"skip": ("*",)})
+
+
+@pytest.mark.parametrize("fine_tune", [None, TUNE], ids=["plain", "tuned"])
+@pytest.mark.parametrize("stop", [0, 1])
+def test_an_interrupted_run_goes_on_to_the_same_bytes(
+    quantize: Quantize,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fine_tune: FineTuneConfig | None,
+    stop: int,
+) -> None:
+    whole = quantize(fine_tune=fine_tune)
+    save = block_ptq.LayerStore.save
+    redone: list[int] = []
+
+    def save_or_stop(self: Any, index: int, *rest: Any) -> None:
+        save(self, index, *rest)
+        redone.append(index)
+        if index == stop and len(redone) == stop + 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(block_ptq.LayerStore, "save", save_or_stop)
+    options = {"fine_tune": fine_tune, "run_directory": tmp_path}
+    with pytest.raises(KeyboardInterrupt):
+        quantize(**options)
+    assert not list(tmp_path.glob("*.tmp"))
+    reports: dict[str, LayerReport] = {}
+    resumed = quantize(**options, resume=True, reports=reports)
+    assert redone == [0, 1]  # no finished layer is done again
+    assert len(reports) == 14
+    assert same(resumed, whole)
+
+
+def test_a_run_is_not_resumed_with_other_settings(quantize: Quantize, tmp_path: Path) -> None:
+    quantize({"layers": ("0",)}, run_directory=tmp_path)
+    with pytest.raises(ValueError, match="seed=0, this one has 1"):
+        quantize({"layers": ("0",), "seed": 1}, run_directory=tmp_path, resume=True)
+    damaged = tmp_path / "quantize_state_00000.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    with pytest.raises(ValueError, match="damaged"):
+        quantize({"layers": ("0",)}, run_directory=tmp_path, resume=True)
+
+
+def test_states_do_not_outlive_the_run(tmp_path: Path) -> None:
+    def interrupted() -> None:
+        with whole_directory(tmp_path / "out") as partial:
+            (partial / "quantize_state.json").write_text("{}")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    with whole_directory(tmp_path / "out", resume=True) as partial:
+        assert (partial / "quantize_state.json").is_file()
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"epochs": 0}, "epochs must"),
+        ({"lr": 0.0}, "lr must"),
+        ({"scale_lr": -1.0}, "scale_lr must"),
+        ({"held_out": 1.0}, "held_out must"),
+    ],
+)
+def test_tuning_that_makes_no_sense(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FineTuneConfig(**change)
