@@ -43,6 +43,7 @@ PUBLIC = (
     "viterbi",
 )
 HEAVY = ("torch", "triton", "transformers", "numba", "numpy", "matplotlib", "datasets", "gguf")
+HEAVY += ("lm_eval",)
 MAX_LINES = 400
 
 
@@ -153,10 +154,11 @@ def test_unknown_name_is_an_attribute_error() -> None:
         ),
         pytest.param(
             "import softtrellis.cli.main",
-            ("triton", "transformers", "numba", "matplotlib", "datasets"),
+            ("triton", "transformers", "numba", "matplotlib", "datasets", "lm_eval"),
             id="command-line",
         ),
         pytest.param("import softtrellis.evaluation.report", ("torch", "matplotlib"), id="report"),
+        pytest.param("import softtrellis.recipes.pipeline", ("lm_eval", "datasets"), id="pipeline"),
     ],
 )
 def test_imports_are_light(statement: str, absent: tuple[str, ...]) -> None:

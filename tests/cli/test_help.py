@@ -65,7 +65,8 @@ def test_help_needs_no_heavy_imports() -> None:
         f"for command in {COMMANDS}:\n"
         "    try: main([command, '--help'])\n"
         "    except SystemExit: pass\n"
-        "heavy = {'torch', 'transformers', 'numpy', 'numba', 'matplotlib'} & set(sys.modules)\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'numba', 'matplotlib', 'lm_eval'}\n"
+        "heavy &= set(sys.modules)\n"
         "sys.exit(str(heavy) if heavy else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -177,6 +178,12 @@ def test_quickstart_settings(refused: Refused, tmp_path: Path, options: str, mes
             ["m", "--json", "no/such/folder/out.json"],
             "--json must be a file in a directory that exists",
         ),
+        (["m", "--tasks", " ,"], "--tasks is empty; name some, for instance arc_easy"),
+        (["m", "--tasks", "piqa,piqa"], "--tasks must not be named twice"),
+        (["m", "--tasks", "piqa", "--limit", "0"], "--limit must be at least 1, got 0"),
+        (["m", "--tasks", "piqa", "--limit", "half"], "--limit: invalid int value: 'half'"),
+        (["m", "--limit", "5"], "--limit needs --tasks"),
+        (["m", "--task-dir", "d"], "--task-dir needs --tasks"),
     ],
 )
 def test_eval_settings(refused: Refused, arguments: list[str], message: str) -> None:

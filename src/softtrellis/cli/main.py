@@ -79,6 +79,7 @@ def _is_usage(error: Exception) -> bool:
         return True
     # These modules are loaded only if the command got far enough to raise from them.
     usage = {
+        "softtrellis.evaluation.harness": "UnknownTaskError",
         "softtrellis.io.files": "OutputExists",
         "softtrellis.modules.replace": "UnknownLayerError",
     }

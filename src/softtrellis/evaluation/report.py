@@ -78,6 +78,24 @@ def format_table(rows: Iterable[Mapping[str, Any]]) -> str:
     return align_columns(*_table(list(parse_rows(rows))))
 
 
+def format_tasks(tasks: Mapping[str, Mapping[str, Any]]) -> str:
+    """Results of tasks as plain text: a line per metric, and in each model's column
+    "value ± standard error".
+
+    Args:
+        tasks: by model and task, mappings with "items" and "metrics", as in results.json; the
+            same tasks for every model.
+    """
+    first = next(iter(tasks.values()))
+    cells = [
+        [task, metric, f"{result['items']:,d}"]
+        + [_estimate(results[task]["metrics"][metric]) for results in tasks.values()]
+        for task, result in first.items()
+        for metric in result["metrics"]
+    ]
+    return align_columns(["task", "metric", "items", *tasks], cells)
+
+
 def align_columns(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     """Plain text in columns, the first to the left and the others to the right.
 
@@ -240,6 +258,11 @@ def _table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 def _number(value: float | None, style: str) -> str:
     return "–" if value is None else format(value, style)
+
+
+def _estimate(metric: Mapping[str, Any]) -> str:
+    error = metric["stderr"]
+    return f"{metric['value']:.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
 def _html_table(headings: Sequence[str], lines: Iterable[Sequence[str]], style: str = "") -> str:

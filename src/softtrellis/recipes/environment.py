@@ -12,7 +12,16 @@ import torch
 
 from softtrellis import __version__
 
-PACKAGES = ("transformers", "numba", "numpy", "triton", "safetensors", "gguf", "datasets")
+PACKAGES = (
+    "transformers",
+    "numba",
+    "numpy",
+    "triton",
+    "safetensors",
+    "gguf",
+    "datasets",
+    "lm_eval",
+)
 
 
 def environment() -> dict[str, str]:

@@ -11,8 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from softtrellis.evaluation.divergence import paired_bootstrap
+from softtrellis.evaluation.harness import TaskConfig, run_tasks
 from softtrellis.evaluation.perplexity import WindowScores, score_many
-from softtrellis.evaluation.report import format_table, verdict
+from softtrellis.evaluation.report import format_table, format_tasks, verdict
 from softtrellis.evaluation.run_log import Comparison
 from softtrellis.io.checkpoint import (
     base_of,
@@ -28,6 +29,7 @@ from softtrellis.io.checkpoint import (
 from softtrellis.io.files import whole_directory
 from softtrellis.io.text import load_documents, token_windows
 from softtrellis.modules.replace import dequantize_
+from softtrellis.recipes.calibration import check_finite
 from softtrellis.recipes.environment import environment
 from softtrellis.recipes.finetune import FineTuneConfig
 from softtrellis.recipes.group import LayerReport
@@ -126,10 +128,7 @@ def evaluate_models(
     for source in sources.values():
         dequantize_(source.model)
     models: dict[str, nn.Module] = {name: source.model for name, source in sources.items()}
-    sizes = {
-        name: checkpoint_size(Path(name)) if is_checkpoint(Path(name)) else dense_size(model)
-        for name, model in models.items()
-    }
+    sizes = {name: model_size(name, model) for name, model in models.items()}
     title = "Evaluation of " + ", ".join(names)
     settings: dict[str, str | int | float] = {
         "text": ", ".join(data),
@@ -137,6 +136,51 @@ def evaluate_models(
         "windows": ids.shape[0],
     }
     return score_and_compare(models, ids, sizes, title=title, settings=settings)
+
+
+def evaluate_tasks(
+    names: Sequence[str], tasks: Mapping[str, Any], config: TaskConfig
+) -> dict[str, Any]:
+    """Evaluates models on tasks that ``load_tasks`` gave, one model in memory at a time.
+
+    Returns:
+        What ``results.json`` holds: rows with the sizes, and the results by model and task.
+    """
+    rows: list[dict[str, Any]] = []
+    results: dict[str, dict[str, Any]] = {}
+    for name in names:
+        source = load_any(name)
+        dequantize_(source.model)
+        check_finite(source.model)
+        bits, size = model_size(name, source.model)
+        rows.append({"name": name, "bits_per_weight": bits, "bytes": size})
+        found = run_tasks(source.model, source.tokenizer, tasks, config)
+        results[name] = {task: asdict(result) for task, result in found.items()}
+        del source  # before the next one is loaded
+    return {
+        "title": "Evaluation of " + ", ".join(names),
+        "rows": rows,
+        "tasks": results,
+        "settings": {
+            "task_dir": "none" if config.task_dir is None else str(config.task_dir),
+            "limit": "none" if config.limit is None else config.limit,
+            "batch_size": config.batch_size,
+            "seed": config.seed,
+        },
+        "environment": environment(),
+    }
+
+
+def add_tasks(scores: Mapping[str, Any], measured: Mapping[str, Any]) -> dict[str, Any]:
+    """One object of the results of ``evaluate_models`` and ``evaluate_tasks``."""
+    settings = {**scores["settings"], **measured["settings"]}
+    return {**scores, "tasks": measured["tasks"], "settings": settings}
+
+
+def model_size(name: str, model: nn.Module) -> tuple[float, int]:
+    """(bits per weight, bytes) of a checkpoint, or of a full-precision model."""
+    path = Path(name)
+    return checkpoint_size(path) if is_checkpoint(path) else dense_size(model)
 
 
 def checkpoint_size(directory: Path) -> tuple[float, int]:
@@ -209,9 +253,13 @@ def _compare(scores: Mapping[str, WindowScores], a: str, b: str, metric: str) ->
 
 
 def summary(results: Mapping[str, Any]) -> str:
-    """The table, and what the paired comparisons show, as text."""
+    """The tables, and what the paired comparisons show, as text."""
     measured = {row["name"]: row for row in results["rows"]}
     lines = [format_table(results["rows"]), ""]
+    if "tasks" in results:
+        lines += [format_tasks(results["tasks"]), ""]
+    if "comparisons" not in results:
+        return "\n".join(lines[:-1])
     for found in results["comparisons"]:
         baseline = measured[found["b"]]["kl"] if found["metric"] == "kl" else None
         lines.append(verdict(Comparison(**found), baseline)[1])
