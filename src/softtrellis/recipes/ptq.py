@@ -19,6 +19,7 @@ from softtrellis.io.text import load_documents, token_windows
 from softtrellis.modules.quantized_linear import LayerFormat, QuantizedLinear
 from softtrellis.modules.replace import (
     get_linear,
+    prepare_for_layers_,
     quantized_layers,
     replace_modules,
     select_layers,
@@ -213,6 +214,7 @@ def quantize_model(
     for name in names:
         if name in quantized_layers(model):
             raise ValueError(f"{name} is quantized already; quantize the full-precision model")
+    prepare_for_layers_(model, names)
     check_finite(model)
     hessians: dict[str, Tensor] = {}
     if config.error_feedback:
