@@ -31,7 +31,7 @@ from softtrellis.io.manifest import (
 from softtrellis.io.model_card import model_card
 from softtrellis.io.sources import Source, fingerprint, load_source, quiet
 from softtrellis.modules.quantized_linear import QuantizedLinear
-from softtrellis.modules.replace import quantized_layers, replace_modules
+from softtrellis.modules.replace import prepare_for_layers_, quantized_layers, replace_modules
 from softtrellis.quantizers.hard import TrellisCode
 
 if TYPE_CHECKING:
@@ -236,6 +236,7 @@ def load_quantized(path: str | Path, config: LoadConfig | None = None) -> PreTra
         model: PreTrainedModel = AutoModelForCausalLM.from_config(model_config)  # type: ignore[no-untyped-call]
     layers = manifest.layers
     try:
+        prepare_for_layers_(model, layers)
         replace_modules(
             model,
             layers,

@@ -4,46 +4,99 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
+from itertools import pairwise
 
 from torch import nn
 
+from softtrellis.modules.experts import expert_layout, fused_weights, unfuse_experts_
 from softtrellis.modules.quantized_linear import QuantizedLinear
+from softtrellis.modules.unify import is_conv1d, is_plain_linear, unify_linears_
 
 
 class UnknownLayerError(ValueError):
     """A pattern that names no layer."""
 
 
+class UnsupportedLayerError(UnknownLayerError):
+    """A choice with weights in it that no linear layers can be made of."""
+
+
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and list of the repeated decoder layers: the longest ModuleList of one class.
+    """Name and list of the repeated decoder layers: the ModuleList with the most weights.
+
+    Lists inside another list, of experts for instance, are part of a layer.
 
     Raises:
         ValueError: a model without repeated layers.
     """
-    lists = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len({type(m) for m in module}) == 1
-    ]
+    lists: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in lists)
+        if isinstance(module, nn.ModuleList) and len(module) and not inside:
+            lists[name] = module
     if not lists:
         raise ValueError(f"{type(model).__name__} has no list of decoder layers to quantize")
-    return max(lists, key=lambda item: len(item[1]))
+    return max(lists.items(), key=lambda item: _weights(item[1]))
+
+
+def _weights(module: nn.Module) -> int:
+    quantized = (m for m in module.modules() if isinstance(m, QuantizedLinear))
+    return sum(parameter.numel() for parameter in module.parameters()) + sum(
+        linear.in_features * linear.out_features for linear in quantized
+    )
 
 
 def decoder_index(model: nn.Module, name: str) -> int:
     """The number of the decoder layer that a module named ``name`` belongs to."""
-    prefix, _ = decoder_layers(model)
-    return int(name[len(prefix) + 1 :].split(".")[0])
+    module, parts = model, name.split(".")
+    for here, below in pairwise(parts):
+        module = module.get_submodule(here)
+        if isinstance(module, nn.ModuleList):
+            return int(below)
+    raise ValueError(f"{name} is in no decoder layer")
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    """Names of all linear layers inside the decoder layers, in the order they run."""
+    """Names of all linear layers inside the decoder layers, in the order they run.
+
+    A linear layer is a ``QuantizedLinear``, a plain ``nn.Linear``, a ``Conv1D``, or one of a
+    module of fused experts; ``prepare_for_layers_`` makes the last two plain ones of these names.
+    """
     prefix, layers = decoder_layers(model)
-    return [
-        f"{prefix}.{name}"
-        for name, module in layers.named_modules()
-        if isinstance(module, nn.Linear | QuantizedLinear)
-    ]
+    names: list[str] = []
+    for name, module in layers.named_modules(prefix=prefix):
+        if isinstance(module, QuantizedLinear) or is_plain_linear(module) or is_conv1d(module):
+            names.append(name)
+        elif layout := expert_layout(module):
+            names += [f"{name}.{each}" for each in layout.linear_names()]
+    return names
+
+
+def prepare_for_layers_(model: nn.Module, names: Iterable[str]) -> None:
+    """Makes the named linear layers exist as plain ``nn.Linear`` modules, in place.
+
+    Each ``Conv1D`` among them is exchanged, and each module of fused experts that one of them
+    belongs to; the model's outputs stay the same to rounding. Everything else stays as it is, so
+    that the names of the quantized layers alone say how a checkpoint names its tensors.
+
+    Args:
+        model: a model in full precision.
+        names: from ``linear_names`` or ``select_layers``, or of a checkpoint's layers.
+    """
+    names = list(names)
+    unify_linears_(model, names)
+    unfuse_experts_(model, names)
+
+
+def _unsupported(model: nn.Module) -> dict[str, str]:
+    """Stacks of matrices of an unknown layout in the decoder layers: description by name."""
+    prefix, layers = decoder_layers(model)
+    return {
+        f"{name}.{weight}": f"{type(module).__name__}, {list(module.get_parameter(weight).shape)}"
+        for name, module in layers.named_modules(prefix=prefix)
+        if expert_layout(module) is None
+        for weight in fused_weights(module)
+    }
 
 
 def get_linear(model: nn.Module, name: str) -> nn.Linear:
@@ -74,20 +127,27 @@ def select_layers(model: nn.Module, patterns: Sequence[str] | None) -> list[str]
 
     Raises:
         UnknownLayerError: a pattern that names nothing, with some of the names that there are.
+        UnsupportedLayerError: fused experts among them of a layout that is not known.
     """
-    names = linear_names(model)
-    if patterns is None:
-        return names
+    names, unsupported = linear_names(model), _unsupported(model)
+    everything = [*names, *unsupported]
     prefix, layers = decoder_layers(model)
-    chosen: set[str] = set()
-    for pattern in patterns:
-        found = {name for name in names if _matches(name, pattern, prefix)}
+    chosen: set[str] = set(everything if patterns is None else ())
+    for pattern in patterns or ():
+        found = {name for name in everything if _matches(name, pattern, prefix)}
         if not found:
             raise UnknownLayerError(
                 f"no linear layer matches {pattern!r}; the model has decoder layers 0 to "
-                f"{len(layers) - 1} with names such as {names[0]}"
+                f"{len(layers) - 1} with names such as {everything[0]}"
             )
         chosen |= found
+    refused = [f"{name} ({what})" for name, what in unsupported.items() if name in chosen]
+    if refused:
+        raise UnsupportedLayerError(
+            f"no linear layers can be made of {', '.join(refused[:4])}"
+            f"{', ...' if len(refused) > 4 else ''}; choose layers without them, such as "
+            f"{names[0] if names else 'those of another model'}, and they stay in full precision"
+        )
     return [name for name in names if name in chosen]
 
 

@@ -11,17 +11,18 @@ from torch import Tensor, nn
 
 from softtrellis.io.progress import progress
 from softtrellis.modules.blocks import Blocks
+from softtrellis.modules.experts import expert_groups
 from softtrellis.modules.quantized_linear import QuantizedLinear
 from softtrellis.modules.replace import (
     decoder_index,
     get_linear,
     get_quantized,
-    linear_names,
     quantized_layers,
     replace_modules,
 )
 from softtrellis.quantizers.hard import TrellisCode
 from softtrellis.recipes.calibration import InputMoments, watch_inputs
+from softtrellis.recipes.expert_hessians import fill_sparse_hessians
 from softtrellis.recipes.finetune import FineTuneConfig, TuneReport, tune_block
 from softtrellis.recipes.group import LayerReport, quantize_group
 from softtrellis.recipes.ptq_state import LayerStore
@@ -36,6 +37,7 @@ class BlockQuantizer:
     Attributes:
         reports: by layer.
         tuned: by decoder layer, a report for each group where blocks are tuned.
+        filled: experts that saw too few tokens, and took the Hessian of those beside them.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class BlockQuantizer:
             )
         self.reports: dict[str, LayerReport] = {}
         self.tuned: dict[int, list[TuneReport]] = {}
+        self.filled: list[str] = []
 
     def run(self) -> None:
         """Quantizes all layers, or goes on where the store ends."""
@@ -127,9 +130,8 @@ class BlockQuantizer:
 
     def _linears(self, index: int) -> dict[str, nn.Linear]:
         assert self.blocks is not None
-        prefix = f"{self.blocks.prefix}.{index}."
-        names = [name for name in linear_names(self.model) if name.startswith(prefix)]
-        return {name: get_linear(self.model, name) for name in names}
+        prefix, layer = f"{self.blocks.prefix}.{index}.", self.blocks.layers[index]
+        return {f"{prefix}{n}": m for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
 
     def _quantize(
         self,
@@ -139,14 +141,29 @@ class BlockQuantizer:
         states: Tensor,
         targets: Tensor,
     ) -> None:
+        of_experts = self._expert_hessians(moments, names)
         for group in moments.groups(names):
-            hessian = moments.hessian(group[0]) if self.config.error_feedback else None
-            leader = moments.leaders.get(group[0], group[0])
-            self._group(group, leader, hessian, moments.tokens(group[0]))
+            first, hessian = group[0], None
+            if self.config.error_feedback and first in of_experts:
+                hessian = of_experts[first]
+            elif self.config.error_feedback:
+                hessian = moments.hessian(first)
+            self._group(group, moments.leaders.get(first, first), hessian, moments.tokens(first))
             if self.fine_tune is not None:
                 assert self.blocks is not None
                 report = tune_block(self.blocks, index, states, targets, self.fine_tune)
                 self.tuned.setdefault(index, []).append(report)
+
+    def _expert_hessians(self, moments: InputMoments, names: list[str]) -> dict[str, Tensor | None]:
+        """Of experts: their own Hessians, or of all beside them for those that saw few tokens."""
+        groups = expert_groups(self.model, names)
+        experts = [name for group in groups.values() for name in group]
+        counts = {name: moments.tokens(name) for name in experts}
+        own = {name: moments.hessian(name) for name in experts if counts[name]}
+        known = {name: hessian for name, hessian in own.items() if hessian is not None}
+        filled = fill_sparse_hessians(known, counts, groups, least=self.config.expert_tokens)
+        self.filled += filled
+        return {name: known.get(name) for name in experts}
 
     def _group(self, names: list[str], leader: str, hessian: Tensor | None, tokens: int) -> None:
         config = self.config

@@ -15,7 +15,7 @@ from softtrellis.io.checkpoint import load_full_precision
 from softtrellis.io.sources import fingerprint
 from softtrellis.io.text import load_documents, token_windows
 from softtrellis.modules.quantized_linear import LayerFormat
-from softtrellis.modules.replace import quantized_layers, select_layers
+from softtrellis.modules.replace import prepare_for_layers_, quantized_layers, select_layers
 from softtrellis.quantizers.hard import TrellisCode
 from softtrellis.quantizers.ldlq import BLOCK
 from softtrellis.recipes.block_ptq import BlockQuantizer
@@ -54,6 +54,7 @@ class QuantizeConfig:
         ctx: tokens per calibration window.
         windows: calibration windows.
         batch: windows that a decoder layer takes at once.
+        expert_tokens: an expert that saw fewer takes the Hessian of all experts beside it.
         inputs: what the Hessians are taken from, and blocks tuned on: "quantized" is the output of
             the layers before as they are quantized, "original" that of the original ones (QTIP).
         damping: added to each Hessian's diagonal, as a share of its mean.
@@ -76,6 +77,7 @@ class QuantizeConfig:
     ctx: int = 512
     windows: int = 32
     batch: int = 4
+    expert_tokens: int = 256
     inputs: Inputs = "quantized"
     damping: float = 0.01
     error_feedback: bool = True
@@ -90,7 +92,7 @@ class QuantizeConfig:
             raise ValueError(f"unknown profile {self.profile!r}; use 'qtip' or 'exl3'")
         if self.inputs not in get_args(Inputs):
             raise ValueError(f"inputs must be quantized or original, got {self.inputs!r}")
-        for name, least in (("ctx", 2), ("windows", 1), ("batch", 1)):
+        for name, least in (("ctx", 2), ("windows", 1), ("batch", 1), ("expert_tokens", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if not 0 < self.damping < math.inf:
@@ -139,9 +141,8 @@ class QuantizeConfig:
         names = [name for name in names if name not in skipped]
         if not names:
             raise ValueError("skip leaves no layer to quantize")
-        for name in quantized_layers(model):
-            if name in names:
-                raise ValueError(f"{name} is quantized already; quantize the full-precision model")
+        for name in sorted(quantized_layers(model).keys() & set(names)):
+            raise ValueError(f"{name} is quantized already; quantize the full-precision model")
         return names
 
     def layer_format(self, linear: nn.Linear, bits: int | None = None) -> LayerFormat:
@@ -191,6 +192,7 @@ def quantize_model(
         source = load_full_precision(str(model))
         model, tokenizer = source.model, source.tokenizer
     names = config.names_of(model)
+    prepare_for_layers_(model, names)
     check_finite(model)
     windows: Tensor | None = None
     if config.error_feedback or fine_tune is not None:

@@ -20,7 +20,12 @@ from softtrellis.io.checkpoint import (
 )
 from softtrellis.io.progress import progress
 from softtrellis.io.text import load_documents, token_windows
-from softtrellis.modules.replace import decoder_index, quantized_layers, select_layers
+from softtrellis.modules.replace import (
+    decoder_index,
+    prepare_for_layers_,
+    quantized_layers,
+    select_layers,
+)
 from softtrellis.quantizers.soft import Estimator, check_estimator
 from softtrellis.recipes.calibration import check_finite
 from softtrellis.recipes.run_state import RunLog, digest, load_state, save_state
@@ -140,6 +145,8 @@ def distill(
         model: a checkpoint's directory, or a loaded quantized model, which is changed in place.
         config: see ``DistillConfig``.
         teacher: the full-precision model it was made from: loaded, or what ``load_source`` takes.
+            Of a loaded one, ``Conv1D`` layers and fused experts that are trained become plain
+            linear layers, in place; its outputs stay the same to rounding.
         tokenizer: needed when both models are loaded ones.
         run_directory: where ``log.jsonl`` and the state for resuming go; None writes nothing.
         resume: go on from the state in ``run_directory``, to the weights that an uninterrupted
@@ -168,6 +175,7 @@ def distill(
         raise ValueError("loaded models need their tokenizer: distill(..., tokenizer=)")
     names = _trained_layers(student, config.layers)
     stages = _stages(student, names, config.mode)
+    prepare_for_layers_(teacher, names)
     documents = load_documents(config.data, split="train")
     windows = token_windows(tokenizer, documents, config.ctx, limit=config.windows)
     check_finite(teacher)

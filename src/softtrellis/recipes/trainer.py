@@ -107,7 +107,7 @@ class Trainer:
             return float(self.config.t_init)
         error = energy = 0.0
         for name in self.names:
-            weight = get_linear(teacher, name).weight
+            weight = get_linear(teacher, name).weight.detach()
             found = get_quantized(self.student, name).weight()
             error += float((found - weight).double().square().sum())
             energy += float(weight.double().square().sum())
