@@ -31,8 +31,9 @@ def test_quantize(softtrellis: Command, model: Path, text: Path, tmp_path: Path)
     assert list(quantized_layers(load_quantized(output))) == LAYERS
     rows = [line.split() for line in result.out.splitlines() if line.startswith("model.")]
     assert [name for name, *_ in rows] == LAYERS
-    assert all(0 < float(proxy) < float(error) < 1 for _, proxy, error in rows)
-    assert "calibrate" in result.err
+    assert all(0 < float(proxy) < float(error) < 1 for _, proxy, error, *_ in rows)
+    assert "2 linear layers, 4,096 weights, 2.062 bits per weight" in result.err
+    assert "on this machine: encoding" in result.err
     assert "quantize" in result.err
     assert "%|" not in result.out
     options = build_parser().parse_args(next_command(result.out))
@@ -58,6 +59,34 @@ def test_inspect(softtrellis: Command, checkpoint: Path) -> None:
     assert 2.0 < stored <= 2.1
     assert size == sum(map(len, contents(checkpoint).values()))
     assert "not compared" in softtrellis("inspect", checkpoint, "--no-verify").out
+
+
+def test_a_dry_run_writes_nothing(
+    softtrellis: Command, model: Path, text: Path, tmp_path: Path
+) -> None:
+    options = ["--data", text, *QUANTIZE, "--fine-tune", "--dry-run"]
+    result = softtrellis("quantize", model, "-o", tmp_path / "out", *options)
+    assert result.code == 0
+    *names, weights, seconds, memory = result.out.splitlines()
+    assert names == LAYERS
+    assert weights.startswith("2 linear layers, 4,096 weights, 2.8")  # with scales of channels
+    assert "tuning" in seconds
+    assert "on the device" in memory
+    assert not list(tmp_path.iterdir())
+
+
+def test_fine_tuning_and_a_map_of_bits(
+    softtrellis: Command, model: Path, text: Path, tmp_path: Path
+) -> None:
+    options = ["--fine-tune", "--epochs", "1", "--bits-map", "v_proj=3,0=1", "--skip", "o_proj"]
+    output = tmp_path / "out"
+    assert (
+        softtrellis("quantize", model, "-o", output, "--data", text, *QUANTIZE, *options).code == 0
+    )
+    layers = quantized_layers(load_quantized(tmp_path / "out"))
+    assert [layer.layer.code.spec.k for layer in layers.values()] == [2, 3]
+    assert all(layer.in_scale is not None for layer in layers.values())
+    assert "k=3" in softtrellis("inspect", tmp_path / "out").out
 
 
 @pytest.mark.parametrize("bits", [1, 3, 4])

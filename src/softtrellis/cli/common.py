@@ -131,14 +131,14 @@ def add_backend(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_backend(backend: Backend) -> None:
-    """UsageError if the backend cannot run here on a float32 tensor in main memory."""
+def check_backend(backend: Backend, device: str = "cpu") -> None:
+    """UsageError if the backend cannot run on a float32 tensor of that device."""
     import torch
 
     from softtrellis.backend import resolve_backend
 
     try:
-        resolve_backend(backend, torch.empty(0))
+        resolve_backend(backend, torch.empty(0, device=device))
     except (RuntimeError, ValueError) as error:
         raise UsageError(str(error)) from error
 

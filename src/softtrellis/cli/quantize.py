@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import statistics
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from softtrellis.cli.common import (
     Commands,
@@ -18,6 +21,11 @@ from softtrellis.cli.common import (
     layers_of,
     usage_errors,
 )
+
+if TYPE_CHECKING:
+    from softtrellis.recipes.group import LayerReport
+
+PROXY_NOTED, DAMPING_NOTED, OUTLIER_NOTED = 3.0, 0.05, 40.0
 
 
 def add_parser(commands: Commands) -> None:
@@ -40,15 +48,32 @@ def add_parser(commands: Commands) -> None:
     )
     parser.add_argument("--bits", type=int, default=2, help="bits per weight, 1 to 4")
     parser.add_argument(
+        "--bits-map",
+        type=bits_map,
+        metavar="A=N,...",
+        default=(),
+        help="layers with other bits, named as for --layers: 'down_proj=3,0-1=4'; of several that "
+        "match the last counts",
+    )
+    parser.add_argument(
         "--code",
         help="qtip: hyb (default), 1mad, 3inst, mul1, mcg, gaussian; "
         "exl3: mul1 (default), mcg, 3inst",
     )
     parser.add_argument("--L", type=int, default=16, help="bits of a trellis state, up to 16")
     add_layers(parser)
+    parser.add_argument("--skip", metavar="A,B,...", help="layers that stay as they are")
     add_data(parser, "calibration text")
     parser.add_argument("--ctx", type=int, default=512, help="tokens per calibration window")
     parser.add_argument("--windows", type=int, default=32, help="calibration windows")
+    parser.add_argument("--batch", type=int, default=4, help="windows that run at once")
+    parser.add_argument(
+        "--inputs",
+        choices=["quantized", "original"],
+        default="quantized",
+        help="take Hessians from the output of the layers before as they are quantized, or of the "
+        "original ones",
+    )
     parser.add_argument(
         "--damping",
         type=float,
@@ -58,43 +83,107 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--no-hessian", action="store_true", help="plain Viterbi, without error feedback"
     )
+    parser.add_argument(
+        "--fine-tune",
+        action="store_true",
+        help="tune what is left of every block, and the scales, to the original block's output",
+    )
+    parser.add_argument("--epochs", type=int, default=5, help="of --fine-tune, for every group")
+    parser.add_argument(
+        "--lr", type=float, default=1e-4, help="of --fine-tune: weights, biases and norms"
+    )
+    parser.add_argument("--scale-lr", type=float, default=1e-3, help="of --fine-tune: scales")
     parser.add_argument("--seed", type=int, default=0, help="of the random signs of the rotations")
+    parser.add_argument(
+        "--device",
+        choices=["cpu", "cuda"],
+        default="cpu",
+        help="what quantizes; cuda holds one decoder layer at a time",
+    )
     add_backend(parser)
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="say what would be quantized, how long it takes, and what memory and disk it needs",
+    )
     parser.set_defaults(run=run)
+
+
+def bits_map(value: str) -> tuple[tuple[str, int], ...]:
+    """ "down_proj=3,0-1=4" as pairs."""
+    pairs = [part.rpartition("=") for part in value.split(",")]
+    return tuple((pattern.strip(), int(bits)) for pattern, _, bits in pairs)
 
 
 def run(options: argparse.Namespace) -> int:
     """Quantizes and saves."""
     from softtrellis.io.checkpoint import describe_sizes
     from softtrellis.io.files import check_output
-    from softtrellis.recipes.pipeline import quantize_to
+    from softtrellis.recipes.finetune import FineTuneConfig
+    from softtrellis.recipes.pipeline import plan_quantization, quantize_to
     from softtrellis.recipes.ptq import QuantizeConfig
 
     with usage_errors(options):
         config = QuantizeConfig(
             profile=options.profile,
             bits=options.bits,
+            bits_map=options.bits_map,
             code=options.code,
             L=options.L,
             layers=layers_of(options.layers),
+            skip=layers_of(options.skip) or (),
             data=tuple(options.data),
             ctx=options.ctx,
             windows=options.windows,
+            batch=options.batch,
+            inputs=options.inputs,
             damping=options.damping,
             error_feedback=not options.no_hessian,
             seed=options.seed,
+            device=options.device,
             backend=options.backend,
             show_progress=True,
         )
-    check_backend(options.backend)
+        tuning = FineTuneConfig(
+            epochs=options.epochs, lr=options.lr, scale_lr=options.scale_lr, seed=options.seed
+        )
+    fine_tune = tuning if options.fine_tune else None
+    check_backend(options.backend, options.device)
+    if options.dry_run:
+        names, plan = plan_quantization(options.model, config, fine_tune)
+        print("\n".join(names))
+        print(plan)
+        return 0
     output = Path(options.output)
     check_inputs(output, options.model)
     check_output(output, force=options.force)
-    reports = quantize_to(options.model, config, output, force=options.force)
-    print(f"{'layer':45}  proxy loss  weight error")
+    reports = quantize_to(
+        options.model,
+        config,
+        output,
+        fine_tune=fine_tune,
+        force=options.force,
+        resume=options.resume,
+    )
+    print(f"{'layer':45}  proxy loss  weight error  notes")
     for name, report in reports.items():
-        print(f"{name:45}  {report.proxy_loss:10.4f}  {report.error:12.4f}")
+        figures = f"{report.proxy_loss:10.4f}  {report.error:12.4f}"
+        print(f"{name:45}  {figures}  {notes(report, reports)}".rstrip())
     print(describe_sizes(output))
     following = ["train", str(output), "--teacher", options.model, "-o", f"{output}-trained"]
     print(f"Next: softtrellis {shlex.join(following)}")
     return 0
+
+
+def notes(report: LayerReport, reports: Mapping[str, LayerReport]) -> str:
+    """What is unusual about a layer."""
+    typical = statistics.median(other.proxy_loss for other in reports.values())
+    times = report.proxy_loss / max(typical, 1e-30)
+    found = [
+        (times > PROXY_NOTED, f"proxy loss {times:.1f} times the median"),
+        (report.damping > DAMPING_NOTED, f"damping grew to {report.damping:g}"),
+        (report.dead > 0, f"{report.dead} inputs never fire"),
+        (report.largest > OUTLIER_NOTED, f"a weight of {report.largest:.0f} standard deviations"),
+    ]
+    return ", ".join(text for noted, text in found if noted)

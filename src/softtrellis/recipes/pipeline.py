@@ -28,9 +28,10 @@ from softtrellis.io.checkpoint import (
 )
 from softtrellis.io.files import whole_directory
 from softtrellis.io.text import load_documents, token_windows
-from softtrellis.modules.replace import dequantize_
+from softtrellis.modules.replace import dequantize_, prepare_for_layers_
 from softtrellis.recipes.calibration import check_finite
 from softtrellis.recipes.environment import environment
+from softtrellis.recipes.estimate import Estimate, estimate
 from softtrellis.recipes.finetune import FineTuneConfig
 from softtrellis.recipes.group import LayerReport
 from softtrellis.recipes.ptq import QuantizeConfig, quantize_model
@@ -74,6 +75,16 @@ def quantize_to(
             provenance=provenance,
         )
     return reports
+
+
+def plan_quantization(
+    model: str, config: QuantizeConfig, fine_tune: FineTuneConfig | None
+) -> tuple[list[str], Estimate]:
+    """What ``quantize_to`` would quantize, and what that takes."""
+    loaded = load_full_precision(model).model
+    names = config.names_of(loaded)
+    prepare_for_layers_(loaded, names)
+    return names, estimate(loaded, config, fine_tune)
 
 
 def train_to(

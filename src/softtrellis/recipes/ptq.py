@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from softtrellis.backend import Backend
@@ -20,6 +22,7 @@ from softtrellis.quantizers.hard import TrellisCode
 from softtrellis.quantizers.ldlq import BLOCK
 from softtrellis.recipes.block_ptq import BlockQuantizer
 from softtrellis.recipes.calibration import check_finite
+from softtrellis.recipes.estimate import estimate
 from softtrellis.recipes.finetune import FineTuneConfig
 from softtrellis.recipes.group import LayerReport
 from softtrellis.recipes.ptq_state import LayerStore
@@ -95,6 +98,10 @@ class QuantizeConfig:
         for name, least in (("ctx", 2), ("windows", 1), ("batch", 1), ("expert_tokens", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if torch.device(self.device).type not in ("cpu", "cuda"):
+            raise ValueError(f"device must be cpu or cuda, got {self.device!r}")
+        if self.device != "cpu" and not torch.cuda.is_available():
+            raise ValueError("device must be cpu: torch finds no CUDA device here")
         if not 0 < self.damping < math.inf:
             raise ValueError(f"damping must be a positive number, got {self.damping}")
         object.__setattr__(self, "trellis_code", self._trellis_code())
@@ -206,6 +213,8 @@ def quantize_model(
         "model": fingerprint(model),
         "text": None if windows is None else digest([windows]),
     }
+    if config.show_progress:
+        print(estimate(model, config, fine_tune), file=sys.stderr)
     store = LayerStore(run_directory, settings, resume=resume)
     quantizer = BlockQuantizer(model, names, windows, config, fine_tune, store)
     quantizer.run()

@@ -38,9 +38,10 @@ class LayerStore:
             ValueError: the run was started with other settings (named).
         """
         self.directory = directory
+        self.settings = json.loads(json.dumps(settings, sort_keys=True))
         if directory is None:
             return
-        path, now = directory / SETTINGS, json.loads(json.dumps(settings, sort_keys=True))
+        path, now = directory / SETTINGS, self.settings
         if resume and path.is_file():
             saved = json.loads(path.read_text(encoding="utf-8"))
             for name in sorted(saved.keys() | now.keys()):
@@ -50,8 +51,6 @@ class LayerStore:
                         f"{now.get(name)!r}; resume with the same settings, or start over with "
                         "--force"
                     )
-        else:
-            write_json(path, now)
 
     def _path(self, index: int) -> Path | None:
         if self.directory is None:
@@ -68,7 +67,7 @@ class LayerStore:
         from safetensors.torch import save_file
 
         path = self._path(index)
-        if path is None:
+        if self.directory is None or path is None:
             return
         formats = {name: asdict(module.layer) for name, module in quantized_layers(layer).items()}
         tensors = {n: t.detach().cpu().contiguous() for n, t in layer.state_dict().items()}
@@ -78,6 +77,8 @@ class LayerStore:
         }
         beside = path.with_suffix(".tmp")
         save_file(tensors, str(beside), metadata=metadata)
+        if not (self.directory / SETTINGS).is_file():
+            write_json(self.directory / SETTINGS, self.settings)
         os.replace(beside, path)
 
     def load(

@@ -1,0 +1,177 @@
+"""How long quantizing a model will take, and what it needs: measured rates times counted work."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from softtrellis.modules.quantized_linear import LayerFormat
+from softtrellis.modules.replace import decoder_index, decoder_layers, get_linear
+from softtrellis.quantizers.hard import TrellisCode
+from softtrellis.recipes.finetune import FineTuneConfig
+from softtrellis.trellis.viterbi import viterbi
+
+if TYPE_CHECKING:
+    from softtrellis.recipes.ptq import QuantizeConfig
+
+_TILES = {"cpu": 8, "cuda": 256}
+_SIDE = 1024
+_BACKWARD = 3  # a training step costs about three forward passes
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What quantizing will take.
+
+    Attributes:
+        layers: linear layers.
+        weights: their weights.
+        tiles: tiles of 256 weights, padding included.
+        bits: stored bits per weight, with scales and signs.
+        encode_seconds: Viterbi.
+        run_seconds: running the model on the calibration text, and the Hessians.
+        tune_seconds: fine-tuning.
+        device_bytes: memory on the device: the largest decoder layer, activations, Hessians,
+            and what the kernels need.
+        file_bytes: size of the checkpoint.
+    """
+
+    layers: int
+    weights: int
+    tiles: int
+    bits: float
+    encode_seconds: float
+    run_seconds: float
+    tune_seconds: float
+    device_bytes: int
+    file_bytes: int
+
+    @property
+    def seconds(self) -> float:
+        """All together."""
+        return self.encode_seconds + self.run_seconds + self.tune_seconds
+
+    def __str__(self) -> str:
+        parts = [
+            f"{self.layers} linear layers, {self.weights:,} weights, {self.bits:.3f} bits per "
+            "weight with scales and signs",
+            f"about {_duration(self.seconds)} on this machine: encoding "
+            f"{_duration(self.encode_seconds)}, running the model {_duration(self.run_seconds)}, "
+            f"tuning {_duration(self.tune_seconds)}",
+            f"about {self.device_bytes / 2**30:.1f} GiB on the device, "
+            f"{self.file_bytes / 2**20:.0f} MiB on disk",
+        ]
+        return "\n".join(parts)
+
+
+def estimate(
+    model: nn.Module, config: QuantizeConfig, fine_tune: FineTuneConfig | None
+) -> Estimate:
+    """Times the encoder and a matmul on the device, and counts what a model needs of them.
+
+    Args:
+        model: prepared for the layers that will be quantized, see ``prepare_for_layers_``.
+        config, fine_tune: as for ``quantize_model``.
+
+    Raises:
+        UnknownLayerError: a pattern that names no layer.
+    """
+    names = config.names_of(model)
+    bits = config.bits_of(model, names)
+    formats = {name: config.layer_format(get_linear(model, name), bits[name]) for name in names}
+    device = torch.device(config.device)
+    per_tile = {
+        code: _seconds_per_tile(code, config, device)
+        for code in dict.fromkeys(layer.code for layer in formats.values())
+    }
+    encode = sum(layer.tiles * per_tile[layer.code] for layer in formats.values())
+    tokens = config.windows * config.ctx if config.error_feedback or fine_tune else 0
+    rate = _multiply_adds_per_second(device)
+    groups = {(name.rpartition(".")[0], layer.in_features) for name, layer in formats.items()}
+    _, layers = decoder_layers(model)
+    last = max(decoder_index(model, name) for name in names)
+    passed = sum(p.numel() for layer in layers[: last + 1] for p in layer.parameters())
+    passes = 2 if fine_tune is None else 3
+    run = tokens * (passes * passed + sum(size**2 for _, size in groups)) / rate
+    tune = 0.0
+    if fine_tune is not None:
+        per_layer = len(groups) / len({decoder_index(model, name) for name in names})
+        tune = tokens * passed * _BACKWARD * fine_tune.epochs * per_layer / rate
+    weights = sum(layer.in_features * layer.out_features for layer in formats.values())
+    stored = sum(_stored_bits(layer, tuned=fine_tune is not None) for layer in formats.values())
+    dense = sum(p.numel() * p.element_size() for p in model.parameters())
+    dense -= sum(_bytes(get_linear(model, name).weight) for name in names)
+    return Estimate(
+        layers=len(names),
+        weights=weights,
+        tiles=sum(layer.tiles for layer in formats.values()),
+        bits=stored / weights,
+        encode_seconds=encode,
+        run_seconds=run,
+        tune_seconds=tune,
+        device_bytes=_device_bytes(list(layers)[: last + 1], formats, tokens, config),
+        file_bytes=dense + stored // 8,
+    )
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _stored_bits(layer: LayerFormat, *, tuned: bool) -> int:
+    rows, columns = layer.padded
+    scales = 16 * layer.out_features if tuned or layer.channel_scales else 0
+    scales += 16 * layer.in_features if tuned else 0
+    return layer.tiles * 256 * layer.code.spec.k + rows + columns + 32 + scales
+
+
+def _device_bytes(
+    layers: Sequence[nn.Module],
+    formats: dict[str, LayerFormat],
+    tokens: int,
+    config: QuantizeConfig,
+) -> int:
+    largest = max(sum(_bytes(p) for p in layer.parameters()) for layer in layers)
+    widths = [layer.in_features for layer in formats.values()]
+    hidden, widest = min(widths), max(widths)
+    states = 3 * 4 * tokens * hidden
+    batch = 8 * 4 * config.batch * config.ctx * widest if tokens else 0
+    hessians = 4 * 8 * widest**2 if config.error_feedback else 0
+    kernels = (1 << 30) if config.device != "cpu" else (1 << 28)
+    return 2 * largest + states + batch + hessians + kernels
+
+
+def _seconds_per_tile(code: TrellisCode, config: QuantizeConfig, device: torch.device) -> float:
+    count, values = _TILES[device.type], code.codebook().to(device)
+    w = torch.randn(count, code.spec.steps(), code.spec.V, device=device)
+    return _timed(lambda: viterbi(w, values, code.spec, backend=config.backend), device) / count
+
+
+def _multiply_adds_per_second(device: torch.device) -> float:
+    x = torch.randn(_SIDE, _SIDE, device=device)
+    return _SIDE**3 / _timed(lambda: x @ x, device)
+
+
+def _timed(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of the second of two calls."""
+    elapsed = 0.0
+    for _ in range(2):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        elapsed = time.perf_counter() - began
+    return elapsed
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
