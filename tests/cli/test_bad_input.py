@@ -55,6 +55,39 @@ def test_unknown_layers(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--bits-map", "down_proj"], "name layers and bits as down_proj=3, got 'down_proj'"),
+        (["--bits-map", "down_proj=7"], "--bits-map must give 1 to 4 bits, got 7 for 'down_proj'"),
+        (["--bits-map", "sideways=3"], "no linear layer matches 'sideways'"),
+        (["--skip", "sideways"], "no linear layer matches 'sideways'"),
+        (["--skip", "1"], "skip leaves no layer to quantize"),
+        (["--epochs", "0"], "--epochs must be at least 1, got 0"),
+        (["--end-to-end", "0"], "--end-to-end must be at least 1, got 0"),
+        (["--batch", "0"], "--batch must be at least 1, got 0"),
+    ],
+)
+def test_quantizing_options_that_make_no_sense(
+    softtrellis: Command, model: Path, text: Path, tmp_path: Path, options: list[str], message: str
+) -> None:
+    command = ["quantize", model, "-o", tmp_path / "out", "--data", text, *QUANTIZE, "--L", "6"]
+    result = softtrellis(*command, *options)
+    assert message in result.error
+    assert result.out == ""
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+@pytest.mark.parametrize("command", ["quantize", "eval"])
+def test_a_gpu_that_is_not_there(
+    refused: Refused, model: Path, text: Path, tmp_path: Path, command: str
+) -> None:
+    options = ["-o", tmp_path / "out"] if command == "quantize" else []
+    message = refused(command, model, "--data", text, *options, "--device", "cuda", code=2)
+    assert message == "--device must be cpu: torch finds no CUDA device here"
+
+
 def test_training_layers_that_are_not_quantized(
     refused: Refused, model: Path, checkpoint: Path, text: Path, tmp_path: Path
 ) -> None:

@@ -14,7 +14,8 @@ from softtrellis.io.files import whole_directory
 from softtrellis.modules.blocks import Blocks
 from softtrellis.modules.replace import UnknownLayerError, quantized_layers
 from softtrellis.modules.scaled_linear import ScaledLinear, scale_, unscale_
-from softtrellis.recipes import block_ptq
+from softtrellis.recipes import block_ptq, ptq
+from softtrellis.recipes.end_to_end import EndToEndConfig
 from softtrellis.recipes.finetune import FineTuneConfig, TuneReport
 from softtrellis.recipes.group import LayerReport
 from softtrellis.recipes.ptq import QuantizeConfig, quantize_model
@@ -165,6 +166,46 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     assert same(resumed, whole)
 
 
+def test_the_whole_model_is_tuned_towards_the_original(
+    quantize: Quantize,
+    tmp_path: Path,
+    tiny_llama: LlamaForCausalLM,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = EndToEndConfig(epochs=3, lr=3e-3, batch=2, held_out=0.25)
+    seen: list[TuneReport] = []
+    tune = ptq.tune_end_to_end
+
+    def spy(*args: Any, **options: Any) -> TuneReport:
+        seen.append(tune(*args, **options))
+        return seen[-1]
+
+    monkeypatch.setattr(ptq, "tune_end_to_end", spy)
+    plain, tuned = quantize(), quantize(end_to_end=config)
+    assert seen[0].after < 0.9 * seen[0].before
+    for name, layer in quantized_layers(plain).items():
+        other = quantized_layers(tuned)[name]
+        assert torch.equal(other.codes, layer.codes)
+        assert other.in_scale is not None
+    assert torch.equal(tuned.model.embed_tokens.weight, tiny_llama.model.embed_tokens.weight)
+    assert not torch.equal(tuned.model.norm.weight, tiny_llama.model.norm.weight)
+
+    save, epochs = ptq.LayerStore.save_tuning, []
+
+    def save_or_stop(self: Any, epoch: int, *rest: Any) -> None:
+        save(self, epoch, *rest)
+        epochs.append(epoch)
+        if epochs == [1]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ptq.LayerStore, "save_tuning", save_or_stop)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(end_to_end=config, run_directory=tmp_path)
+    resumed = quantize(end_to_end=config, run_directory=tmp_path, resume=True)
+    assert epochs == [1, 2, 3]
+    assert same(resumed, tuned)
+
+
 def test_a_run_is_not_resumed_with_other_settings(quantize: Quantize, tmp_path: Path) -> None:
     quantize({"layers": ("0",)}, run_directory=tmp_path)
     with pytest.raises(ValueError, match="seed=0, this one has 1"):
@@ -200,3 +241,24 @@ def test_states_do_not_outlive_the_run(tmp_path: Path) -> None:
 def test_tuning_that_makes_no_sense(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         FineTuneConfig(**change)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fine_tune", [None, TUNE], ids=["plain", "tuned"])
+def test_a_gpu_does_what_the_cpu_does(quantize: Quantize, fine_tune: FineTuneConfig | None) -> None:
+    found: dict[str, dict[str, LayerReport]] = {"cpu": {}, "cuda": {}}
+    models = {
+        device: quantize({"device": device}, reports=reports, fine_tune=fine_tune)
+        for device, reports in found.items()
+    }
+    for name, report in found["cpu"].items():
+        other = found["cuda"][name]
+        assert other.tokens == report.tokens
+        assert other.proxy_loss == pytest.approx(report.proxy_loss, rel=0.2)
+        assert other.error == pytest.approx(report.error, rel=0.1)
+    ids = torch.randint(128, (4, 32), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = {device: model.cpu()(ids).logits for device, model in models.items()}
+    assert {p.device.type for p in models["cuda"].parameters()} == {"cpu"}
+    difference = (logits["cuda"] - logits["cpu"]).norm() / logits["cpu"].norm()
+    assert float(difference) < 0.5  # other choices, of the same quality

@@ -131,12 +131,19 @@ def add_backend(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_device(parser: argparse.ArgumentParser, purpose: str) -> None:
+    """``--device``."""
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help=purpose)
+
+
 def check_backend(backend: Backend, device: str = "cpu") -> None:
-    """UsageError if the backend cannot run on a float32 tensor of that device."""
+    """UsageError if there is no such device, or the backend cannot run on its float32 tensors."""
     import torch
 
     from softtrellis.backend import resolve_backend
 
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device must be cpu: torch finds no CUDA device here")
     try:
         resolve_backend(backend, torch.empty(0, device=device))
     except (RuntimeError, ValueError) as error:

@@ -10,6 +10,8 @@ from softtrellis.cli.common import (
     Commands,
     UsageError,
     add_data,
+    add_device,
+    check_backend,
     check_json,
     command,
     usage_errors,
@@ -52,6 +54,7 @@ def add_parser(commands: Commands) -> None:
     )
     parser.add_argument("--limit", type=int, metavar="N", help="the first N items of each task")
     parser.add_argument("--json", metavar="FILE", help="also write the results there")
+    add_device(parser, "what runs the models")
     parser.set_defaults(run=run)
 
 
@@ -70,9 +73,10 @@ def run(options: argparse.Namespace) -> int:
             tuple(options.data or TEXT),
             ctx=CTX if options.ctx is None else options.ctx,
             windows=options.windows,
+            device=options.device,
         )
     if config is not None:
-        measured = evaluate_tasks(options.models, tasks, config)
+        measured = evaluate_tasks(options.models, tasks, config, device=options.device)
         results = add_tasks(results, measured) if results else measured
     print(summary(results))
     if options.json:
@@ -95,6 +99,7 @@ def _check(options: argparse.Namespace) -> TaskConfig | None:
     if options.windows is not None and options.windows < 1:
         raise UsageError(f"--windows must be at least 1, got {options.windows}")
     check_json(options.json)
+    check_backend("auto", options.device)
     if options.tasks is None:
         for option in ("task_dir", "limit"):
             if getattr(options, option) is not None:

@@ -13,6 +13,7 @@ from softtrellis.cli.common import (
     Commands,
     add_backend,
     add_data,
+    add_device,
     add_layers,
     add_output,
     check_backend,
@@ -92,14 +93,16 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--lr", type=float, default=1e-4, help="of --fine-tune: weights, biases and norms"
     )
+    parser.add_argument(
+        "--end-to-end",
+        type=int,
+        metavar="EPOCHS",
+        help="afterwards tune the scales and norms of the whole model to the original model's "
+        "predictions",
+    )
     parser.add_argument("--scale-lr", type=float, default=1e-3, help="of --fine-tune: scales")
     parser.add_argument("--seed", type=int, default=0, help="of the random signs of the rotations")
-    parser.add_argument(
-        "--device",
-        choices=["cpu", "cuda"],
-        default="cpu",
-        help="what quantizes; cuda holds one decoder layer at a time",
-    )
+    add_device(parser, "what quantizes; cuda holds one decoder layer at a time")
     add_backend(parser)
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     parser.add_argument(
@@ -113,6 +116,9 @@ def add_parser(commands: Commands) -> None:
 def bits_map(value: str) -> tuple[tuple[str, int], ...]:
     """ "down_proj=3,0-1=4" as pairs."""
     pairs = [part.rpartition("=") for part in value.split(",")]
+    for pattern, _, bits in pairs:
+        if not pattern.strip() or not bits.strip().isdecimal():
+            raise argparse.ArgumentTypeError(f"name layers and bits as down_proj=3, got {value!r}")
     return tuple((pattern.strip(), int(bits)) for pattern, _, bits in pairs)
 
 
@@ -120,6 +126,7 @@ def run(options: argparse.Namespace) -> int:
     """Quantizes and saves."""
     from softtrellis.io.checkpoint import describe_sizes
     from softtrellis.io.files import check_output
+    from softtrellis.recipes.end_to_end import EndToEndConfig
     from softtrellis.recipes.finetune import FineTuneConfig
     from softtrellis.recipes.pipeline import plan_quantization, quantize_to
     from softtrellis.recipes.ptq import QuantizeConfig
@@ -148,6 +155,11 @@ def run(options: argparse.Namespace) -> int:
         tuning = FineTuneConfig(
             epochs=options.epochs, lr=options.lr, scale_lr=options.scale_lr, seed=options.seed
         )
+        whole = None
+        if options.end_to_end is not None:
+            if options.end_to_end < 1:
+                raise ValueError(f"end_to_end must be at least 1, got {options.end_to_end}")
+            whole = EndToEndConfig(epochs=options.end_to_end, seed=options.seed)
     fine_tune = tuning if options.fine_tune else None
     check_backend(options.backend, options.device)
     if options.dry_run:
@@ -163,6 +175,7 @@ def run(options: argparse.Namespace) -> int:
         config,
         output,
         fine_tune=fine_tune,
+        end_to_end=whole,
         force=options.force,
         resume=options.resume,
     )

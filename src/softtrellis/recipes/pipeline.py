@@ -30,6 +30,7 @@ from softtrellis.io.files import whole_directory
 from softtrellis.io.text import load_documents, token_windows
 from softtrellis.modules.replace import dequantize_, prepare_for_layers_
 from softtrellis.recipes.calibration import check_finite
+from softtrellis.recipes.end_to_end import EndToEndConfig
 from softtrellis.recipes.environment import environment
 from softtrellis.recipes.estimate import Estimate, estimate
 from softtrellis.recipes.finetune import FineTuneConfig
@@ -46,6 +47,7 @@ def quantize_to(
     output: Path,
     *,
     fine_tune: FineTuneConfig | None = None,
+    end_to_end: EndToEndConfig | None = None,
     force: bool = False,
     resume: bool = False,
 ) -> dict[str, LayerReport]:
@@ -60,12 +62,15 @@ def quantize_to(
             tokenizer=source.tokenizer,
             reports=reports,
             fine_tune=fine_tune,
+            end_to_end=end_to_end,
             run_directory=directory,
             resume=resume,
         )
         provenance = {"quantize": _settings(config)}
         if fine_tune is not None:
             provenance["fine_tune"] = asdict(fine_tune)
+        if end_to_end is not None:
+            provenance["end_to_end"] = asdict(end_to_end)
         save_quantized(
             quantized,
             source.tokenizer,
@@ -126,14 +131,19 @@ def _settings(config: QuantizeConfig | DistillConfig) -> dict[str, Any]:
 
 
 def evaluate_models(
-    names: Sequence[str], data: Sequence[str], *, ctx: int, windows: int | None
+    names: Sequence[str],
+    data: Sequence[str],
+    *,
+    ctx: int,
+    windows: int | None,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Scores models on held-out text; the first is the reference of the KL divergence.
 
     Returns:
         What ``results.json`` holds: rows, scores per window and paired comparisons.
     """
-    sources = {name: load_any(name) for name in names}
+    sources = {name: load_any(name, device=device) for name in names}
     first = next(iter(sources.values()))
     ids = token_windows(first.tokenizer, load_documents(data, split="heldout"), ctx, limit=windows)
     for source in sources.values():
@@ -150,7 +160,7 @@ def evaluate_models(
 
 
 def evaluate_tasks(
-    names: Sequence[str], tasks: Mapping[str, Any], config: TaskConfig
+    names: Sequence[str], tasks: Mapping[str, Any], config: TaskConfig, *, device: str = "cpu"
 ) -> dict[str, Any]:
     """Evaluates models on tasks that ``load_tasks`` gave, one model in memory at a time.
 
@@ -160,7 +170,7 @@ def evaluate_tasks(
     rows: list[dict[str, Any]] = []
     results: dict[str, dict[str, Any]] = {}
     for name in names:
-        source = load_any(name)
+        source = load_any(name, device=device)
         dequantize_(source.model)
         check_finite(source.model)
         bits, size = model_size(name, source.model)

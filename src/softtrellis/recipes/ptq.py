@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from softtrellis.quantizers.hard import TrellisCode
 from softtrellis.quantizers.ldlq import BLOCK
 from softtrellis.recipes.block_ptq import BlockQuantizer
 from softtrellis.recipes.calibration import check_finite
+from softtrellis.recipes.end_to_end import EndToEndConfig, tune_end_to_end
 from softtrellis.recipes.estimate import estimate
 from softtrellis.recipes.finetune import FineTuneConfig
 from softtrellis.recipes.group import LayerReport
@@ -105,7 +107,9 @@ class QuantizeConfig:
         if not 0 < self.damping < math.inf:
             raise ValueError(f"damping must be a positive number, got {self.damping}")
         object.__setattr__(self, "trellis_code", self._trellis_code())
-        for _, bits in self.bits_map:
+        for pattern, bits in self.bits_map:
+            if not 1 <= bits <= 4:
+                raise ValueError(f"bits_map must give 1 to 4 bits, got {bits} for {pattern!r}")
             self.code_for(bits)
 
     def _trellis_code(self) -> TrellisCode:
@@ -173,6 +177,7 @@ def quantize_model(
     tokenizer: PreTrainedTokenizerBase | None = None,
     reports: dict[str, LayerReport] | None = None,
     fine_tune: FineTuneConfig | None = None,
+    end_to_end: EndToEndConfig | None = None,
     run_directory: Path | None = None,
     resume: bool = False,
 ) -> PreTrainedModel:
@@ -184,6 +189,7 @@ def quantize_model(
         tokenizer: needed with a loaded model, unless ``error_feedback`` is off.
         reports: filled with a report per layer, where given.
         fine_tune: also tune every block while it is quantized.
+        end_to_end: then tune the scales and norms of the whole model; needs the memory of two.
         run_directory: where finished decoder layers are kept, for ``resume``.
         resume: go on with what lies there.
 
@@ -202,7 +208,7 @@ def quantize_model(
     prepare_for_layers_(model, names)
     check_finite(model)
     windows: Tensor | None = None
-    if config.error_feedback or fine_tune is not None:
+    if config.error_feedback or fine_tune is not None or end_to_end is not None:
         if tokenizer is None:
             raise ValueError("a loaded model needs its tokenizer: quantize_model(..., tokenizer=)")
         documents = load_documents(config.data, split="calibration")
@@ -210,14 +216,26 @@ def quantize_model(
     settings = {
         **{name: value for name, value in asdict(config).items() if name not in _NOT_SETTINGS},
         "fine_tune": None if fine_tune is None else asdict(fine_tune),
+        "end_to_end": None if end_to_end is None else asdict(end_to_end),
         "model": fingerprint(model),
         "text": None if windows is None else digest([windows]),
     }
     if config.show_progress:
         print(estimate(model, config, fine_tune), file=sys.stderr)
     store = LayerStore(run_directory, settings, resume=resume)
+    teacher = copy.deepcopy(model) if end_to_end is not None else None
     quantizer = BlockQuantizer(model, names, windows, config, fine_tune, store)
     quantizer.run()
+    if end_to_end is not None and teacher is not None and windows is not None:
+        tune_end_to_end(
+            model,
+            teacher,
+            windows,
+            end_to_end,
+            store,
+            device=torch.device(config.device),
+            show_progress=config.show_progress,
+        )
     if reports is not None:
         reports |= {name: quantizer.reports[name] for name in names}
     return model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from softtrellis.modules.replace import quantized_layers, replace_modules
 from softtrellis.quantizers.hard import TrellisCode
 from softtrellis.recipes.group import LayerReport
 
-SETTINGS = "quantize_state.json"
+SETTINGS, TUNING = "quantize_state.json", "quantize_state_tuning.safetensors"
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 class LayerStore:
@@ -113,6 +114,55 @@ class LayerStore:
         layer.requires_grad_(False)
         reports = json.loads(metadata["reports"])
         return {name: LayerReport(**report) for name, report in reports.items()}
+
+    def save_tuning(
+        self,
+        epochs: int,
+        before: float,
+        best: float,
+        tuned: Sequence[nn.Parameter],
+        kept: Sequence[Tensor],
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
+        """Writes the state of end-to-end tuning after some epochs, whole or not at all."""
+        from safetensors.torch import save_file
+
+        if self.directory is None:
+            return
+        tensors: dict[str, Tensor] = {}
+        for i, (parameter, value) in enumerate(zip(tuned, kept, strict=True)):
+            moments = optimizer.state[parameter]
+            tensors |= {f"{i}.value": parameter.detach(), f"{i}.kept": value}
+            tensors |= {f"{i}.{key}": moments[key] for key in _MOMENTS}
+        stored = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        metadata = {"epochs": str(epochs), "before": repr(before), "best": repr(best)}
+        beside = self.directory / (TUNING + ".tmp")
+        save_file(stored, str(beside), metadata=metadata)
+        os.replace(beside, self.directory / TUNING)
+
+    @torch.no_grad()
+    def load_tuning(
+        self, tuned: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer
+    ) -> tuple[int, float, float, list[Tensor] | None]:
+        """Takes over what ``save_tuning`` wrote: epochs done, errors, the best values.
+
+        (0, 0, 0, None) where there is nothing.
+        """
+        from safetensors import safe_open
+
+        if self.directory is None or not (self.directory / TUNING).is_file():
+            return 0, 0.0, 0.0, None
+        device = str(tuned[0].device)
+        with safe_open(str(self.directory / TUNING), "pt", device=device) as file:
+            metadata = file.metadata()
+            for i, parameter in enumerate(tuned):
+                parameter.copy_(file.get_tensor(f"{i}.value"))
+                optimizer.state[parameter] = {
+                    key: file.get_tensor(f"{i}.{key}").clone() for key in _MOMENTS
+                }
+                optimizer.state[parameter]["step"] = optimizer.state[parameter]["step"].cpu()
+            kept = [file.get_tensor(f"{i}.kept").clone() for i in range(len(tuned))]
+        return int(metadata["epochs"]), float(metadata["before"]), float(metadata["best"]), kept
 
 
 def _layer_format(value: dict[str, Any], codes: Mapping[TrellisCode, Tensor]) -> LayerFormat:

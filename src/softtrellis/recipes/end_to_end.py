@@ -1,0 +1,137 @@
+"""Tuning the scales and norms of a quantized model towards the original one (QTIP, section 4)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from softtrellis.evaluation.perplexity import SplitHead, split_head
+from softtrellis.io.progress import progress
+from softtrellis.modules.scaled_linear import ScaledLinear, scale_, unscale_
+from softtrellis.recipes.finetune import BETAS, TuneReport
+from softtrellis.recipes.losses import forward_kl
+from softtrellis.recipes.ptq_state import LayerStore
+
+
+@dataclass(frozen=True)
+class EndToEndConfig:
+    """How a whole quantized model is tuned: Adam on the KL divergence from the original model.
+
+    The scales of quantized layers, norms and biases are tuned, nothing with two dimensions; the
+    best epoch by held-out windows is kept.
+
+    Attributes:
+        epochs: passes over the calibration windows.
+        lr: learning rate of all.
+        batch: windows per step.
+        held_out: share of the windows that only choose the best epoch.
+        seed: of the order of the windows.
+    """
+
+    epochs: int = 2
+    lr: float = 1e-3
+    batch: int = 2
+    held_out: float = 0.125
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr must be a positive number, got {self.lr}")
+        if not 0 < self.held_out < 1:
+            raise ValueError(f"held_out must be between 0 and 1, got {self.held_out}")
+
+
+def tune_end_to_end(
+    model: nn.Module,
+    teacher: nn.Module,
+    windows: Tensor,
+    config: EndToEndConfig,
+    store: LayerStore,
+    *,
+    device: torch.device,
+    show_progress: bool = False,
+) -> TuneReport:
+    """Tunes a quantized causal language model in place; codes stay as they are.
+
+    Args:
+        model: with ``QuantizedLinear`` layers.
+        teacher: the original model.
+        windows: int64 [n, ctx], two at least.
+        config: see ``EndToEndConfig``.
+        store: where finished epochs are kept, and taken from.
+        device: where both models run.
+        show_progress: show a progress bar.
+
+    Returns:
+        KL divergence in nats per token on the held-out windows.
+
+    Raises:
+        ValueError: fewer than two windows.
+    """
+    count = len(windows)
+    if count < 2:
+        raise ValueError("fine-tuning needs two calibration windows at least; raise windows")
+    held = max(1, round(config.held_out * count))
+    train, test = windows[: count - held], windows[count - held :]
+    homes = next(model.parameters()).device, next(teacher.parameters()).device
+    model.to(device), teacher.to(device)
+    scale_(model)
+    tuned = _tuned_parameters(model)
+    optimizer = torch.optim.Adam(tuned, lr=config.lr, betas=BETAS)
+    networks = split_head(model, windows[0]), split_head(teacher, windows[0])
+    steps = config.epochs * math.ceil(len(train) / config.batch)
+    done, before, best, kept = store.load_tuning(tuned, optimizer)
+    if kept is None:
+        before = best = _divergence(networks, test)
+        kept = [p.detach().clone() for p in tuned]
+    for parameter in tuned:
+        parameter.requires_grad_(True)
+    for epoch in progress(range(done, config.epochs), "tune", enabled=show_progress):
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
+        batches = torch.randperm(len(train), generator=generator).split(config.batch)
+        for i, rows in enumerate(batches):
+            share = (epoch * len(batches) + i) / steps
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr * 0.5 * (1 + math.cos(math.pi * share))
+            loss = _loss(networks, train[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        found = _divergence(networks, test)
+        if found < best:
+            best, kept = found, [p.detach().clone() for p in tuned]
+        store.save_tuning(epoch + 1, before, best, tuned, kept, optimizer)
+    with torch.no_grad():
+        for parameter, value in zip(tuned, kept, strict=True):
+            parameter.copy_(value)
+            parameter.requires_grad_(False)
+            parameter.grad = None
+    unscale_(model)
+    model.to(homes[0]), teacher.to(homes[1])
+    return TuneReport(before, best)
+
+
+def _tuned_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Scales, biases of quantized layers, and every other parameter with one dimension."""
+    own = [p for m in model.modules() if isinstance(m, ScaledLinear) for p in m.parameters()]
+    ids = {id(p) for p in own}
+    rest = [p for p in model.parameters() if p.ndim == 1 and p.is_floating_point()]
+    return [*own, *(p for p in rest if id(p) not in ids)]
+
+
+def _loss(networks: tuple[SplitHead, SplitHead], windows: Tensor) -> Tensor:
+    student, teacher = networks
+    with torch.no_grad():
+        target = teacher.features(windows)
+    return forward_kl(student.features(windows), student.head, target, teacher.head)
+
+
+@torch.no_grad()
+def _divergence(networks: tuple[SplitHead, SplitHead], windows: Tensor) -> float:
+    return sum(float(_loss(networks, window[None])) for window in windows) / len(windows)
