@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from softtrellis.io.checkpoint import base_of, load_quantized, save_quantized
 from softtrellis.io.files import whole_directory
+from softtrellis.io.sources import Source
 from softtrellis.modules.blocks import Blocks
+from softtrellis.modules.quantized_linear import QuantizedLinear
 from softtrellis.modules.replace import UnknownLayerError, quantized_layers
 from softtrellis.modules.scaled_linear import ScaledLinear, scale_, unscale_
 from softtrellis.recipes import block_ptq, ptq
@@ -133,6 +136,46 @@ def test_bits_by_layer_and_skipped_layers(quantize: Quantize) -> None:
         quantize({"bits_map": (("head", 3),)})
     with pytest.raises(ValueError, match="skip leaves no layer"):
         quantize({"skip": ("*",)})
+
+
+@pytest.mark.parametrize("feedback", [True, False])
+def test_the_output_layer(
+    quantize: Quantize,
+    tmp_path: Path,
+    tiny_llama: LlamaForCausalLM,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    feedback: bool,
+) -> None:
+    changes = {"head_bits": 3, "layers": ("*.0.mlp.*",), "error_feedback": feedback}
+    reports: dict[str, LayerReport] = {}
+    model = quantize(changes, reports=reports, run_directory=tmp_path)
+    head = model.get_output_embeddings()
+    assert isinstance(head, QuantizedLinear)
+    assert head.layer.code.spec.k == 3
+    assert list(reports)[-1] == "lm_head"
+    assert reports["lm_head"].tokens == (8 * 64 if feedback else 0)
+    assert reports["lm_head"].error < 0.05
+    assert torch.equal(model.model.embed_tokens.weight, tiny_llama.model.embed_tokens.weight)
+    out = tmp_path / "out"
+    out.mkdir()
+    base = base_of(Source("tiny", tiny_llama, tiny_tokenizer, None, "mit"))
+    save_quantized(model, tiny_tokenizer, out, base=base)
+    loaded = load_quantized(out)
+    ids = torch.randint(128, (2, 16))
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    if feedback:
+        assert same(quantize(changes, run_directory=tmp_path, resume=True), model)
+
+
+def test_what_the_output_layer_takes(tiny_llama: LlamaForCausalLM) -> None:
+    windows = torch.randint(128, (3, 16))
+    blocks = Blocks(tiny_llama, windows, device=torch.device("cpu"), batch=3)
+    states = blocks.states
+    for index in range(len(blocks.layers)):
+        states = blocks.run_all(index, states)
+    with torch.no_grad():
+        expected = tiny_llama.model(windows, use_cache=False).last_hidden_state
+    torch.testing.assert_close(blocks.last_hidden(states), expected)
 
 
 @pytest.mark.parametrize("fine_tune", [None, TUNE], ids=["plain", "tuned"])

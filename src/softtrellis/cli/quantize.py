@@ -62,6 +62,9 @@ def add_parser(commands: Commands) -> None:
         "exl3: mul1 (default), mcg, 3inst",
     )
     parser.add_argument("--L", type=int, default=16, help="bits of a trellis state, up to 16")
+    parser.add_argument(
+        "--head-bits", type=int, help="quantize the output layer too, to so many bits"
+    )
     add_layers(parser)
     parser.add_argument("--skip", metavar="A,B,...", help="layers that stay as they are")
     add_data(parser, "calibration text")
@@ -136,6 +139,7 @@ def run(options: argparse.Namespace) -> int:
             profile=options.profile,
             bits=options.bits,
             bits_map=options.bits_map,
+            head_bits=options.head_bits,
             code=options.code,
             L=options.L,
             layers=layers_of(options.layers),

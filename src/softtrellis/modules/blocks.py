@@ -78,6 +78,27 @@ class _Catcher(nn.Module):
         return (states,) if first.as_tuple else states
 
 
+class _Replay(nn.Module):
+    """Stands in a decoder layer's place: passes hidden states on, or the ones it was given."""
+
+    def __init__(self, layer: nn.Module, as_tuple: bool) -> None:
+        super().__init__()
+        self._layer = [layer]
+        self._as_tuple = as_tuple
+        self.given: Tensor | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_layer"][0], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        states = args[0] if args else kwargs["hidden_states"]
+        states = states if self.given is None else self.given
+        return (states,) if self._as_tuple else states
+
+
 class Blocks:
     """The decoder layers of a causal language model, and what enters the first of them.
 
@@ -108,24 +129,44 @@ class Blocks:
         """
         self.device, self.autocast = device, autocast
         self.prefix, self.layers = decoder_layers(model)
-        base = getattr(model, "base_model", model)
+        self._base: nn.Module = getattr(model, "base_model", model)
+        self._windows = windows
         catchers: list[_Catcher] = []
         for layer in self.layers:
             catchers.append(_Catcher(layer, catchers[0] if catchers else None))
-        with self.on_device(0), _exchanged(self.layers, catchers):
-            home = next(base.parameters()).device
-            base.to(device)
-            try:
-                for window in windows:
-                    run_prefix(model, window[None].to(device))
-            finally:
-                base.to(home)
+        with self.on_device(0), self._without_layers(catchers):
+            for window in windows:
+                run_prefix(model, window[None].to(device))
+        self._as_tuple = bool(catchers[0].as_tuple)
         self.calls = [catcher.calls[0] for catcher in catchers]
         self.states = torch.cat([states.detach() for states in catchers[0].states])
         with self.on_device(0):
             if len(catchers) > 1:
                 self._check_replay(catchers[1].states[0])
             self.batch = batch if self._takes(min(batch, len(windows))) else 1
+
+    @contextmanager
+    def _without_layers(self, others: Sequence[nn.Module]) -> Iterator[None]:
+        """The model on the device, with others in the place of its decoder layers."""
+        home = next(self._base.parameters()).device
+        with _exchanged(self.layers, others):
+            self._base.to(self.device)
+            try:
+                yield
+            finally:
+                self._base.to(home)
+
+    @torch.no_grad()
+    def last_hidden(self, states: Tensor) -> Tensor:
+        """What the output layer takes, [n, ctx, d], from what the last decoder layer returned."""
+        replays = [_Replay(layer, self._as_tuple) for layer in self.layers]
+        found = []
+        with self._without_layers(replays):
+            for i, window in enumerate(self._windows):
+                replays[-1].given = states[i : i + 1]
+                ids = window[None].to(self.device)
+                found.append(self._base(input_ids=ids, use_cache=False).last_hidden_state)
+        return torch.cat(found)
 
     @contextmanager
     def on_device(self, index: int) -> Iterator[nn.Module]:

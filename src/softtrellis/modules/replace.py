@@ -111,6 +111,16 @@ def get_linear(model: nn.Module, name: str) -> nn.Linear:
     return module
 
 
+def head_name(model: nn.Module) -> str:
+    """The name of the output layer; ValueError if that is no linear layer."""
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if callable(get) else None
+    if not isinstance(head, nn.Linear):
+        raise ValueError(f"the output layer of {type(model).__name__} is not a linear layer")
+    names: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
+    return names[head]
+
+
 def get_quantized(model: nn.Module, name: str) -> QuantizedLinear:
     """The quantized layer of that name; ValueError if it is something else."""
     module = model.get_submodule(name)

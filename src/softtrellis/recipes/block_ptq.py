@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,12 @@ from softtrellis.modules.replace import (
     decoder_index,
     get_linear,
     get_quantized,
+    head_name,
     quantized_layers,
     replace_modules,
 )
 from softtrellis.quantizers.hard import TrellisCode
-from softtrellis.recipes.calibration import InputMoments, watch_inputs
+from softtrellis.recipes.calibration import InputMoments, SecondMoment, watch_inputs
 from softtrellis.recipes.expert_hessians import fill_sparse_hessians
 from softtrellis.recipes.finetune import FineTuneConfig, TuneReport, tune_block
 from softtrellis.recipes.group import LayerReport, quantize_group
@@ -54,6 +55,9 @@ class BlockQuantizer:
         self.fine_tune, self.store = fine_tune, store
         self.device = torch.device(config.device)
         self.bits = config.bits_of(model, names)
+        self.head = None if config.head_bits is None else head_name(model)
+        if self.head is not None and config.head_bits is not None:
+            self.bits[self.head] = config.head_bits
         codes = {config.code_for(bits) for bits in self.bits.values()}
         self.codebooks: dict[TrellisCode, Tensor] = {
             code: code.codebook().to(self.device) for code in codes
@@ -77,6 +81,8 @@ class BlockQuantizer:
         for name in self.names:
             by_layer.setdefault(decoder_index(self.model, name), []).append(name)
         last = max(by_layer)
+        if self.head is not None and self.blocks is not None:
+            last = len(self.blocks.layers) - 1
         states = original = None
         if self.blocks is not None:
             states = self.blocks.states
@@ -90,6 +96,9 @@ class BlockQuantizer:
                 else:
                     states, original = self._layer(index, names, states, original)
                 bar.update(len(names))
+        if self.head is not None:
+            self._quantize_head(self.head, states)
+            self.names.append(self.head)
         homes = {get_quantized(self.model, name).codes.device for name in self.names}
         shared = {(code, h): b.to(h) for code, b in self.codebooks.items() for h in homes}
         for name in self.names:
@@ -181,6 +190,35 @@ class BlockQuantizer:
         )
         self.reports |= {name: report for name, (_, report) in found.items()}
         replace_modules(self.model, names, lambda name, _: found[name][0])
+
+    def _quantize_head(self, name: str, states: Tensor | None) -> None:
+        """The output layer, which is not tied to the embedding afterwards."""
+        settings: Any = self.model.config
+        settings.tie_word_embeddings = False
+        head = get_linear(self.model, name)
+        untied = nn.Linear(head.in_features, head.out_features, head.bias is not None, "meta")
+        untied.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        untied.bias = head.bias
+        replace_modules(self.model, [name], lambda *_: untied)
+        if self.blocks is None or states is None:
+            self._weights_only([name])
+            return
+        place, holder = len(self.blocks.layers), nn.ModuleDict({"head": untied})
+        if self.store.has(place):
+            self.reports |= self.store.load(place, holder, self.codebooks)
+            replace_modules(self.model, [name], lambda *_: holder["head"])
+            return
+        hessian, tokens = None, 0
+        if self.config.error_feedback:
+            moment = SecondMoment(head.in_features, self.device)
+            for part in self.blocks.last_hidden(states).split(1):
+                moment.add(part)
+            hessian, tokens = moment.mean(), moment.count
+        untied.to(self.device)
+        self._group([name], name, hessian, tokens)
+        made = get_quantized(self.model, name).to(states.device)
+        self.store.save(place, nn.ModuleDict({"head": made}), {name: self.reports[name]})
+        made.to(head.weight.device)
 
     def _weights_only(self, names: list[str]) -> None:
         """Without text: every layer by itself."""

@@ -53,6 +53,8 @@ class QuantizeConfig:
             last one that matches counts.
         code: see ``codebook``; None is the profile's own.
         L: bits of a trellis state.
+        head_bits: quantize the output layer too, to so many bits; it is no longer tied to the
+            embedding then.
         layers: which linear layers, see ``select_layers``; None is all of the decoder layers'.
         skip: layers that stay as they are, patterns likewise.
         data: texts for the Hessians, see ``load_documents``.
@@ -74,6 +76,7 @@ class QuantizeConfig:
     profile: Profile = "qtip"
     bits: int = 2
     bits_map: tuple[tuple[str, int], ...] = ()
+    head_bits: int | None = None
     code: str | None = None
     L: int = 16
     layers: tuple[str, ...] | None = None
@@ -107,6 +110,8 @@ class QuantizeConfig:
         if not 0 < self.damping < math.inf:
             raise ValueError(f"damping must be a positive number, got {self.damping}")
         object.__setattr__(self, "trellis_code", self._trellis_code())
+        if self.head_bits is not None and not 1 <= self.head_bits <= 4:
+            raise ValueError(f"head_bits must be from 1 to 4, got {self.head_bits}")
         for pattern, bits in self.bits_map:
             if not 1 <= bits <= 4:
                 raise ValueError(f"bits_map must give 1 to 4 bits, got {bits} for {pattern!r}")
@@ -237,5 +242,5 @@ def quantize_model(
             show_progress=config.show_progress,
         )
     if reports is not None:
-        reports |= {name: quantizer.reports[name] for name in names}
+        reports |= {name: quantizer.reports[name] for name in quantizer.names}
     return model

@@ -17,6 +17,7 @@ from softtrellis.modules.replace import (
     decoder_index,
     get_linear,
     get_quantized,
+    linear_names,
     quantized_layers,
     replace_modules,
 )
@@ -73,7 +74,8 @@ class Trainer:
     ) -> None:
         self.student, self.names, self.windows, self.config = student, names, windows, config
         first = min(decoder_index(student, name) for name in names)
-        before = [n for n in quantized_layers(student) if decoder_index(student, n) < first]
+        inside = set(linear_names(student)) & quantized_layers(student).keys()
+        before = [name for name in inside if decoder_index(student, name) < first]
         self.teacher_network = Network(teacher, first, windows[0])
         self.student_network = Network(student, first, windows[0])
         same_cut = self.teacher_network.first == self.student_network.first
