@@ -18,8 +18,9 @@ from softtrellis.modules.quantized_linear import QuantizedLinear
 from softtrellis.modules.replace import UnknownLayerError, quantized_layers
 from softtrellis.modules.scaled_linear import ScaledLinear, scale_, unscale_
 from softtrellis.recipes import block_ptq, ptq
+from softtrellis.recipes.calibration import watch_inputs
 from softtrellis.recipes.end_to_end import EndToEndConfig
-from softtrellis.recipes.finetune import FineTuneConfig, TuneReport
+from softtrellis.recipes.finetune import FineTuneConfig, TuneReport, tune_block
 from softtrellis.recipes.group import LayerReport
 from softtrellis.recipes.ptq import QuantizeConfig, quantize_model
 
@@ -63,6 +64,24 @@ def test_blocks_are_the_model(tiny_llama: LlamaForCausalLM) -> None:
     with torch.no_grad():
         expected = tiny_llama.model(windows, use_cache=False).last_hidden_state
         torch.testing.assert_close(tiny_llama.model.norm(states), expected)
+
+
+def test_blocks_and_tuning_in_bfloat16(tiny_llama: LlamaForCausalLM) -> None:
+    windows = torch.randint(128, (6, 16), generator=torch.Generator().manual_seed(0))
+    exact = Blocks(tiny_llama, windows, device=torch.device("cpu"), batch=3)
+    expected = exact.run_all(0, exact.states)
+    quantize_model(tiny_llama, QuantizeConfig(code="gaussian", L=8, error_feedback=False))
+    blocks = Blocks(
+        tiny_llama, windows, device=torch.device("cpu"), batch=3, autocast=torch.bfloat16
+    )
+    assert blocks.batch == 3
+    assert blocks.states.dtype == torch.float32
+    linears = {n: m for n, m in tiny_llama.model.layers[1].named_modules() if "_proj" in n}
+    moments, output = watch_inputs(blocks, 1, blocks.states, linears)  # type: ignore[arg-type]
+    assert output.dtype == torch.float32
+    assert all(moment.total.dtype == torch.float32 for moment in moments.moments.values())
+    report = tune_block(blocks, 0, blocks.states, expected, TUNE)
+    assert report.after < report.before
 
 
 def test_hessians_come_through_the_layers_before_as_they_are_quantized(quantize: Quantize) -> None:

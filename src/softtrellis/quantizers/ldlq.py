@@ -14,6 +14,7 @@ EncodeColumns = Callable[[Tensor], Tensor]
 """Quantizes [out, 16] columns: returns their reproduction [out, 16]."""
 
 _MAX_DAMPING_STEPS = 12
+_FLOAT64_SIZE = 8192  # larger Hessians are factorised in float32, which takes half the memory
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,24 +48,26 @@ def block_ldl(hessian: Tensor, damping: float) -> Feedback:
     size = hessian.shape[0]
     if size % BLOCK:
         raise ValueError(f"the Hessian's size must be a multiple of {BLOCK}, got {size}")
-    h = hessian.double().clone()
+    h = hessian.to(torch.float64 if size <= _FLOAT64_SIZE else torch.float32, copy=True)
     diagonal = h.diagonal()
     mean = float(diagonal.mean())
     if mean <= 0:
         raise ValueError("the Hessian is zero: these inputs never fire on the calibration text")
     diagonal[diagonal <= 0] = mean
+    added = 0.0
     for _ in range(_MAX_DAMPING_STEPS):
-        damped = h.clone()
-        damped.diagonal().add_(damping * mean)
-        lower, info = torch.linalg.cholesky_ex(damped)
+        diagonal.add_((damping - added) * mean)
+        added = damping
+        lower, info = torch.linalg.cholesky_ex(h)
         if int(info) == 0:
             break
         damping *= 10.0
     else:
         raise ValueError("the Hessian is not positive semi-definite, whatever the damping")
+    del h, diagonal
     corners = lower.reshape(size // BLOCK, BLOCK, size // BLOCK, BLOCK)
     corners = corners.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    identity = torch.eye(BLOCK, dtype=h.dtype, device=h.device).expand_as(corners)
+    identity = torch.eye(BLOCK, dtype=lower.dtype, device=lower.device).expand_as(corners)
     inverse = torch.linalg.solve_triangular(corners, identity, upper=False)
     columns = lower.reshape(size, size // BLOCK, BLOCK).transpose(0, 1)
     factor = torch.bmm(columns, inverse).transpose(0, 1).reshape(size, size)
@@ -107,6 +110,7 @@ def ldlq(
 
 def proxy_loss(weight: Tensor, reproduction: Tensor, hessian: Tensor) -> float:
     """tr(E H E^T) / tr(W H W^T): the share of the output's energy that is lost."""
-    error = (weight - reproduction).double()
-    h, w = hessian.double(), weight.double()
-    return float(((error @ h) * error).sum() / ((w @ h) * w).sum().clamp_min(1e-300))
+    error = weight - reproduction
+    lost = ((error @ hessian) * error).sum(dtype=torch.float64)
+    energy = ((weight @ hessian) * weight).sum(dtype=torch.float64)
+    return float(lost / energy.clamp_min(1e-300))
