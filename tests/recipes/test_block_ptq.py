@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 TEXT = "".join(f"Sphinx {i} of black quartz, judge my vow {i * i}. " for i in range(90))
-TUNE = FineTuneConfig(epochs=2, lr=1e-3, scale_lr=1e-2, batch=2, held_out=0.25)
+TUNE = FineTuneConfig(epochs=2, lr=1e-2, scale_lr=1e-2, batch=2, held_out=0.25)
 Quantize = Callable[..., "PreTrainedModel"]
 
 

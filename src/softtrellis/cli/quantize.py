@@ -94,7 +94,10 @@ def add_parser(commands: Commands) -> None:
     )
     parser.add_argument("--epochs", type=int, default=5, help="of --fine-tune, for every group")
     parser.add_argument(
-        "--lr", type=float, default=1e-4, help="of --fine-tune: weights, biases and norms"
+        "--lr",
+        type=float,
+        default=5e-3,
+        help="of --fine-tune, for weights, over the root mean square of each matrix",
     )
     parser.add_argument(
         "--end-to-end",
@@ -103,7 +106,12 @@ def add_parser(commands: Commands) -> None:
         help="afterwards tune the scales and norms of the whole model to the original model's "
         "predictions",
     )
-    parser.add_argument("--scale-lr", type=float, default=1e-3, help="of --fine-tune: scales")
+    parser.add_argument(
+        "--scale-lr",
+        type=float,
+        default=3e-3,
+        help="of --fine-tune, for scales, norms and biases, likewise",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the random signs of the rotations")
     add_device(parser, "what quantizes; cuda holds one decoder layer at a time")
     add_backend(parser)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from softtrellis.modules.blocks import Blocks
-from softtrellis.modules.scaled_linear import ScaledLinear, scale_, unscale_
+from softtrellis.modules.scaled_linear import scale_, unscale_
 
 BETAS = (0.9, 0.95)
 
@@ -25,16 +25,16 @@ class FineTuneConfig:
 
     Attributes:
         epochs: passes over the calibration windows for each group.
-        lr: learning rate of weights, biases and norms.
-        scale_lr: learning rate of the scales.
+        lr: learning rate of the weights, over the root mean square of each matrix.
+        scale_lr: learning rate of scales, norms and biases, likewise.
         batch: windows per step.
         held_out: share of the windows that only choose the best epoch.
         seed: of the order of the windows.
     """
 
     epochs: int = 5
-    lr: float = 1e-4
-    scale_lr: float = 1e-3
+    lr: float = 5e-3
+    scale_lr: float = 3e-3
     batch: int = 8
     held_out: float = 0.125
     seed: int = 0
@@ -85,13 +85,11 @@ def tune_block(
     layer = blocks.layers[index]
     energy = float((targets - states).float().square().mean())
     scale_(layer)
-    scales, others = _parameters(layer)
-    for parameter in (*scales, *others):
+    tuned = [p for p in layer.parameters() if p.is_floating_point()]
+    groups = [{"params": [p], "lr": _learning_rate(p, config)} for p in tuned]
+    optimizer = torch.optim.Adam(groups, betas=BETAS)
+    for parameter in tuned:
         parameter.requires_grad_(True)
-    optimizer = torch.optim.Adam(
-        [{"params": scales, "lr": config.scale_lr}, {"params": others, "lr": config.lr}],
-        betas=BETAS,
-    )
     batches = _batches(count - held, min(config.batch, blocks.batch), config)
     steps = config.epochs * math.ceil((count - held) / min(config.batch, blocks.batch))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -100,7 +98,7 @@ def tune_block(
         return _error(blocks, index, states[test], targets[test]) / energy
 
     before = best = error()
-    kept = [p.detach().clone() for p in (*scales, *others)]
+    kept = [p.detach().clone() for p in tuned]
     inputs, wanted = states[train], targets[train]
     for epoch in batches:
         for rows in epoch:
@@ -114,24 +112,20 @@ def tune_block(
         found_error = error()
         if found_error < best:
             best = found_error
-            kept = [p.detach().clone() for p in (*scales, *others)]
+            kept = [p.detach().clone() for p in tuned]
     with torch.no_grad():
-        for parameter, value in zip((*scales, *others), kept, strict=True):
+        for parameter, value in zip(tuned, kept, strict=True):
             parameter.copy_(value)
-    for parameter in (*scales, *others):
+    for parameter in tuned:
         parameter.requires_grad_(False)
         parameter.grad = None
     unscale_(layer)
     return TuneReport(before, best)
 
 
-def _parameters(layer: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The scales of quantized layers, and all else that is not quantized."""
-    scaled = [m for m in layer.modules() if isinstance(m, ScaledLinear)]
-    scales = [p for m in scaled for p in (m.in_scale, m.out_scale)]
-    ids = {id(p) for p in scales}
-    others = [p for p in layer.parameters() if id(p) not in ids and p.is_floating_point()]
-    return scales, others
+def _learning_rate(parameter: nn.Parameter, config: FineTuneConfig) -> float:
+    rms = float(parameter.detach().float().square().mean().sqrt())
+    return (config.lr if parameter.ndim > 1 else config.scale_lr) * (rms or 1.0)
 
 
 def _batches(count: int, size: int, config: FineTuneConfig) -> Iterator[tuple[Tensor, ...]]:
