@@ -1,4 +1,4 @@
-"""What rotation, LDLQ and the trellis each bring: perplexities of one model, quantized in many ways.
+"""What rotation, LDLQ and the trellis each bring: perplexities of one model, quantized all ways.
 
     python benchmarks/ptq_baselines.py MODEL CALIBRATION_TEXT TEST_TEXT [--device cuda] [ROW ...]
 
