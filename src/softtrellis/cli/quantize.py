@@ -96,7 +96,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--lr",
         type=float,
-        default=5e-3,
+        default=1e-2,
         help="of --fine-tune, for weights, over the root mean square of each matrix",
     )
     parser.add_argument(

@@ -33,7 +33,7 @@ class FineTuneConfig:
     """
 
     epochs: int = 5
-    lr: float = 5e-3
+    lr: float = 1e-2
     scale_lr: float = 3e-3
     batch: int = 8
     held_out: float = 0.125
