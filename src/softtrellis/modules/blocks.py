@@ -45,25 +45,32 @@ def _hidden(output: Any) -> Tensor:
     return states
 
 
-class _Catcher(nn.Module):
-    """Stands in a decoder layer's place: keeps what the layer is called with, and passes it on.
+class _StandIn(nn.Module):
+    """Takes a decoder layer's place; has the layer's attributes, but not its parameters."""
 
-    The first call of the first layer runs the layer, to see how layers return their output.
-    """
-
-    def __init__(self, layer: nn.Module, first: _Catcher | None) -> None:
+    def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self._layer = [layer]  # in a list, so that it is no submodule and stays where it is
-        self._first = [first or self]
-        self.as_tuple: bool | None = None
-        self.states: list[Tensor] = []
-        self.calls: list[Call] = []
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
             return getattr(self.__dict__["_layer"][0], name)
+
+
+class _Catcher(_StandIn):
+    """Keeps what a layer is called with, and passes it on.
+
+    The first call of the first layer runs the layer, to see how layers return their output.
+    """
+
+    def __init__(self, layer: nn.Module, first: _Catcher | None) -> None:
+        super().__init__(layer)
+        self._first = [first or self]
+        self.as_tuple: bool | None = None
+        self.states: list[Tensor] = []
+        self.calls: list[Call] = []
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         by_name = not args
@@ -78,20 +85,13 @@ class _Catcher(nn.Module):
         return (states,) if first.as_tuple else states
 
 
-class _Replay(nn.Module):
-    """Stands in a decoder layer's place: passes hidden states on, or the ones it was given."""
+class _Replay(_StandIn):
+    """Passes hidden states on, or the ones it was given."""
 
     def __init__(self, layer: nn.Module, as_tuple: bool) -> None:
-        super().__init__()
-        self._layer = [layer]
+        super().__init__(layer)
         self._as_tuple = as_tuple
         self.given: Tensor | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["_layer"][0], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         states = args[0] if args else kwargs["hidden_states"]

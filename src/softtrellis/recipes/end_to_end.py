@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from softtrellis.evaluation.perplexity import SplitHead, split_head
 from softtrellis.io.progress import progress
 from softtrellis.modules.scaled_linear import ScaledLinear, scale_, unscale_
-from softtrellis.recipes.finetune import BETAS, TuneReport
+from softtrellis.recipes.finetune import BETAS, TuneReport, check_tuning
 from softtrellis.recipes.losses import forward_kl
 from softtrellis.recipes.ptq_state import LayerStore
 
@@ -38,13 +38,7 @@ class EndToEndConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"lr must be a positive number, got {self.lr}")
-        if not 0 < self.held_out < 1:
-            raise ValueError(f"held_out must be between 0 and 1, got {self.held_out}")
+        check_tuning(self.epochs, self.batch, self.held_out, lr=self.lr)
 
 
 def tune_end_to_end(

@@ -15,6 +15,18 @@ from softtrellis.modules.scaled_linear import scale_, unscale_
 BETAS = (0.9, 0.95)
 
 
+def check_tuning(epochs: int, batch: int, held_out: float, **rates: float) -> None:
+    """ValueError for settings of tuning that make no sense."""
+    for name, count in (("epochs", epochs), ("batch", batch)):
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
+    for name, rate in rates.items():
+        if not 0 < rate < math.inf:
+            raise ValueError(f"{name} must be a positive number, got {rate}")
+    if not 0 < held_out < 1:
+        raise ValueError(f"held_out must be between 0 and 1, got {held_out}")
+
+
 @dataclass(frozen=True)
 class FineTuneConfig:
     """How blocks are tuned while they are quantized (QTIP, section 4 and appendix).
@@ -40,14 +52,7 @@ class FineTuneConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("lr", "scale_lr"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a positive number, got {getattr(self, name)}")
-        if not 0 < self.held_out < 1:
-            raise ValueError(f"held_out must be between 0 and 1, got {self.held_out}")
+        check_tuning(self.epochs, self.batch, self.held_out, lr=self.lr, scale_lr=self.scale_lr)
 
 
 @dataclass(frozen=True)
