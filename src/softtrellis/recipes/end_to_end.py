@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from softtrellis.evaluation.perplexity import SplitHead, split_head
 from softtrellis.io.progress import progress
 from softtrellis.modules.scaled_linear import ScaledLinear, scale_, unscale_
-from softtrellis.recipes.finetune import BETAS, TuneReport, check_tuning
+from softtrellis.recipes.finetune import BETAS, TuneReport, check_tuning, held_out_windows
 from softtrellis.recipes.losses import forward_kl
 from softtrellis.recipes.ptq_state import LayerStore
 
@@ -69,13 +69,12 @@ def tune_end_to_end(
         ValueError: fewer than two windows.
     """
     count = len(windows)
-    if count < 2:
-        raise ValueError("fine-tuning needs two calibration windows at least; raise windows")
-    held = max(1, round(config.held_out * count))
+    held = held_out_windows(count, config.held_out)
     train, test = windows[: count - held], windows[count - held :]
     homes = next(model.parameters()).device, next(teacher.parameters()).device
     model.to(device), teacher.to(device)
     scale_(model)
+    model.requires_grad_(False)
     tuned = _tuned_parameters(model)
     optimizer = torch.optim.Adam(tuned, lr=config.lr, betas=BETAS)
     networks = split_head(model, windows[0]), split_head(teacher, windows[0])
@@ -112,9 +111,15 @@ def tune_end_to_end(
 
 
 def _tuned_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Scales, biases of quantized layers, and every other parameter with one dimension."""
-    own = [p for m in model.modules() if isinstance(m, ScaledLinear) for p in m.parameters()]
+    """Scales, biases of quantized layers, and every other parameter with one dimension.
+
+    The output layer is left out: the loss takes it as frozen.
+    """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    scaled = [m for m in model.modules() if isinstance(m, ScaledLinear) and m is not head]
+    own = [p for m in scaled for p in m.parameters()]
     ids = {id(p) for p in own}
+    ids |= {id(p) for p in (head.parameters() if isinstance(head, nn.Module) else ())}
     rest = [p for p in model.parameters() if p.ndim == 1 and p.is_floating_point()]
     return [*own, *(p for p in rest if id(p) not in ids)]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,17 @@ def check_tuning(epochs: int, batch: int, held_out: float, **rates: float) -> No
             raise ValueError(f"{name} must be a positive number, got {rate}")
     if not 0 < held_out < 1:
         raise ValueError(f"held_out must be between 0 and 1, got {held_out}")
+
+
+def held_out_windows(count: int, share: float) -> int:
+    """How many of so many windows are held out: one at least, and not all.
+
+    Raises:
+        ValueError: fewer than two windows.
+    """
+    if count < 2:
+        raise ValueError("fine-tuning needs two calibration windows at least; raise windows")
+    return min(count - 1, max(1, round(share * count)))
 
 
 @dataclass(frozen=True)
@@ -68,7 +79,13 @@ class TuneReport:
 
 
 def tune_block(
-    blocks: Blocks, index: int, states: Tensor, targets: Tensor, config: FineTuneConfig
+    blocks: Blocks,
+    index: int,
+    states: Tensor,
+    targets: Tensor,
+    config: FineTuneConfig,
+    *,
+    keep: Sequence[nn.Linear] = (),
 ) -> TuneReport:
     """Tunes a decoder layer that is on the device; its quantized layers keep their codes.
 
@@ -78,26 +95,27 @@ def tune_block(
         states: [n, ctx, d], what enters it.
         targets: [n, ctx, d], what it should make of that.
         config: see ``FineTuneConfig``.
+        keep: linear layers whose weights stay as they are.
 
     Raises:
         ValueError: fewer than two windows.
     """
     count = len(states)
-    if count < 2:
-        raise ValueError("fine-tuning needs two calibration windows at least; raise windows")
-    held = max(1, round(config.held_out * count))
+    held = held_out_windows(count, config.held_out)
     train, test = slice(0, count - held), slice(count - held, count)
     layer = blocks.layers[index]
     energy = float((targets - states).float().square().mean())
     scale_(layer)
-    tuned = [p for p in layer.parameters() if p.is_floating_point()]
-    groups = [{"params": [p], "lr": _learning_rate(p, config)} for p in tuned]
+    fixed = {id(p) for linear in keep for p in linear.parameters() if p.ndim > 1}
+    tuned = [p for p in layer.parameters() if p.is_floating_point() and id(p) not in fixed]
+    rates = [_learning_rate(p, config) for p in tuned]
+    groups = [{"params": [p], "lr": rate} for p, rate in zip(tuned, rates, strict=True)]
     optimizer = torch.optim.Adam(groups, betas=BETAS)
     for parameter in tuned:
         parameter.requires_grad_(True)
-    batches = _batches(count - held, min(config.batch, blocks.batch), config)
-    steps = config.epochs * math.ceil((count - held) / min(config.batch, blocks.batch))
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    size = min(config.batch, blocks.batch)
+    batches = list(_batches(count - held, config))
+    done, steps = 0, sum(len(epoch) for epoch in batches)
 
     def error() -> float:
         return _error(blocks, index, states[test], targets[test]) / energy
@@ -106,14 +124,17 @@ def tune_block(
     kept = [p.detach().clone() for p in tuned]
     inputs, wanted = states[train], targets[train]
     for epoch in batches:
-        for rows in epoch:
-            with torch.enable_grad():
-                found = blocks.run(index, inputs[rows])
-                loss = (found.float() - wanted[rows].float()).square().mean() / energy
+        for step in epoch:
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * done / steps))
             optimizer.zero_grad()
-            loss.backward()
+            for rows in step.split(size):
+                with torch.enable_grad():
+                    found = blocks.run(index, inputs[rows])
+                    loss = (found.float() - wanted[rows].float()).square().sum()
+                (loss / (step.numel() * wanted[0].numel() * energy)).backward()
             optimizer.step()
-            schedule.step()
+            done += 1
         found_error = error()
         if found_error < best:
             best = found_error
@@ -133,11 +154,11 @@ def _learning_rate(parameter: nn.Parameter, config: FineTuneConfig) -> float:
     return (config.lr if parameter.ndim > 1 else config.scale_lr) * (rms or 1.0)
 
 
-def _batches(count: int, size: int, config: FineTuneConfig) -> Iterator[tuple[Tensor, ...]]:
+def _batches(count: int, config: FineTuneConfig) -> Iterator[tuple[Tensor, ...]]:
     """For every epoch the window numbers of its steps, in a new order."""
     generator = torch.Generator().manual_seed(config.seed)
     for _ in range(config.epochs):
-        yield torch.randperm(count, generator=generator).split(size)
+        yield torch.randperm(count, generator=generator).split(config.batch)
 
 
 @torch.no_grad()

@@ -43,8 +43,14 @@ class LayerStore:
         if directory is None:
             return
         path, now = directory / SETTINGS, self.settings
-        if resume and path.is_file():
-            saved = json.loads(path.read_text(encoding="utf-8"))
+        if not resume:
+            for old in directory.glob("quantize_state*"):
+                old.unlink()
+        elif path.is_file():
+            try:
+                saved = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(f"{path} is damaged; start over with --force") from error
             for name in sorted(saved.keys() | now.keys()):
                 if saved.get(name) != now.get(name):
                     raise ValueError(
@@ -90,17 +96,9 @@ class LayerStore:
         Raises:
             ValueError: the file is damaged.
         """
-        from safetensors import SafetensorError, safe_open
-
         path = self._path(index)
         assert path is not None
-        device = next(layer.parameters()).device
-        try:
-            with safe_open(str(path), "pt", device=str(device)) as file:
-                metadata = file.metadata()
-                tensors = {n: torch.clone(file.get_tensor(n)) for n in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is damaged ({error}); start over with --force") from error
+        metadata, tensors = _read(path, next(layer.parameters()).device)
         formats = {
             name: _layer_format(value, codebooks)
             for name, value in json.loads(metadata["formats"]).items()
@@ -131,9 +129,9 @@ class LayerStore:
             return
         tensors: dict[str, Tensor] = {}
         for i, (parameter, value) in enumerate(zip(tuned, kept, strict=True)):
-            moments = optimizer.state[parameter]
             tensors |= {f"{i}.value": parameter.detach(), f"{i}.kept": value}
-            tensors |= {f"{i}.{key}": moments[key] for key in _MOMENTS}
+            moments = optimizer.state.get(parameter, {})  # empty where no gradient ever came
+            tensors |= {f"{i}.{key}": moments[key] for key in _MOMENTS if key in moments}
         stored = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         metadata = {"epochs": str(epochs), "before": repr(before), "best": repr(best)}
         beside = self.directory / (TUNING + ".tmp")
@@ -148,21 +146,28 @@ class LayerStore:
 
         (0, 0, 0, None) where there is nothing.
         """
-        from safetensors import safe_open
-
         if self.directory is None or not (self.directory / TUNING).is_file():
             return 0, 0.0, 0.0, None
-        device = str(tuned[0].device)
-        with safe_open(str(self.directory / TUNING), "pt", device=device) as file:
-            metadata = file.metadata()
-            for i, parameter in enumerate(tuned):
-                parameter.copy_(file.get_tensor(f"{i}.value"))
-                optimizer.state[parameter] = {
-                    key: file.get_tensor(f"{i}.{key}").clone() for key in _MOMENTS
-                }
-                optimizer.state[parameter]["step"] = optimizer.state[parameter]["step"].cpu()
-            kept = [file.get_tensor(f"{i}.kept").clone() for i in range(len(tuned))]
+        metadata, tensors = _read(self.directory / TUNING, tuned[0].device)
+        for i, parameter in enumerate(tuned):
+            parameter.copy_(tensors[f"{i}.value"])
+            if f"{i}.step" in tensors:
+                optimizer.state[parameter] = {key: tensors[f"{i}.{key}"] for key in _MOMENTS}
+                optimizer.state[parameter]["step"] = tensors[f"{i}.step"].cpu()
+        kept = [tensors[f"{i}.kept"] for i in range(len(tuned))]
         return int(metadata["epochs"]), float(metadata["before"]), float(metadata["best"]), kept
+
+
+def _read(path: Path, device: torch.device) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a state's file; ValueError if it is damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), "pt", device=str(device)) as file:
+            tensors = {n: torch.clone(file.get_tensor(n)) for n in file.keys()}  # noqa: SIM118
+            return file.metadata(), tensors
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error}); start over with --force") from error
 
 
 def _layer_format(value: dict[str, Any], codes: Mapping[TrellisCode, Tensor]) -> LayerFormat:
