@@ -13,7 +13,7 @@ import torch
 from softtrellis.io.checkpoint import base_of, load_quantized, save_quantized
 from softtrellis.io.files import whole_directory
 from softtrellis.io.sources import Source
-from softtrellis.modules.blocks import Blocks
+from softtrellis.modules.blocks import Blocks, _alike
 from softtrellis.modules.quantized_linear import QuantizedLinear
 from softtrellis.modules.replace import UnknownLayerError, quantized_layers
 from softtrellis.modules.scaled_linear import ScaledLinear, scale_, unscale_
@@ -80,7 +80,7 @@ def test_blocks_and_tuning_in_bfloat16(tiny_llama: LlamaForCausalLM) -> None:
     moments, output = watch_inputs(blocks, 1, blocks.states, linears)  # type: ignore[arg-type]
     assert output.dtype == torch.float32
     assert all(moment.total.dtype == torch.float32 for moment in moments.moments.values())
-    report = tune_block(blocks, 0, blocks.states, expected, TUNE)
+    report = tune_block(blocks, 0, blocks.states, expected, TUNE, [])
     assert report.after < report.before
 
 
@@ -266,6 +266,61 @@ def test_the_whole_model_is_tuned_towards_the_original(
     resumed = quantize(end_to_end=config, run_directory=tmp_path, resume=True)
     assert epochs == [1, 2, 3]
     assert same(resumed, tuned)
+
+
+def test_tuning_spares_what_is_skipped(quantize: Quantize, tiny_llama: LlamaForCausalLM) -> None:
+    model = quantize({"skip": ("q_proj",)}, fine_tune=TUNE)
+    for layer, original in zip(model.model.layers, tiny_llama.model.layers, strict=True):
+        assert torch.equal(layer.self_attn.q_proj.weight, original.self_attn.q_proj.weight)
+        assert not torch.equal(layer.input_layernorm.weight, original.input_layernorm.weight)
+
+
+def test_tuning_the_whole_model_with_a_quantized_output_layer(
+    quantize: Quantize, tmp_path: Path
+) -> None:
+    tuning = EndToEndConfig(epochs=1, batch=2)
+    model = quantize({"head_bits": 4}, end_to_end=tuning, run_directory=tmp_path)
+    resumed = quantize({"head_bits": 4}, end_to_end=tuning, run_directory=tmp_path, resume=True)
+    assert same(model, resumed)
+    codebooks = {layer.codebook.data_ptr() for layer in quantized_layers(model).values()}
+    assert len(codebooks) == 2  # one of each code
+
+
+def test_a_run_without_resume_starts_anew(quantize: Quantize, tmp_path: Path) -> None:
+    quantize({"layers": ("0",)}, run_directory=tmp_path)
+    again = quantize({"layers": ("0",), "seed": 5}, run_directory=tmp_path)
+    assert same(again, quantize({"layers": ("0",), "seed": 5}))
+
+
+def test_a_run_is_not_resumed_with_another_model(
+    quantize: Quantize, tmp_path: Path, tiny_llama: LlamaForCausalLM
+) -> None:
+    quantize({"layers": ("0",)}, run_directory=tmp_path)
+    with torch.no_grad():
+        tiny_llama.model.layers[1].mlp.down_proj.weight.neg_()
+    with pytest.raises(ValueError, match="the interrupted run had weights="):
+        quantize({"layers": ("0",)}, run_directory=tmp_path, resume=True)
+
+
+def test_what_cannot_be_tuned_is_refused_at_once(quantize: Quantize, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="needs two calibration windows"):
+        quantize({"windows": 1}, end_to_end=EndToEndConfig(), run_directory=tmp_path)
+    assert not list(tmp_path.glob("quantize_state*"))
+
+
+def test_half_precision_is_refused(tiny_llama: LlamaForCausalLM) -> None:
+    config = QuantizeConfig(code="gaussian", L=8, error_feedback=False)
+    with pytest.raises(ValueError, match=r"convert it with model.float\(\)"):
+        quantize_model(tiny_llama.bfloat16(), config)
+
+
+def test_arguments_that_differ_between_windows() -> None:
+    x = torch.arange(3)
+    assert _alike({"a": (x, None), "b": 3}, {"a": (x.clone(), None), "b": 3})
+    assert not _alike({"a": (x, None)}, {"a": (x + 1, None)})
+    assert not _alike((x,), (x[:2],))
+    assert not _alike({"a": x}, {"b": x})
+    assert not _alike((None,), (x,))
 
 
 def test_a_run_is_not_resumed_with_other_settings(quantize: Quantize, tmp_path: Path) -> None:

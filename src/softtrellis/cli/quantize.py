@@ -175,7 +175,7 @@ def run(options: argparse.Namespace) -> int:
     fine_tune = tuning if options.fine_tune else None
     check_backend(options.backend, options.device)
     if options.dry_run:
-        names, plan = plan_quantization(options.model, config, fine_tune)
+        names, plan = plan_quantization(options.model, config, fine_tune, whole)
         print("\n".join(names))
         print(plan)
         return 0
@@ -208,6 +208,7 @@ def notes(report: LayerReport, reports: Mapping[str, LayerReport]) -> str:
     found = [
         (times > PROXY_NOTED, f"proxy loss {times:.1f} times the median"),
         (report.damping > DAMPING_NOTED, f"damping grew to {report.damping:g}"),
+        (report.borrowed, f"saw {report.tokens} tokens: Hessian of all experts beside it"),
         (report.dead > 0, f"{report.dead} inputs never fire"),
         (report.largest > OUTLIER_NOTED, f"a weight of {report.largest:.0f} standard deviations"),
     ]

@@ -164,9 +164,9 @@ def fingerprint(model: nn.Module) -> str:
     """Return a sha256 that tells one base model from another.
 
     It covers the names, shapes and up to 1024 evenly spaced values, rounded to bfloat16, of each
-    parameter of the embeddings and norms, which quantization never touches. The same model has
-    the same fingerprint in float32 and bfloat16, on any device, and after its linears were
-    quantized.
+    parameter of the embeddings and norms, which quantization without fine-tuning never touches.
+    The same model has the same fingerprint in float32 and bfloat16, on any device, and after its
+    linears were quantized.
 
     Raises:
         ValueError: the model has neither embeddings nor norms.

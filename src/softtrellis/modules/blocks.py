@@ -17,6 +17,10 @@ from torch import Tensor, nn
 from softtrellis.modules.replace import decoder_layers
 from softtrellis.modules.tail import run_prefix
 
+_NOT_ALONE = (
+    "this model's decoder layers cannot be run one at a time: they depend on more than the hidden "
+    "states that enter them"
+)
 _TOLERANCE, _AUTOCAST_TOLERANCE = 1e-3, 5e-2
 
 
@@ -38,6 +42,11 @@ class Call:
         if self.by_name:
             return layer(*self.args, hidden_states=states, **self.kwargs)
         return layer(states, *self.args, **self.kwargs)
+
+
+def _changeable(call: Call) -> bool:
+    """Whether a layer is handed a dictionary, in which it may leave something for the next one."""
+    return any(isinstance(value, dict) for value in (*call.args, *call.kwargs.values()))
 
 
 def _hidden(output: Any) -> Tensor:
@@ -68,35 +77,56 @@ class _Catcher(_StandIn):
     def __init__(self, layer: nn.Module, first: _Catcher | None) -> None:
         super().__init__(layer)
         self._first = [first or self]
-        self.as_tuple: bool | None = None
+        self.size: int | None = None  # of the tuple that layers return; 0 for a tensor
         self.states: list[Tensor] = []
-        self.calls: list[Call] = []
+        self.call: Call | None = None
+        self.always_alike = True
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         by_name = not args
         states = kwargs.pop("hidden_states") if by_name else args[0]
         self.states.append(states)
-        self.calls.append(Call(args[1:], kwargs, by_name))
+        call = Call(args[1:], kwargs, by_name)
+        if self.call is None:
+            self.call = call
+        self.always_alike &= _alike(self.call.args, call.args)
+        self.always_alike &= _alike(self.call.kwargs, call.kwargs)
         first = self._first[0]
-        if first.as_tuple is None:
-            output = self.calls[0].output(self._layer[0], states)
-            first.as_tuple = isinstance(output, tuple)
+        if first.size is None:
+            output = call.output(self._layer[0], states)
+            first.size = len(output) if isinstance(output, tuple) else 0
             return output
-        return (states,) if first.as_tuple else states
+        return _returned(states, first.size)
 
 
 class _Replay(_StandIn):
     """Passes hidden states on, or the ones it was given."""
 
-    def __init__(self, layer: nn.Module, as_tuple: bool) -> None:
+    def __init__(self, layer: nn.Module, size: int) -> None:
         super().__init__(layer)
-        self._as_tuple = as_tuple
+        self._size = size
         self.given: Tensor | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         states = args[0] if args else kwargs["hidden_states"]
         states = states if self.given is None else self.given
-        return (states,) if self._as_tuple else states
+        return _returned(states, self._size)
+
+
+def _returned(states: Tensor, size: int) -> Any:
+    """Hidden states as a layer returns them: in a tuple of a size, or alone if that is 0."""
+    return (states, *[None] * (size - 1)) if size else states
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Whether two arguments of a layer hold the same."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, tuple | list) and isinstance(b, tuple | list):
+        return len(a) == len(b) and all(map(_alike, a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_alike(a[key], b[key]) for key in a)
+    return type(a) is type(b) and not isinstance(a, Tensor)
 
 
 class Blocks:
@@ -138,8 +168,11 @@ class Blocks:
             for window in windows:
                 with self._precision():
                     run_prefix(model, window[None].to(device))
-        self._as_tuple = bool(catchers[0].as_tuple)
-        self.calls = [catcher.calls[0] for catcher in catchers]
+        self._size = catchers[0].size or 0
+        self.calls = [catcher.call for catcher in catchers if catcher.call is not None]
+        alike = all(catcher.always_alike for catcher in catchers)
+        if len(self.calls) < len(catchers) or not alike or any(map(_changeable, self.calls)):
+            raise ValueError(_NOT_ALONE)
         self.states = torch.cat([states.detach() for states in catchers[0].states])
         with self.on_device(0):
             if len(catchers) > 1:
@@ -160,13 +193,15 @@ class Blocks:
     @torch.no_grad()
     def last_hidden(self, states: Tensor) -> Tensor:
         """What the output layer takes, [n, ctx, d], from what the last decoder layer returned."""
-        replays = [_Replay(layer, self._as_tuple) for layer in self.layers]
+        replays = [_Replay(layer, self._size) for layer in self.layers]
         found = []
         with self._without_layers(replays):
             for i, window in enumerate(self._windows):
                 replays[-1].given = states[i : i + 1]
                 ids = window[None].to(self.device)
-                found.append(self._base(input_ids=ids, use_cache=False).last_hidden_state)
+                with self._precision():
+                    hidden = self._base(input_ids=ids, use_cache=False).last_hidden_state
+                found.append(hidden)
         return torch.cat(found)
 
     @contextmanager
@@ -201,17 +236,16 @@ class Blocks:
     def _check_replay(self, expected: Tensor) -> None:
         found = self.run(0, self.states[:1])
         if found.shape != expected.shape or not self._close(found, expected):
-            raise ValueError(
-                "this model's decoder layers cannot be run one at a time: they depend on more than "
-                "the hidden states that enter them"
-            )
+            raise ValueError(_NOT_ALONE)
 
     def _takes(self, count: int) -> bool:
         """Whether the first layer takes several windows as it takes one."""
         one = torch.cat([self.run(0, part) for part in self.states[:count].split(1)])
         try:
             return self._close(self.run(0, self.states[:count]), one)
-        except RuntimeError:
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # other arguments fix the number of windows
             return False
 
 

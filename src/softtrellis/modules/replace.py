@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from itertools import pairwise
 
-from torch import nn
+from torch import Tensor, nn
 
 from softtrellis.modules.experts import expert_layout, fused_weights, unfuse_experts_
 from softtrellis.modules.quantized_linear import QuantizedLinear
@@ -177,6 +177,14 @@ def replace_modules(
         parent, _, child = name.rpartition(".")
         holder = model.get_submodule(parent)
         setattr(holder, child, make(name, holder.get_submodule(child)))
+
+
+def share_codebooks_(model: nn.Module) -> None:
+    """Lets quantized layers of one code on one device use one codebook, as they do when made."""
+    known: dict[tuple[object, object], Tensor] = {}
+    for module in quantized_layers(model).values():
+        key = module.layer.code, module.codebook.device
+        module.codebook = known.setdefault(key, module.codebook)
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:

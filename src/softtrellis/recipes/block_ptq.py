@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,7 @@ from softtrellis.modules.replace import (
     head_name,
     quantized_layers,
     replace_modules,
+    share_codebooks_,
 )
 from softtrellis.quantizers.hard import TrellisCode
 from softtrellis.recipes.calibration import InputMoments, SecondMoment, watch_inputs
@@ -86,6 +88,7 @@ class BlockQuantizer:
         states = original = None
         if self.blocks is not None:
             states = self.blocks.states
+            self.blocks.states = states[:0]  # not held once the next layer's are known
             if self.fine_tune is not None and self.config.inputs == "quantized":
                 original = states
         with progress(len(self.names), "quantize", enabled=self.config.show_progress) as bar:
@@ -99,11 +102,7 @@ class BlockQuantizer:
         if self.head is not None:
             self._quantize_head(self.head, states)
             self.names.append(self.head)
-        homes = {get_quantized(self.model, name).codes.device for name in self.names}
-        shared = {(code, h): b.to(h) for code, b in self.codebooks.items() for h in homes}
-        for name in self.names:
-            module = get_quantized(self.model, name)
-            module.codebook = shared[module.layer.code, module.codes.device]
+        share_codebooks_(self.model)
 
     def _layer(
         self, index: int, names: list[str], states: Tensor, original: Tensor | None
@@ -130,6 +129,7 @@ class BlockQuantizer:
                 self._quantize(index, names, moments, states, targets)
                 reports = {name: self.reports[name] for name in names}
                 self.store.save(index, layer, reports)
+            moments = None
             if self.config.inputs == "original":
                 assert output is not None
                 return output, None
@@ -151,17 +151,32 @@ class BlockQuantizer:
         targets: Tensor,
     ) -> None:
         of_experts = self._expert_hessians(moments, names)
-        for group in moments.groups(names):
+        groups = self._tuning_order(moments.groups(names), names)
+        left = list(names)
+        for group, tune in groups:
             first, hessian = group[0], None
             if self.config.error_feedback and first in of_experts:
                 hessian = of_experts[first]
             elif self.config.error_feedback:
                 hessian = moments.hessian(first)
             self._group(group, moments.leaders.get(first, first), hessian, moments.tokens(first))
-            if self.fine_tune is not None:
+            left = [name for name in left if name not in group]
+            if self.fine_tune is not None and tune:
                 assert self.blocks is not None
-                report = tune_block(self.blocks, index, states, targets, self.fine_tune)
+                linears = [get_linear(self.model, name) for name in left]
+                report = tune_block(self.blocks, index, states, targets, self.fine_tune, linears)
                 self.tuned.setdefault(index, []).append(report)
+
+    def _tuning_order(
+        self, groups: list[list[str]], names: list[str]
+    ) -> list[tuple[list[str], bool]]:
+        """The groups, with experts of one projection together, and whether to tune after each."""
+        found = expert_groups(self.model, names).items()
+        key_of = {name: key for key, members in found for name in members}
+        keys = [key_of.get(group[0], group[0]) for group in groups]
+        order = sorted(range(len(groups)), key=lambda i: keys.index(keys[i]))
+        following = [keys[i] for i in order[1:]] + [""]
+        return [(groups[i], keys[i] != after) for i, after in zip(order, following, strict=True)]
 
     def _expert_hessians(self, moments: InputMoments, names: list[str]) -> dict[str, Tensor | None]:
         """Of experts: their own Hessians, or of all beside them for those that saw few tokens."""
@@ -188,7 +203,8 @@ class BlockQuantizer:
             seed=config.seed,
             backend=config.backend,
         )
-        self.reports |= {name: report for name, (_, report) in found.items()}
+        for name, (_, report) in found.items():
+            self.reports[name] = replace(report, borrowed=name in self.filled)
         replace_modules(self.model, names, lambda name, _: found[name][0])
 
     def _quantize_head(self, name: str, states: Tensor | None) -> None:

@@ -11,15 +11,21 @@ import torch
 from torch import nn
 
 from softtrellis.modules.quantized_linear import LayerFormat
-from softtrellis.modules.replace import decoder_index, decoder_layers, get_linear
+from softtrellis.modules.replace import (
+    decoder_index,
+    decoder_layers,
+    get_linear,
+    head_name,
+)
 from softtrellis.quantizers.hard import TrellisCode
 from softtrellis.recipes.finetune import FineTuneConfig
 from softtrellis.trellis.viterbi import viterbi
 
 if TYPE_CHECKING:
+    from softtrellis.recipes.end_to_end import EndToEndConfig
     from softtrellis.recipes.ptq import QuantizeConfig
 
-_TILES = {"cpu": 8, "cuda": 256}
+_CPU_TILES = 8
 _SIDE = 1024
 _BACKWARD = 3  # a training step costs about three forward passes
 
@@ -70,13 +76,16 @@ class Estimate:
 
 
 def estimate(
-    model: nn.Module, config: QuantizeConfig, fine_tune: FineTuneConfig | None
+    model: nn.Module,
+    config: QuantizeConfig,
+    fine_tune: FineTuneConfig | None,
+    end_to_end: EndToEndConfig | None = None,
 ) -> Estimate:
     """Times the encoder and a matmul on the device, and counts what a model needs of them.
 
     Args:
         model: prepared for the layers that will be quantized, see ``prepare_for_layers_``.
-        config, fine_tune: as for ``quantize_model``.
+        config, fine_tune, end_to_end: as for ``quantize_model``.
 
     Raises:
         UnknownLayerError: a pattern that names no layer.
@@ -84,13 +93,20 @@ def estimate(
     names = config.names_of(model)
     bits = config.bits_of(model, names)
     formats = {name: config.layer_format(get_linear(model, name), bits[name]) for name in names}
+    whole = dict(formats)
+    if config.head_bits is not None:
+        head = head_name(model)
+        whole[head] = config.layer_format(get_linear(model, head), config.head_bits)
     device = torch.device(config.device)
+    tiles_at_once = sorted(layer.out_features for layer in formats.values())[len(names) // 2] // 16
+    count = _CPU_TILES if device.type == "cpu" else max(1, tiles_at_once)
     per_tile = {
-        code: _seconds_per_tile(code, config, device)
-        for code in dict.fromkeys(layer.code for layer in formats.values())
+        code: _seconds_per_tile(code, count, config, device)
+        for code in dict.fromkeys(layer.code for layer in whole.values())
     }
-    encode = sum(layer.tiles * per_tile[layer.code] for layer in formats.values())
-    tokens = config.windows * config.ctx if config.error_feedback or fine_tune else 0
+    encode = sum(layer.tiles * per_tile[layer.code] for layer in whole.values())
+    with_text = config.error_feedback or fine_tune is not None or end_to_end is not None
+    tokens = config.windows * config.ctx if with_text else 0
     rate = _multiply_adds_per_second(device)
     groups = {(name.rpartition(".")[0], layer.in_features) for name, layer in formats.items()}
     _, layers = decoder_layers(model)
@@ -102,19 +118,28 @@ def estimate(
     if fine_tune is not None:
         per_layer = len(groups) / len({decoder_index(model, name) for name in names})
         tune = tokens * passed * _BACKWARD * fine_tune.epochs * per_layer / rate
-    weights = sum(layer.in_features * layer.out_features for layer in formats.values())
-    stored = sum(_stored_bits(layer, tuned=fine_tune is not None) for layer in formats.values())
-    dense = sum(p.numel() * p.element_size() for p in model.parameters())
+    everything = sum(p.numel() for p in model.parameters())
+    if end_to_end is not None:
+        tune += tokens * everything * (_BACKWARD + 1) * end_to_end.epochs / rate
+    weights = sum(layer.in_features * layer.out_features for layer in whole.values())
+    tuned = fine_tune is not None or end_to_end is not None
+    stored = sum(_stored_bits(layer, tuned=tuned) for layer in whole.values())
+    dense = sum(_bytes(p) for p in model.parameters())
     dense -= sum(_bytes(get_linear(model, name).weight) for name in names)
+    needed = _device_bytes(list(layers)[: last + 1], formats, tokens, config)
+    if fine_tune is not None:  # gradients, two moments, the best values, the graph of a batch
+        needed += 4 * max(sum(_bytes(p) for p in layer.parameters()) for layer in layers)
+    if end_to_end is not None:
+        needed = max(needed, 8 * everything)
     return Estimate(
-        layers=len(names),
+        layers=len(whole),
         weights=weights,
-        tiles=sum(layer.tiles for layer in formats.values()),
+        tiles=sum(layer.tiles for layer in whole.values()),
         bits=stored / weights,
         encode_seconds=encode,
         run_seconds=run,
         tune_seconds=tune,
-        device_bytes=_device_bytes(list(layers)[: last + 1], formats, tokens, config),
+        device_bytes=needed,
         file_bytes=dense + stored // 8,
     )
 
@@ -146,8 +171,11 @@ def _device_bytes(
     return 2 * largest + states + batch + hessians + kernels
 
 
-def _seconds_per_tile(code: TrellisCode, config: QuantizeConfig, device: torch.device) -> float:
-    count, values = _TILES[device.type], code.codebook().to(device)
+def _seconds_per_tile(
+    code: TrellisCode, count: int, config: QuantizeConfig, device: torch.device
+) -> float:
+    """Of a batch of so many tiles: as many as LDLQ encodes at once matter on a GPU."""
+    values = code.codebook().to(device)
     w = torch.randn(count, code.spec.steps(), code.spec.V, device=device)
     return _timed(lambda: viterbi(w, values, code.spec, backend=config.backend), device) / count
 

@@ -84,8 +84,7 @@ def tune_block(
     states: Tensor,
     targets: Tensor,
     config: FineTuneConfig,
-    *,
-    keep: Sequence[nn.Linear] = (),
+    linears: Sequence[nn.Linear],
 ) -> TuneReport:
     """Tunes a decoder layer that is on the device; its quantized layers keep their codes.
 
@@ -95,7 +94,8 @@ def tune_block(
         states: [n, ctx, d], what enters it.
         targets: [n, ctx, d], what it should make of that.
         config: see ``FineTuneConfig``.
-        keep: linear layers whose weights stay as they are.
+        linears: layers of it whose weights are tuned, those that are still to be quantized; of all
+            else only what has one dimension is: scales, norms and biases.
 
     Raises:
         ValueError: fewer than two windows.
@@ -106,8 +106,8 @@ def tune_block(
     layer = blocks.layers[index]
     energy = float((targets - states).float().square().mean())
     scale_(layer)
-    fixed = {id(p) for linear in keep for p in linear.parameters() if p.ndim > 1}
-    tuned = [p for p in layer.parameters() if p.is_floating_point() and id(p) not in fixed]
+    vectors = [p for p in layer.parameters() if p.ndim < 2 and p.is_floating_point()]
+    tuned = [*vectors, *(linear.weight for linear in linears)]
     rates = [_learning_rate(p, config) for p in tuned]
     groups = [{"params": [p], "lr": rate} for p, rate in zip(tuned, rates, strict=True)]
     optimizer = torch.optim.Adam(groups, betas=BETAS)
@@ -149,7 +149,7 @@ def tune_block(
     return TuneReport(before, best)
 
 
-def _learning_rate(parameter: nn.Parameter, config: FineTuneConfig) -> float:
+def _learning_rate(parameter: Tensor, config: FineTuneConfig) -> float:
     rms = float(parameter.detach().float().square().mean().sqrt())
     return (config.lr if parameter.ndim > 1 else config.scale_lr) * (rms or 1.0)
 

@@ -28,7 +28,8 @@ class LayerReport:
         seconds: time it took, shared evenly by the layers that were quantized together.
         damping: what was added to the Hessian's diagonal, over its mean; 0 without a Hessian.
         dead: input channels that never fired.
-        tokens: inputs that its Hessian was taken from.
+        tokens: inputs that the layer saw.
+        borrowed: its Hessian is that of all experts beside it, because it saw too few.
         largest: the largest weight over their root mean square.
     """
 
@@ -39,6 +40,7 @@ class LayerReport:
     dead: int = 0
     tokens: int = 0
     largest: float = 0.0
+    borrowed: bool = False
 
 
 def name_seed(seed: int, name: str) -> int:
@@ -90,7 +92,10 @@ def quantize_group(
         )
     feedback = None
     if hessian is not None:
-        feedback = block_ldl(next(iter(bases.values())).rotate_hessian(hessian), damping)
+        try:
+            feedback = block_ldl(next(iter(bases.values())).rotate_hessian(hessian), damping)
+        except ValueError as error:
+            raise ValueError(f"{leader}: {error}") from error
     made: dict[str, QuantizedLinear] = {}
     for code in dict.fromkeys(layer.code for layer in formats.values()):
         names = [name for name, layer in formats.items() if layer.code == code]

@@ -28,7 +28,7 @@ from softtrellis.io.checkpoint import (
 )
 from softtrellis.io.files import whole_directory
 from softtrellis.io.text import load_documents, token_windows
-from softtrellis.modules.replace import dequantize_, prepare_for_layers_
+from softtrellis.modules.replace import dequantize_, head_name, prepare_for_layers_
 from softtrellis.recipes.calibration import check_finite
 from softtrellis.recipes.end_to_end import EndToEndConfig
 from softtrellis.recipes.environment import environment
@@ -83,13 +83,17 @@ def quantize_to(
 
 
 def plan_quantization(
-    model: str, config: QuantizeConfig, fine_tune: FineTuneConfig | None
+    model: str,
+    config: QuantizeConfig,
+    fine_tune: FineTuneConfig | None,
+    end_to_end: EndToEndConfig | None,
 ) -> tuple[list[str], Estimate]:
     """What ``quantize_to`` would quantize, and what that takes."""
     loaded = load_full_precision(model).model
     names = config.names_of(loaded)
     prepare_for_layers_(loaded, names)
-    return names, estimate(loaded, config, fine_tune)
+    plan = estimate(loaded, config, fine_tune, end_to_end)
+    return names if config.head_bits is None else [*names, head_name(loaded)], plan
 
 
 def train_to(

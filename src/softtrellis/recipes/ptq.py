@@ -13,19 +13,25 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from softtrellis import __version__
 from softtrellis.backend import Backend
 from softtrellis.io.checkpoint import load_full_precision
 from softtrellis.io.sources import fingerprint
 from softtrellis.io.text import load_documents, token_windows
 from softtrellis.modules.quantized_linear import LayerFormat
-from softtrellis.modules.replace import prepare_for_layers_, quantized_layers, select_layers
+from softtrellis.modules.replace import (
+    prepare_for_layers_,
+    quantized_layers,
+    select_layers,
+    share_codebooks_,
+)
 from softtrellis.quantizers.hard import TrellisCode
 from softtrellis.quantizers.ldlq import BLOCK
 from softtrellis.recipes.block_ptq import BlockQuantizer
 from softtrellis.recipes.calibration import check_finite
 from softtrellis.recipes.end_to_end import EndToEndConfig, tune_end_to_end
 from softtrellis.recipes.estimate import estimate
-from softtrellis.recipes.finetune import FineTuneConfig
+from softtrellis.recipes.finetune import FineTuneConfig, held_out_windows
 from softtrellis.recipes.group import LayerReport
 from softtrellis.recipes.ptq_state import LayerStore
 from softtrellis.recipes.run_state import digest
@@ -212,6 +218,9 @@ def quantize_model(
     names = config.names_of(model)
     prepare_for_layers_(model, names)
     check_finite(model)
+    if any(p.dtype != torch.float32 for p in model.parameters() if p.is_floating_point()):
+        raise ValueError("the model's parameters must be float32; convert it with model.float()")
+    model.eval()  # type: ignore[no-untyped-call]
     windows: Tensor | None = None
     if config.error_feedback or fine_tune is not None or end_to_end is not None:
         if tokenizer is None:
@@ -223,11 +232,15 @@ def quantize_model(
         "fine_tune": None if fine_tune is None else asdict(fine_tune),
         "end_to_end": None if end_to_end is None else asdict(end_to_end),
         "model": fingerprint(model),
+        "weights": digest(_sample(p) for p in model.parameters()),
+        "version": __version__,
         "text": None if windows is None else digest([windows]),
     }
     if config.show_progress:
-        print(estimate(model, config, fine_tune), file=sys.stderr)
+        print(estimate(model, config, fine_tune, end_to_end), file=sys.stderr)
     store = LayerStore(run_directory, settings, resume=resume)
+    if windows is not None and (fine_tune is not None or end_to_end is not None):
+        held_out_windows(len(windows), 0.5)
     teacher = copy.deepcopy(model) if end_to_end is not None else None
     quantizer = BlockQuantizer(model, names, windows, config, fine_tune, store)
     quantizer.run()
@@ -241,6 +254,13 @@ def quantize_model(
             device=torch.device(config.device),
             show_progress=config.show_progress,
         )
+        share_codebooks_(model)
     if reports is not None:
         reports |= {name: quantizer.reports[name] for name in quantizer.names}
     return model
+
+
+def _sample(parameter: Tensor) -> Tensor:
+    """Up to 1024 values of a parameter, evenly spaced."""
+    flat = parameter.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // 1024)].contiguous()
