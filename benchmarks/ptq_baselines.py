@@ -67,7 +67,7 @@ def quantize(model: nn.Module, windows: Tensor, row: str, L: int, device: torch.
     for index in progress(range(len(blocks.layers)), row):
         with blocks.on_device(index) as layer:
             linears = {n: m for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
-            moments, _ = watch_inputs(blocks, index, states, linears)
+            moments, _ = watch_inputs(blocks, index, states, linears, linears)
             for path, linear in linears.items():
                 weight = linear.weight.float()
                 basis, hessian = basis_of(weight, rotation), moments.hessian(path)

@@ -77,7 +77,7 @@ def test_blocks_and_tuning_in_bfloat16(tiny_llama: LlamaForCausalLM) -> None:
     assert blocks.batch == 3
     assert blocks.states.dtype == torch.float32
     linears = {n: m for n, m in tiny_llama.model.layers[1].named_modules() if "_proj" in n}
-    moments, output = watch_inputs(blocks, 1, blocks.states, linears)  # type: ignore[arg-type]
+    moments, output = watch_inputs(blocks, 1, blocks.states, linears, linears)  # type: ignore[arg-type]
     assert output.dtype == torch.float32
     assert all(moment.total.dtype == torch.float32 for moment in moments.moments.values())
     report = tune_block(blocks, 0, blocks.states, expected, TUNE, [])

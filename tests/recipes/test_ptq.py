@@ -40,7 +40,7 @@ def watch(
         states = blocks.run_all(i, states)
     names = [name for name in linear_names(model) if name.startswith(f"model.layers.{index}.")]
     linears = {name: get_linear(model, name) for name in names}
-    return watch_inputs(blocks, index, states, linears)
+    return watch_inputs(blocks, index, states, linears, linears)
 
 
 def test_hessians_are_the_second_moments(tiny_llama: LlamaForCausalLM) -> None:
@@ -70,6 +70,19 @@ def test_layers_with_the_same_inputs_share_their_moments(tiny_llama: LlamaForCau
         ["gate_proj", "up_proj"],
         ["down_proj"],
     ]
+
+
+def test_only_wanted_layers_are_counted(tiny_llama: LlamaForCausalLM) -> None:
+    windows = torch.randint(128, (2, 16), generator=torch.Generator().manual_seed(0))
+    blocks = Blocks(tiny_llama, windows, device=torch.device("cpu"), batch=2)
+    linears = {n: m for n, m in blocks.layers[0].named_modules() if isinstance(m, torch.nn.Linear)}
+    k, q = "self_attn.k_proj", "self_attn.q_proj"
+    some, _ = watch_inputs(blocks, 0, blocks.states, linears, [k])
+    every, _ = watch_inputs(blocks, 0, blocks.states, linears, linears)
+    assert some.leaders == every.leaders
+    assert list(some.moments) == [q] == [some.leaders[k]]
+    torch.testing.assert_close(some.hessian(k), every.hessian(q))
+    assert (some.tokens(k), some.tokens("mlp.up_proj")) == (32, 0)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from softtrellis.cli.common import (
     Commands,
+    UsageError,
     add_backend,
     add_data,
     add_device,
@@ -92,12 +93,12 @@ def add_parser(commands: Commands) -> None:
         action="store_true",
         help="tune what is left of every block, and the scales, to the original block's output",
     )
-    parser.add_argument("--epochs", type=int, default=5, help="of --fine-tune, for every group")
+    parser.add_argument("--epochs", type=int, help="of --fine-tune, for every group; 5 by default")
     parser.add_argument(
         "--lr",
         type=float,
-        default=1e-2,
-        help="of --fine-tune, for weights, over the root mean square of each matrix",
+        help="of --fine-tune, for weights, over the root mean square of each matrix; 0.01 by "
+        "default",
     )
     parser.add_argument(
         "--end-to-end",
@@ -109,8 +110,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--scale-lr",
         type=float,
-        default=3e-3,
-        help="of --fine-tune, for scales, norms and biases, likewise",
+        help="of --fine-tune, for scales, norms and biases, likewise; 0.003 by default",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the random signs of the rotations")
     add_device(parser, "what quantizes; cuda holds one decoder layer at a time")
@@ -164,9 +164,12 @@ def run(options: argparse.Namespace) -> int:
             backend=options.backend,
             show_progress=True,
         )
-        tuning = FineTuneConfig(
-            epochs=options.epochs, lr=options.lr, scale_lr=options.scale_lr, seed=options.seed
-        )
+        given = {name: getattr(options, name) for name in ("epochs", "lr", "scale_lr")}
+        given = {name: value for name, value in given.items() if value is not None}
+        if given and not options.fine_tune:
+            option = next(iter(given)).replace("_", "-")
+            raise UsageError(f"--{option} needs --fine-tune")
+        tuning = FineTuneConfig(seed=options.seed, **given)
         whole = None
         if options.end_to_end is not None:
             if options.end_to_end < 1:

@@ -117,7 +117,8 @@ class BlockQuantizer:
             moments, output = None, None
             done = self.store.has(index)
             if names and not done:
-                moments, output = watch_inputs(self.blocks, index, states, self._linears(index))
+                linears = self._linears(index)
+                moments, output = watch_inputs(self.blocks, index, states, linears, names)
             elif self.config.inputs == "original":
                 output = self.blocks.run_all(index, states)
             targets = output

@@ -43,12 +43,15 @@ class InputMoments:
     """The second moments of one decoder layer's linear layers.
 
     Attributes:
+        wanted: names of the layers whose moments are taken.
         leaders: for every linear layer that ran, the first one that had the same input.
         moments: by leader.
     """
 
+    wanted: frozenset[str]
     leaders: dict[str, str] = field(default_factory=dict)
     moments: dict[str, SecondMoment] = field(default_factory=dict)
+    _counters: dict[str, str] = field(default_factory=dict)
     _last: tuple[Tensor, str] | None = None
 
     def see(self, name: str, x: Tensor) -> None:
@@ -57,14 +60,14 @@ class InputMoments:
             shared = self._last is not None and self._last[0] is x
             self.leaders[name] = self._last[1] if shared and self._last is not None else name
         leader = self.leaders[name]
-        if leader == name:
-            if name not in self.moments:
-                self.moments[name] = SecondMoment(x.shape[-1], x.device)
-            self.moments[name].add(x)
+        if name in self.wanted and self._counters.setdefault(leader, name) == name:
+            if leader not in self.moments:
+                self.moments[leader] = SecondMoment(x.shape[-1], x.device)
+            self.moments[leader].add(x)
         self._last = (x, leader)
 
     def hessian(self, name: str) -> Tensor | None:
-        """float32 [in, in] of a layer's inputs; None if it never ran.
+        """float32 [in, in] of a wanted layer's inputs; None if it never ran.
 
         Raises:
             ValueError: NaN or infinity among the inputs.
@@ -78,7 +81,8 @@ class InputMoments:
 
     def tokens(self, name: str) -> int:
         """Inputs that a layer saw."""
-        return self.moments[self.leaders[name]].count if name in self.leaders else 0
+        leader = self.leaders.get(name)
+        return self.moments[leader].count if leader in self.moments else 0
 
     def groups(self, names: Iterable[str]) -> list[list[str]]:
         """Names with the same inputs together, in the order in which they ran."""
@@ -92,7 +96,11 @@ class InputMoments:
 
 @torch.no_grad()
 def watch_inputs(
-    blocks: Blocks, index: int, states: Tensor, linears: dict[str, nn.Linear]
+    blocks: Blocks,
+    index: int,
+    states: Tensor,
+    linears: dict[str, nn.Linear],
+    wanted: Iterable[str],
 ) -> tuple[InputMoments, Tensor]:
     """Runs a decoder layer that is on the device, and takes the moments of its linears' inputs.
 
@@ -103,11 +111,12 @@ def watch_inputs(
         index: of the decoder layer.
         states: [n, ctx, d], what enters it.
         linears: all its linear layers by name.
+        wanted: the names of those whose moments are taken.
 
     Returns:
         The moments, and the layer's output [n, ctx, d].
     """
-    found = InputMoments()
+    found = InputMoments(frozenset(wanted))
     with ExitStack() as stack:
         for name, linear in linears.items():
 
