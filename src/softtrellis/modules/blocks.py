@@ -6,6 +6,7 @@ be quantized there.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from softtrellis.modules.replace import decoder_layers
 from softtrellis.modules.tail import run_prefix
 
+_log = logging.getLogger(__name__)
 _NOT_ALONE = (
     "this model's decoder layers cannot be run one at a time: they depend on more than the hidden "
     "states that enter them"
@@ -178,6 +180,8 @@ class Blocks:
             if len(catchers) > 1:
                 self._check_replay(catchers[1].states[0])
             self.batch = batch if self._takes(min(batch, len(windows))) else 1
+        if self.batch < batch:
+            _log.warning("this model's layers take one window at a time; that is slower")
 
     @contextmanager
     def _without_layers(self, others: Sequence[nn.Module]) -> Iterator[None]:

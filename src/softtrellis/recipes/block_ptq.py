@@ -23,10 +23,11 @@ from softtrellis.modules.replace import (
     replace_modules,
     share_codebooks_,
 )
+from softtrellis.modules.unify import linear_of
 from softtrellis.quantizers.hard import TrellisCode
 from softtrellis.recipes.calibration import InputMoments, SecondMoment, watch_inputs
 from softtrellis.recipes.expert_hessians import fill_sparse_hessians
-from softtrellis.recipes.finetune import FineTuneConfig, TuneReport, tune_block
+from softtrellis.recipes.finetune import FineTuneConfig, tune_block
 from softtrellis.recipes.group import LayerReport, quantize_group
 from softtrellis.recipes.ptq_state import LayerStore
 
@@ -39,7 +40,6 @@ class BlockQuantizer:
 
     Attributes:
         reports: by layer.
-        tuned: by decoder layer, a report for each group where blocks are tuned.
         filled: experts that saw too few tokens, and took the Hessian of those beside them.
     """
 
@@ -74,8 +74,7 @@ class BlockQuantizer:
                 autocast=torch.bfloat16 if self.device.type == "cuda" else None,
             )
         self.reports: dict[str, LayerReport] = {}
-        self.tuned: dict[int, list[TuneReport]] = {}
-        self.filled: list[str] = []
+        self.filled: set[str] = set()
 
     def run(self) -> None:
         """Quantizes all layers, or goes on where the store ends."""
@@ -151,10 +150,10 @@ class BlockQuantizer:
         states: Tensor,
         targets: Tensor,
     ) -> None:
-        of_experts = self._expert_hessians(moments, names)
-        groups = self._tuning_order(moments.groups(names), names)
+        experts = expert_groups(self.model, names)
+        of_experts = self._expert_hessians(moments, experts)
         left = list(names)
-        for group, tune in groups:
+        for group, tune in _tuning_order(moments.groups(names), experts):
             first, hessian = group[0], None
             if self.config.error_feedback and first in of_experts:
                 hessian = of_experts[first]
@@ -165,29 +164,18 @@ class BlockQuantizer:
             if self.fine_tune is not None and tune:
                 assert self.blocks is not None
                 linears = [get_linear(self.model, name) for name in left]
-                report = tune_block(self.blocks, index, states, targets, self.fine_tune, linears)
-                self.tuned.setdefault(index, []).append(report)
+                tune_block(self.blocks, index, states, targets, self.fine_tune, linears)
 
-    def _tuning_order(
-        self, groups: list[list[str]], names: list[str]
-    ) -> list[tuple[list[str], bool]]:
-        """The groups, with experts of one projection together, and whether to tune after each."""
-        found = expert_groups(self.model, names).items()
-        key_of = {name: key for key, members in found for name in members}
-        keys = [key_of.get(group[0], group[0]) for group in groups]
-        order = sorted(range(len(groups)), key=lambda i: keys.index(keys[i]))
-        following = [keys[i] for i in order[1:]] + [""]
-        return [(groups[i], keys[i] != after) for i, after in zip(order, following, strict=True)]
-
-    def _expert_hessians(self, moments: InputMoments, names: list[str]) -> dict[str, Tensor | None]:
+    def _expert_hessians(
+        self, moments: InputMoments, groups: dict[str, list[str]]
+    ) -> dict[str, Tensor | None]:
         """Of experts: their own Hessians, or of all beside them for those that saw few tokens."""
-        groups = expert_groups(self.model, names)
         experts = [name for group in groups.values() for name in group]
         counts = {name: moments.tokens(name) for name in experts}
         own = {name: moments.hessian(name) for name in experts if counts[name]}
         known = {name: hessian for name, hessian in own.items() if hessian is not None}
         filled = fill_sparse_hessians(known, counts, groups, least=self.config.expert_tokens)
-        self.filled += filled
+        self.filled |= set(filled)
         return {name: known.get(name) for name in experts}
 
     def _group(self, names: list[str], leader: str, hessian: Tensor | None, tokens: int) -> None:
@@ -213,9 +201,7 @@ class BlockQuantizer:
         settings: Any = self.model.config
         settings.tie_word_embeddings = False
         head = get_linear(self.model, name)
-        untied = nn.Linear(head.in_features, head.out_features, head.bias is not None, "meta")
-        untied.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-        untied.bias = head.bias
+        untied = linear_of(head.weight, head.bias, like=head)
         replace_modules(self.model, [name], lambda *_: untied)
         if self.blocks is None or states is None:
             self._weights_only([name])
@@ -245,6 +231,17 @@ class BlockQuantizer:
             linear.to(self.device)
             self._group([name], name, None, 0)
             self.model.get_submodule(name).to(home)
+
+
+def _tuning_order(
+    groups: list[list[str]], experts: dict[str, list[str]]
+) -> list[tuple[list[str], bool]]:
+    """The groups, with experts of one projection together, and whether to tune after each."""
+    key_of = {name: key for key, members in experts.items() for name in members}
+    together: dict[str, list[list[str]]] = {}
+    for group in groups:
+        together.setdefault(key_of.get(group[0], group[0]), []).append(group)
+    return [(group, group is same[-1]) for same in together.values() for group in same]
 
 
 @contextmanager

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from softtrellis.evaluation.perplexity import SplitHead, split_head
 from softtrellis.io.progress import progress
 from softtrellis.modules.scaled_linear import ScaledLinear, scale_, unscale_
-from softtrellis.recipes.finetune import BETAS, TuneReport, check_tuning, held_out_windows
+from softtrellis.recipes.finetune import TuneReport, check_tuning, held_out_windows
 from softtrellis.recipes.losses import forward_kl
 from softtrellis.recipes.ptq_state import LayerStore
+from softtrellis.recipes.schedules import cosine_to_zero
+from softtrellis.recipes.trainer import BETAS
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,8 @@ def tune_end_to_end(
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
         batches = torch.randperm(len(train), generator=generator).split(config.batch)
         for i, rows in enumerate(batches):
-            share = (epoch * len(batches) + i) / steps
             for group in optimizer.param_groups:
-                group["lr"] = config.lr * 0.5 * (1 + math.cos(math.pi * share))
+                group["lr"] = cosine_to_zero(epoch * len(batches) + i, steps, lr=config.lr)
             loss = _loss(networks, train[rows])
             optimizer.zero_grad()
             loss.backward()

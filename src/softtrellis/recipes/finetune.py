@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from softtrellis.modules.blocks import Blocks
 from softtrellis.modules.scaled_linear import scale_, unscale_
-
-BETAS = (0.9, 0.95)
+from softtrellis.recipes.schedules import cosine_to_zero
+from softtrellis.recipes.trainer import BETAS
 
 
 def check_tuning(epochs: int, batch: int, held_out: float, **rates: float) -> None:
@@ -126,7 +126,7 @@ def tune_block(
     for epoch in batches:
         for step in epoch:
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * done / steps))
+                group["lr"] = cosine_to_zero(done, steps, lr=rate)
             optimizer.zero_grad()
             for rows in step.split(size):
                 with torch.enable_grad():

@@ -84,12 +84,15 @@ def quantize_group(
         layer = formats[name]
         signs = layer.random_incoherence(name_seed(seed, f"inputs of {leader}")).in_signs
         own = layer.random_incoherence(name_seed(seed, name))
-        bases[name] = WeightBasis.fit(
-            weight,
-            replace(own, in_signs=signs).to(weight.device),
-            codebook_rms=float(codebooks[layer.code].double().square().mean().sqrt()),
-            channel_scales=layer.channel_scales,
-        )
+        try:
+            bases[name] = WeightBasis.fit(
+                weight,
+                replace(own, in_signs=signs).to(weight.device),
+                codebook_rms=float(codebooks[layer.code].double().square().mean().sqrt()),
+                channel_scales=layer.channel_scales,
+            )
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
     feedback = None
     if hessian is not None:
         try:
@@ -130,8 +133,6 @@ def _weight(name: str, linear: nn.Linear) -> Tensor:
     weight = linear.weight.detach().to(torch.float32)
     if not bool(torch.isfinite(weight).all()):
         raise ValueError(f"{name}: the weight holds NaN or infinity")
-    if not bool(weight.any()):
-        raise ValueError(f"{name}: the weight is zero everywhere; skip this layer")
     return weight
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +16,7 @@ from softtrellis.modules.quantized_linear import LayerFormat, QuantizedLinear
 from softtrellis.modules.replace import quantized_layers, replace_modules
 from softtrellis.quantizers.hard import TrellisCode
 from softtrellis.recipes.group import LayerReport
+from softtrellis.recipes.run_state import check_settings, read_tensors, write_tensors
 
 SETTINGS, TUNING = "quantize_state.json", "quantize_state_tuning.safetensors"
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -42,22 +42,16 @@ class LayerStore:
         self.settings = json.loads(json.dumps(settings, sort_keys=True))
         if directory is None:
             return
-        path, now = directory / SETTINGS, self.settings
-        if not resume:
+        path = directory / SETTINGS
+        if not resume or not path.is_file():  # what has no settings beside it is not trusted
             for old in directory.glob("quantize_state*"):
                 old.unlink()
-        elif path.is_file():
-            try:
-                saved = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ValueError(f"{path} is damaged; start over with --force") from error
-            for name in sorted(saved.keys() | now.keys()):
-                if saved.get(name) != now.get(name):
-                    raise ValueError(
-                        f"the interrupted run had {name}={saved.get(name)!r}, this one has "
-                        f"{now.get(name)!r}; resume with the same settings, or start over with "
-                        "--force"
-                    )
+            return
+        try:
+            saved = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged; start over with --force") from error
+        check_settings(saved, self.settings)
 
     def _path(self, index: int) -> Path | None:
         if self.directory is None:
@@ -71,22 +65,17 @@ class LayerStore:
 
     def save(self, index: int, layer: nn.Module, reports: Mapping[str, LayerReport]) -> None:
         """Writes a finished decoder layer, whole or not at all."""
-        from safetensors.torch import save_file
-
         path = self._path(index)
         if self.directory is None or path is None:
             return
         formats = {name: asdict(module.layer) for name, module in quantized_layers(layer).items()}
-        tensors = {n: t.detach().cpu().contiguous() for n, t in layer.state_dict().items()}
         metadata = {
             "formats": json.dumps(formats),
             "reports": json.dumps({name: asdict(report) for name, report in reports.items()}),
         }
-        beside = path.with_suffix(".tmp")
-        save_file(tensors, str(beside), metadata=metadata)
+        write_tensors(path, layer.state_dict(), metadata)
         if not (self.directory / SETTINGS).is_file():
             write_json(self.directory / SETTINGS, self.settings)
-        os.replace(beside, path)
 
     def load(
         self, index: int, layer: nn.Module, codebooks: Mapping[TrellisCode, Tensor]
@@ -98,7 +87,7 @@ class LayerStore:
         """
         path = self._path(index)
         assert path is not None
-        metadata, tensors = _read(path, next(layer.parameters()).device)
+        metadata, tensors = read_tensors(path, next(layer.parameters()).device)
         formats = {
             name: _layer_format(value, codebooks)
             for name, value in json.loads(metadata["formats"]).items()
@@ -123,20 +112,15 @@ class LayerStore:
         optimizer: torch.optim.Optimizer,
     ) -> None:
         """Writes the state of end-to-end tuning after some epochs, whole or not at all."""
-        from safetensors.torch import save_file
-
         if self.directory is None:
             return
         tensors: dict[str, Tensor] = {}
         for i, (parameter, value) in enumerate(zip(tuned, kept, strict=True)):
-            tensors |= {f"{i}.value": parameter.detach(), f"{i}.kept": value}
+            tensors |= {f"{i}.value": parameter, f"{i}.kept": value}
             moments = optimizer.state.get(parameter, {})  # empty where no gradient ever came
             tensors |= {f"{i}.{key}": moments[key] for key in _MOMENTS if key in moments}
-        stored = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         metadata = {"epochs": str(epochs), "before": repr(before), "best": repr(best)}
-        beside = self.directory / (TUNING + ".tmp")
-        save_file(stored, str(beside), metadata=metadata)
-        os.replace(beside, self.directory / TUNING)
+        write_tensors(self.directory / TUNING, tensors, metadata)
 
     @torch.no_grad()
     def load_tuning(
@@ -148,7 +132,7 @@ class LayerStore:
         """
         if self.directory is None or not (self.directory / TUNING).is_file():
             return 0, 0.0, 0.0, None
-        metadata, tensors = _read(self.directory / TUNING, tuned[0].device)
+        metadata, tensors = read_tensors(self.directory / TUNING, tuned[0].device)
         for i, parameter in enumerate(tuned):
             parameter.copy_(tensors[f"{i}.value"])
             if f"{i}.step" in tensors:
@@ -156,18 +140,6 @@ class LayerStore:
                 optimizer.state[parameter]["step"] = tensors[f"{i}.step"].cpu()
         kept = [tensors[f"{i}.kept"] for i in range(len(tuned))]
         return int(metadata["epochs"]), float(metadata["before"]), float(metadata["best"]), kept
-
-
-def _read(path: Path, device: torch.device) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and tensors of a state's file; ValueError if it is damaged."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(path), "pt", device=str(device)) as file:
-            tensors = {n: torch.clone(file.get_tensor(n)) for n in file.keys()}  # noqa: SIM118
-            return file.metadata(), tensors
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged ({error}); start over with --force") from error
 
 
 def _layer_format(value: dict[str, Any], codes: Mapping[TrellisCode, Tensor]) -> LayerFormat:

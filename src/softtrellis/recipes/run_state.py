@@ -59,13 +59,8 @@ def save_state(
     directory: Path, tensors: Mapping[str, Tensor], *, step: int, settings: Mapping[str, Any]
 ) -> None:
     """Writes the tensors of a run after ``step`` steps, whole or not at all."""
-    from safetensors.torch import save_file
-
-    beside = directory / (STATE + ".tmp")
     metadata = {"step": str(step), "settings": json.dumps(settings, sort_keys=True)}
-    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(stored, str(beside), metadata=metadata)
-    os.replace(beside, directory / STATE)
+    write_tensors(directory / STATE, tensors, metadata)
 
 
 def load_state(directory: Path, *, settings: Mapping[str, Any]) -> tuple[int, dict[str, Tensor]]:
@@ -74,24 +69,48 @@ def load_state(directory: Path, *, settings: Mapping[str, Any]) -> tuple[int, di
     Raises:
         ValueError: the state is damaged, or was saved with other settings (named).
     """
-    from safetensors import SafetensorError, safe_open
-
     path = directory / STATE
     if not path.is_file():
         return 0, {}
-    try:
-        with safe_open(str(path), "pt") as file:
-            metadata = file.metadata()
-            tensors = {name: torch.clone(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged ({error}); start over with --force") from error
+    metadata, tensors = read_tensors(path, torch.device("cpu"))
     saved = json.loads(metadata["settings"])
-    now = json.loads(json.dumps(settings, sort_keys=True))
+    check_settings(saved, json.loads(json.dumps(settings, sort_keys=True)), digests=DIGESTS)
+    return int(metadata["step"]), tensors
+
+
+def check_settings(
+    saved: Mapping[str, Any], now: Mapping[str, Any], *, digests: tuple[str, ...] = ()
+) -> None:
+    """ValueError, naming the first that differs, unless a run is resumed with its own settings.
+
+    Both are as JSON gives them back; of ``digests`` the values are not shown.
+    """
     for name in sorted(saved.keys() | now.keys()):
         if saved.get(name) != now.get(name):
             what = f"{name}={saved.get(name)!r}, this one has {now.get(name)!r}"
             raise ValueError(
-                f"the interrupted run had {f'another {name}' if name in DIGESTS else what}; "
+                f"the interrupted run had {f'another {name}' if name in digests else what}; "
                 "resume with the same settings, or start over with --force"
             )
-    return int(metadata["step"]), tensors
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Writes a safetensors file, whole or not at all."""
+    from safetensors.torch import save_file
+
+    beside = path.with_name(path.name + ".tmp")
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(stored, str(beside), metadata=metadata)
+    os.replace(beside, path)
+
+
+def read_tensors(path: Path, device: torch.device) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors that ``write_tensors`` wrote; ValueError if the file is damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), "pt", device=str(device)) as file:
+            tensors = {n: torch.clone(file.get_tensor(n)) for n in file.keys()}  # noqa: SIM118
+            return file.metadata(), tensors
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error}); start over with --force") from error

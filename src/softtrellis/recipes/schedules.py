@@ -31,6 +31,11 @@ def temperature_at(
     return t_min + (t_init - t_min) * 0.5 * (1.0 + math.cos(math.pi * share))
 
 
+def cosine_to_zero(step: int, steps: int, *, lr: float) -> float:
+    """Half a cosine from ``lr`` at step 0 to zero after ``steps`` steps."""
+    return lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
 def learning_rate_at(step: int, steps: int, *, lr: float, warmup: int) -> float:
     """Linear warm-up over ``warmup`` steps, then half a cosine down to a tenth of ``lr``."""
     if step < warmup:

@@ -27,7 +27,7 @@ _CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}
 
 def _chunk(w: Tensor, spec: TrellisSpec) -> int:
     per_tile = max(spec.num_states * spec.V, 2 * (w.shape[1] + 1) * spec.num_overlaps)
-    return max(1, _CHUNK_ELEMENTS.get(w.device.type, 1 << 24) // per_tile)
+    return max(1, _CHUNK_ELEMENTS["cuda" if w.is_cuda else "cpu"] // per_tile)
 
 
 def soft_forward(
