@@ -362,7 +362,9 @@ def test_tuning_that_makes_no_sense(change: dict[str, Any], message: str) -> Non
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("fine_tune", [None, TUNE], ids=["plain", "tuned"])
-def test_a_gpu_does_what_the_cpu_does(quantize: Quantize, fine_tune: FineTuneConfig | None) -> None:
+def test_a_gpu_does_what_the_cpu_does(
+    quantize: Quantize, tiny_llama: LlamaForCausalLM, fine_tune: FineTuneConfig | None
+) -> None:
     found: dict[str, dict[str, LayerReport]] = {"cpu": {}, "cuda": {}}
     models = {
         device: quantize({"device": device}, reports=reports, fine_tune=fine_tune)
@@ -373,9 +375,9 @@ def test_a_gpu_does_what_the_cpu_does(quantize: Quantize, fine_tune: FineTuneCon
         assert other.tokens == report.tokens
         assert other.proxy_loss == pytest.approx(report.proxy_loss, rel=0.2)
         assert other.error == pytest.approx(report.error, rel=0.1)
-    ids = torch.randint(128, (4, 32), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        logits = {device: model.cpu()(ids).logits for device, model in models.items()}
     assert {p.device.type for p in models["cuda"].parameters()} == {"cpu"}
-    difference = (logits["cuda"] - logits["cpu"]).norm() / logits["cpu"].norm()
-    assert float(difference) < 0.5  # other choices, of the same quality
+    ids = torch.randint(128, (16, 32), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = tiny_llama(ids).logits
+        lost = {device: (model(ids).logits - expected).norm() for device, model in models.items()}
+    assert float(lost["cuda"]) == pytest.approx(float(lost["cpu"]), rel=0.25)
