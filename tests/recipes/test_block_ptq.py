@@ -13,12 +13,13 @@ import torch
 from softtrellis.io.checkpoint import base_of, load_quantized, save_quantized
 from softtrellis.io.files import whole_directory
 from softtrellis.io.sources import Source
+from softtrellis.io.text import token_windows
 from softtrellis.modules.blocks import Blocks, _alike
 from softtrellis.modules.quantized_linear import QuantizedLinear
 from softtrellis.modules.replace import UnknownLayerError, quantized_layers
 from softtrellis.modules.scaled_linear import ScaledLinear, scale_, unscale_
 from softtrellis.recipes import block_ptq, ptq
-from softtrellis.recipes.calibration import watch_inputs
+from softtrellis.recipes.calibration import paired_moments, watch_inputs
 from softtrellis.recipes.end_to_end import EndToEndConfig
 from softtrellis.recipes.finetune import FineTuneConfig, TuneReport, tune_block
 from softtrellis.recipes.group import LayerReport
@@ -106,7 +107,44 @@ def test_layers_that_share_inputs_rotate_them_alike(quantize: Quantize) -> None:
     assert torch.equal(alone["model.layers.0.self_attn.k_proj"].in_signs, k)
 
 
-@pytest.mark.parametrize("inputs", ["quantized", "original"])
+def test_moments_of_both_streams(tiny_llama: LlamaForCausalLM) -> None:
+    windows = torch.randint(128, (5, 16), generator=torch.Generator().manual_seed(0))
+    blocks = Blocks(tiny_llama, windows, device=torch.device("cpu"), batch=2)
+    original = copy.deepcopy(blocks.layers[0])
+    changed: Any = blocks.layers[0]
+    with torch.no_grad():
+        changed.mlp.gate_proj.weight.mul_(1.5)
+    states = blocks.states + 0.1 * torch.randn(blocks.states.shape)
+    seen: list[torch.Tensor] = []
+    handles = [
+        layer.mlp.down_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        for layer in (changed, original)
+    ]
+    with torch.no_grad():
+        x, before = blocks.run(0, states), blocks.run(0, blocks.states, original)
+    for handle in handles:
+        handle.remove()
+    assert not torch.equal(x, before)
+    x, before = (part.flatten(0, 1) for part in seen)
+    hessian, cross = paired_moments(blocks, 0, states, original, blocks.states, "mlp.down_proj")
+    torch.testing.assert_close(hessian, x.T @ x / len(x))
+    torch.testing.assert_close(cross, before.T @ x / len(x))
+
+
+def test_corrected_weights_bring_the_model_nearer_to_the_original(
+    quantize: Quantize, tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    ids = token_windows(tiny_tokenizer, [TEXT], 64, limit=8)
+    lost = {}
+    with torch.no_grad():
+        expected = tiny_llama.model(ids).last_hidden_state
+        for inputs in ("corrected", "quantized"):
+            found = quantize({"inputs": inputs}).model(ids).last_hidden_state
+            lost[inputs] = float((found - expected).square().sum() / expected.square().sum())
+    assert lost["corrected"] < 0.9 * lost["quantized"]
+
+
+@pytest.mark.parametrize("inputs", ["corrected", "quantized", "original"])
 def test_tuning_brings_blocks_nearer_to_the_original(
     quantize: Quantize, inputs: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,7 +281,8 @@ def test_the_whole_model_is_tuned_towards_the_original(
         return seen[-1]
 
     monkeypatch.setattr(ptq, "tune_end_to_end", spy)
-    plain, tuned = quantize(), quantize(end_to_end=config)
+    rough = {"inputs": "quantized"}  # leaves more to mend
+    plain, tuned = quantize(rough), quantize(rough, end_to_end=config)
     assert seen[0].after < 0.9 * seen[0].before
     for name, layer in quantized_layers(plain).items():
         other = quantized_layers(tuned)[name]
@@ -262,8 +301,8 @@ def test_the_whole_model_is_tuned_towards_the_original(
 
     monkeypatch.setattr(ptq.LayerStore, "save_tuning", save_or_stop)
     with pytest.raises(KeyboardInterrupt):
-        quantize(end_to_end=config, run_directory=tmp_path)
-    resumed = quantize(end_to_end=config, run_directory=tmp_path, resume=True)
+        quantize(rough, end_to_end=config, run_directory=tmp_path)
+    resumed = quantize(rough, end_to_end=config, run_directory=tmp_path, resume=True)
     assert epochs == [1, 2, 3]
     assert same(resumed, tuned)
 

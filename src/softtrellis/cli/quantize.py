@@ -25,7 +25,10 @@ from softtrellis.cli.common import (
 )
 
 if TYPE_CHECKING:
+    from softtrellis.recipes.end_to_end import EndToEndConfig
+    from softtrellis.recipes.finetune import FineTuneConfig
     from softtrellis.recipes.group import LayerReport
+    from softtrellis.recipes.ptq import QuantizeConfig
 
 PROXY_NOTED, DAMPING_NOTED, OUTLIER_NOTED = 3.0, 0.05, 40.0
 
@@ -74,16 +77,23 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("--batch", type=int, default=4, help="windows that run at once")
     parser.add_argument(
         "--inputs",
-        choices=["quantized", "original"],
-        default="quantized",
+        choices=["corrected", "quantized", "original"],
+        default="corrected",
         help="take Hessians from the output of the layers before as they are quantized, or of the "
-        "original ones",
+        "original ones; corrected is quantized, with weights first changed to make up for the "
+        "errors of these layers",
     )
     parser.add_argument(
         "--damping",
         type=float,
         default=0.01,
         help="added to the Hessians' diagonals, as a share of their mean",
+    )
+    parser.add_argument(
+        "--correction-damping",
+        type=float,
+        default=0.1,
+        help="likewise, where weights are corrected",
     )
     parser.add_argument(
         "--no-hessian", action="store_true", help="plain Viterbi, without error feedback"
@@ -133,49 +143,58 @@ def bits_map(value: str) -> tuple[tuple[str, int], ...]:
     return tuple((pattern.strip(), int(bits)) for pattern, _, bits in pairs)
 
 
+def configs(
+    options: argparse.Namespace,
+) -> tuple[QuantizeConfig, FineTuneConfig | None, EndToEndConfig | None]:
+    """What the options ask for; UsageError or ValueError for options that make no sense."""
+    from softtrellis.recipes.end_to_end import EndToEndConfig
+    from softtrellis.recipes.finetune import FineTuneConfig
+    from softtrellis.recipes.ptq import QuantizeConfig
+
+    config = QuantizeConfig(
+        profile=options.profile,
+        bits=options.bits,
+        bits_map=options.bits_map,
+        head_bits=options.head_bits,
+        code=options.code,
+        L=options.L,
+        layers=layers_of(options.layers),
+        skip=layers_of(options.skip) or (),
+        data=tuple(options.data),
+        ctx=options.ctx,
+        windows=options.windows,
+        batch=options.batch,
+        inputs=options.inputs,
+        damping=options.damping,
+        correction_damping=options.correction_damping,
+        error_feedback=not options.no_hessian,
+        seed=options.seed,
+        device=options.device,
+        backend=options.backend,
+        show_progress=True,
+    )
+    given = {name: getattr(options, name) for name in ("epochs", "lr", "scale_lr")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given and not options.fine_tune:
+        option = next(iter(given)).replace("_", "-")
+        raise UsageError(f"--{option} needs --fine-tune")
+    tuning = FineTuneConfig(seed=options.seed, **given)
+    whole = None
+    if options.end_to_end is not None:
+        if options.end_to_end < 1:
+            raise ValueError(f"end_to_end must be at least 1, got {options.end_to_end}")
+        whole = EndToEndConfig(epochs=options.end_to_end, seed=options.seed)
+    return config, tuning if options.fine_tune else None, whole
+
+
 def run(options: argparse.Namespace) -> int:
     """Quantizes and saves."""
     from softtrellis.io.checkpoint import describe_sizes
     from softtrellis.io.files import check_output
-    from softtrellis.recipes.end_to_end import EndToEndConfig
-    from softtrellis.recipes.finetune import FineTuneConfig
     from softtrellis.recipes.pipeline import plan_quantization, quantize_to
-    from softtrellis.recipes.ptq import QuantizeConfig
 
     with usage_errors(options):
-        config = QuantizeConfig(
-            profile=options.profile,
-            bits=options.bits,
-            bits_map=options.bits_map,
-            head_bits=options.head_bits,
-            code=options.code,
-            L=options.L,
-            layers=layers_of(options.layers),
-            skip=layers_of(options.skip) or (),
-            data=tuple(options.data),
-            ctx=options.ctx,
-            windows=options.windows,
-            batch=options.batch,
-            inputs=options.inputs,
-            damping=options.damping,
-            error_feedback=not options.no_hessian,
-            seed=options.seed,
-            device=options.device,
-            backend=options.backend,
-            show_progress=True,
-        )
-        given = {name: getattr(options, name) for name in ("epochs", "lr", "scale_lr")}
-        given = {name: value for name, value in given.items() if value is not None}
-        if given and not options.fine_tune:
-            option = next(iter(given)).replace("_", "-")
-            raise UsageError(f"--{option} needs --fine-tune")
-        tuning = FineTuneConfig(seed=options.seed, **given)
-        whole = None
-        if options.end_to_end is not None:
-            if options.end_to_end < 1:
-                raise ValueError(f"end_to_end must be at least 1, got {options.end_to_end}")
-            whole = EndToEndConfig(epochs=options.end_to_end, seed=options.seed)
-    fine_tune = tuning if options.fine_tune else None
+        config, fine_tune, whole = configs(options)
     check_backend(options.backend, options.device)
     if options.dry_run:
         names, plan = plan_quantization(options.model, config, fine_tune, whole)

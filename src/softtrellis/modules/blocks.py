@@ -219,15 +219,33 @@ class Blocks:
         finally:
             layer.to(home)
 
-    def run(self, index: int, states: Tensor) -> Tensor:
-        """What a layer that is on the device makes of hidden states [b, ctx, d]."""
+    def run(self, index: int, states: Tensor, layer: nn.Module | None = None) -> Tensor:
+        """What a layer that is on the device makes of hidden states [b, ctx, d].
+
+        ``layer`` may be another one for its place, a copy for instance.
+        """
         with self._precision():
-            return _hidden(self.calls[index].output(self.layers[index], states))
+            return _hidden(self.calls[index].output(layer or self.layers[index], states))
 
     @torch.no_grad()
-    def run_all(self, index: int, states: Tensor) -> Tensor:
-        """``run`` on [n, ctx, d], in batches."""
-        return torch.cat([self.run(index, part) for part in states.split(self.batch)])
+    def run_all(
+        self,
+        index: int,
+        states: Tensor,
+        *,
+        layer: nn.Module | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """``run`` on [n, ctx, d], in batches; into ``out``, which may be ``states``."""
+        found = out
+        for first in range(0, len(states), self.batch):
+            part = slice(first, first + self.batch)
+            output = self.run(index, states[part], layer)
+            if found is None:
+                found = output.new_empty(len(states), *output.shape[1:])
+            found[part] = output
+        assert found is not None
+        return found
 
     def _precision(self) -> torch.autocast:
         enabled = self.autocast is not None

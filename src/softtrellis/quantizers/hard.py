@@ -13,7 +13,7 @@ from softtrellis.codes.hybrid import Flip
 from softtrellis.quantizers.tiling import TileOrder, check_order, from_tiles, to_tiles
 from softtrellis.spec import TrellisSpec
 from softtrellis.trellis.validation import Ends
-from softtrellis.trellis.viterbi import viterbi
+from softtrellis.trellis.viterbi import best_states
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class TrellisCode:
         *,
         ends: Ends = "tail_biting",
         backend: Backend = "auto",
+        check_values: bool = True,
     ) -> Tensor:
         """int32 [B, N] states of the nearest paths to a latent matrix [out, in].
 
@@ -65,9 +66,12 @@ class TrellisCode:
             latent: [out, in] in multiples of 16, in the codebook's units.
             values: [S, V], the codebook.
             ends, backend: as in ``viterbi``.
+            check_values: as in ``best_states``.
         """
         tiles = to_tiles(latent, self.spec, self.order)
-        return viterbi(tiles, values, self.spec, ends=ends, backend=backend).states
+        return best_states(
+            tiles, values, self.spec, ends=ends, backend=backend, check_values=check_values
+        )
 
     def decode(self, states: Tensor, values: Tensor, out_features: int, in_features: int) -> Tensor:
         """[out, in] latent matrix of states int [B, N]; the inverse of ``encode`` on codewords."""

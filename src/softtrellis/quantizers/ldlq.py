@@ -30,25 +30,25 @@ class Feedback:
     damping: float
 
 
-def block_ldl(hessian: Tensor, damping: float) -> Feedback:
-    """Block LDL decomposition by way of Cholesky (QuIP#, arXiv 2402.04396, section 4.1).
+def damped_cholesky(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
+    """Cholesky factor of a Hessian with something added to its diagonal.
 
     Channels that never fire (zero diagonal) get the mean diagonal, which leaves the others as they
     are. If the factorisation fails the damping grows tenfold until it succeeds.
 
     Args:
-        hessian: [in, in], symmetric positive semi-definite, in a multiple of 16.
+        hessian: [n, n], symmetric positive semi-definite.
         damping: added to the diagonal, as a share of its mean; > 0.
+
+    Returns:
+        Lower triangular [n, n], float64 up to n = 8192 and float32 above, and the damping.
 
     Raises:
         ValueError: a Hessian that is not finite, or that no damping makes positive definite.
     """
     if not bool(torch.isfinite(hessian).all()):
         raise ValueError("the Hessian holds NaN or infinity; check the calibration activations")
-    size = hessian.shape[0]
-    if size % BLOCK:
-        raise ValueError(f"the Hessian's size must be a multiple of {BLOCK}, got {size}")
-    h = hessian.to(torch.float64 if size <= _FLOAT64_SIZE else torch.float32, copy=True)
+    h = hessian.to(torch.float64 if len(hessian) <= _FLOAT64_SIZE else torch.float32, copy=True)
     diagonal = h.diagonal()
     mean = float(diagonal.mean())
     if mean <= 0:
@@ -60,18 +60,32 @@ def block_ldl(hessian: Tensor, damping: float) -> Feedback:
         added = damping
         lower, info = torch.linalg.cholesky_ex(h)
         if int(info) == 0:
-            break
+            return lower, added
         damping *= 10.0
-    else:
-        raise ValueError("the Hessian is not positive semi-definite, whatever the damping")
-    del h, diagonal
+    raise ValueError("the Hessian is not positive semi-definite, whatever the damping")
+
+
+def block_ldl(hessian: Tensor, damping: float) -> Feedback:
+    """Block LDL decomposition by way of Cholesky (QuIP#, arXiv 2402.04396, section 4.1).
+
+    Args:
+        hessian: [in, in], symmetric positive semi-definite, in a multiple of 16.
+        damping: see ``damped_cholesky``.
+
+    Raises:
+        ValueError: as ``damped_cholesky``.
+    """
+    size = hessian.shape[0]
+    if size % BLOCK:
+        raise ValueError(f"the Hessian's size must be a multiple of {BLOCK}, got {size}")
+    lower, added = damped_cholesky(hessian, damping)
     corners = lower.reshape(size // BLOCK, BLOCK, size // BLOCK, BLOCK)
     corners = corners.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     identity = torch.eye(BLOCK, dtype=lower.dtype, device=lower.device).expand_as(corners)
     inverse = torch.linalg.solve_triangular(corners, identity, upper=False)
     columns = lower.reshape(size, size // BLOCK, BLOCK).transpose(0, 1)
     factor = torch.bmm(columns, inverse).transpose(0, 1).reshape(size, size)
-    return Feedback(factor.to(hessian.dtype), damping)
+    return Feedback(factor.to(hessian.dtype), added)
 
 
 def ldlq(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +26,13 @@ from softtrellis.modules.replace import (
 )
 from softtrellis.modules.unify import linear_of
 from softtrellis.quantizers.hard import TrellisCode
-from softtrellis.recipes.calibration import InputMoments, SecondMoment, watch_inputs
+from softtrellis.recipes.calibration import (
+    InputMoments,
+    SecondMoment,
+    check_moment,
+    paired_moments,
+    watch_inputs,
+)
 from softtrellis.recipes.expert_hessians import fill_sparse_hessians
 from softtrellis.recipes.finetune import FineTuneConfig, tune_block
 from softtrellis.recipes.group import LayerReport, quantize_group
@@ -33,6 +40,29 @@ from softtrellis.recipes.ptq_state import LayerStore
 
 if TYPE_CHECKING:
     from softtrellis.recipes.ptq import QuantizeConfig
+
+
+@dataclass(frozen=True, eq=False)
+class _Work:
+    """A decoder layer that is to be quantized.
+
+    Attributes:
+        index: of the decoder layer, which is on the device.
+        names: of its layers that are quantized.
+        moments: of their inputs, from the whole calibration text.
+        states: [n, ctx, d], what enters it.
+        targets: [n, ctx, d], what it should make of that, where blocks are tuned.
+        before: a copy of it, where weights are corrected.
+        original: [n, ctx, d], what enters it in the original model, likewise.
+    """
+
+    index: int
+    names: list[str]
+    moments: InputMoments
+    states: Tensor
+    targets: Tensor | None
+    before: nn.Module | None
+    original: Tensor | None
 
 
 class BlockQuantizer:
@@ -73,6 +103,7 @@ class BlockQuantizer:
                 batch=config.batch,
                 autocast=torch.bfloat16 if self.device.type == "cuda" else None,
             )
+        self.corrected = config.inputs == "corrected" and config.error_feedback
         self.reports: dict[str, LayerReport] = {}
         self.filled: set[str] = set()
 
@@ -88,8 +119,8 @@ class BlockQuantizer:
         if self.blocks is not None:
             states = self.blocks.states
             self.blocks.states = states[:0]  # not held once the next layer's are known
-            if self.fine_tune is not None and self.config.inputs == "quantized":
-                original = states
+            if self.corrected or (self.fine_tune is not None and self.config.inputs != "original"):
+                original = states.clone()
         with progress(len(self.names), "quantize", enabled=self.config.show_progress) as bar:
             for index in range(last + 1):
                 names = by_layer.get(index, [])
@@ -106,65 +137,90 @@ class BlockQuantizer:
     def _layer(
         self, index: int, names: list[str], states: Tensor, original: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """One decoder layer; returns what enters the next one, in both streams.
+        """One decoder layer; returns what enters the next one, in both streams, in their place.
 
         ``states`` is what the layer's Hessians are taken from. ``original`` is what would enter it
-        if nothing had been quantized, where that is another and blocks are tuned towards it.
+        if nothing had been quantized, where weights are corrected or blocks tuned towards that.
         """
         assert self.blocks is not None
         with self.blocks.on_device(index) as layer:
-            moments, output = None, None
             done = self.store.has(index)
-            if names and not done:
+            quantizing = bool(names) and not done
+            before = copy.deepcopy(layer) if quantizing and self.corrected else None
+            targets, moments, output = None, None, None
+            if original is not None and (before is None or self.fine_tune is not None):
+                place = original if before is None else None
+                targets = self.blocks.run_all(index, original, out=place)
+            if quantizing:
                 linears = self._linears(index)
-                moments, output = watch_inputs(self.blocks, index, states, linears, names)
+                wanted = names
+                if self.corrected:
+                    experts = expert_groups(self.model, names).values()
+                    wanted = [name for group in experts for name in group]
+                moments, output = watch_inputs(self.blocks, index, states, linears, wanted)
             elif self.config.inputs == "original":
                 output = self.blocks.run_all(index, states)
-            targets = output
-            if original is not None and (original is not states or output is None):
-                targets = self.blocks.run_all(index, original)
             if done:
                 self.reports |= self.store.load(index, layer, self.codebooks)
-            elif moments is not None and targets is not None:
-                self._quantize(index, names, moments, states, targets)
+            elif moments is not None:
+                goal = output if targets is None else targets
+                self._quantize(_Work(index, names, moments, states, goal, before, original))
                 reports = {name: self.reports[name] for name in names}
                 self.store.save(index, layer, reports)
             moments = None
             if self.config.inputs == "original":
                 assert output is not None
                 return output, None
+            output = None
+            if original is not None and targets is None:
+                targets = self.blocks.run_all(index, original, layer=before, out=original)
             with _dequantized(layer):
-                following = self.blocks.run_all(index, states)
-            return following, None if original is None else targets
+                return self.blocks.run_all(index, states, out=states), targets
 
     def _linears(self, index: int) -> dict[str, nn.Linear]:
         assert self.blocks is not None
         prefix, layer = f"{self.blocks.prefix}.{index}.", self.blocks.layers[index]
         return {f"{prefix}{n}": m for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
 
-    def _quantize(
-        self,
-        index: int,
-        names: list[str],
-        moments: InputMoments,
-        states: Tensor,
-        targets: Tensor,
-    ) -> None:
+    def _quantize(self, work: _Work) -> None:
+        assert self.blocks is not None
+        moments, names = work.moments, work.names
         experts = expert_groups(self.model, names)
         of_experts = self._expert_hessians(moments, experts)
-        left = list(names)
+        left, tuned = list(names), False
         for group, tune in _tuning_order(moments.groups(names), experts):
-            first, hessian = group[0], None
+            first = group[0]
+            leader = moments.leaders.get(first, first)
+            hessian, cross, tokens = None, None, moments.tokens(first)
             if self.config.error_feedback and first in of_experts:
                 hessian = of_experts[first]
-            elif self.config.error_feedback:
+            elif self.config.error_feedback and work.before is None:
                 hessian = moments.hessian(first)
-            self._group(group, moments.leaders.get(first, first), hessian, moments.tokens(first))
+            elif self.config.error_feedback and first in moments.leaders:
+                hessian, cross, tokens = self._paired(work, leader)
+            if tuned:
+                cross = None  # these weights make up for the others' errors already
+            self._group(group, leader, hessian, tokens, cross)
             left = [name for name in left if name not in group]
             if self.fine_tune is not None and tune:
-                assert self.blocks is not None
-                linears = [get_linear(self.model, name) for name in left]
-                tune_block(self.blocks, index, states, targets, self.fine_tune, linears)
+                linears, tuned = [get_linear(self.model, name) for name in left], True
+                goal = work.targets
+                assert goal is not None
+                tune_block(self.blocks, work.index, work.states, goal, self.fine_tune, linears)
+
+    def _paired(self, work: _Work, leader: str) -> tuple[Tensor, Tensor, int]:
+        """The moments of a layer's inputs as they are now, with the original ones, and tokens."""
+        assert self.blocks is not None
+        assert work.before is not None
+        assert work.original is not None
+        name = leader.removeprefix(f"{self.blocks.prefix}.{work.index}.")
+        with _dequantized(self.blocks.layers[work.index]):
+            hessian, cross = paired_moments(
+                self.blocks, work.index, work.states, work.before, work.original, name
+            )
+        for moment in (hessian, cross):
+            check_moment(moment, leader)
+        return hessian, cross, work.states.shape[:2].numel()
 
     def _expert_hessians(
         self, moments: InputMoments, groups: dict[str, list[str]]
@@ -178,7 +234,14 @@ class BlockQuantizer:
         self.filled |= set(filled)
         return {name: known.get(name) for name in experts}
 
-    def _group(self, names: list[str], leader: str, hessian: Tensor | None, tokens: int) -> None:
+    def _group(
+        self,
+        names: list[str],
+        leader: str,
+        hessian: Tensor | None,
+        tokens: int,
+        cross: Tensor | None = None,
+    ) -> None:
         config = self.config
         linears = {name: get_linear(self.model, name) for name in names}
         found = quantize_group(
@@ -187,8 +250,10 @@ class BlockQuantizer:
             {n: config.layer_format(linear, self.bits[n]) for n, linear in linears.items()},
             self.codebooks,
             leader=leader,
+            cross=cross,
             tokens=tokens,
             damping=config.damping,
+            correction_damping=config.correction_damping,
             seed=config.seed,
             backend=config.backend,
         )

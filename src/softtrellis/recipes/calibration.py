@@ -20,6 +20,13 @@ def check_finite(model: nn.Module) -> None:
             raise ValueError(f"{name} holds NaN or infinity; repair the model first")
 
 
+def check_moment(moment: Tensor, name: str) -> Tensor:
+    """The second moment of a layer's inputs; ValueError, naming the layer, if it is not finite."""
+    if not bool(torch.isfinite(moment).all()):
+        raise ValueError(f"the inputs of {name} hold NaN or infinity on the calibration text")
+    return moment
+
+
 class SecondMoment:
     """Accumulates sum x x^T over the inputs of linear layers, in float32."""
 
@@ -74,10 +81,7 @@ class InputMoments:
         """
         if name not in self.leaders:
             return None
-        found = self.moments[self.leaders[name]].mean()
-        if not bool(torch.isfinite(found).all()):
-            raise ValueError(f"the inputs of {name} hold NaN or infinity on the calibration text")
-        return found
+        return check_moment(self.moments[self.leaders[name]].mean(), name)
 
     def tokens(self, name: str) -> int:
         """Inputs that a layer saw."""
@@ -126,3 +130,63 @@ def watch_inputs(
             stack.callback(linear.register_forward_pre_hook(see).remove)
         output = blocks.run_all(index, states)
     return found, output
+
+
+class _Seen(Exception):
+    """Ends a decoder layer's pass once the wanted input is known."""
+
+
+def _input_of(blocks: Blocks, index: int, states: Tensor, layer: nn.Module, name: str) -> Tensor:
+    """[b * ctx, in], the input of a decoder layer's linear layer on hidden states [b, ctx, d]."""
+    seen: list[Tensor] = []
+
+    def see(_: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.append(args[0])
+        raise _Seen
+
+    handle = layer.get_submodule(name).register_forward_pre_hook(see)
+    try:
+        blocks.run(index, states, layer)
+    except _Seen:
+        pass
+    finally:
+        handle.remove()
+    return seen[0].reshape(-1, seen[0].shape[-1]).float()
+
+
+@torch.no_grad()
+def paired_moments(
+    blocks: Blocks,
+    index: int,
+    states: Tensor,
+    original: nn.Module,
+    original_states: Tensor,
+    name: str,
+) -> tuple[Tensor, Tensor]:
+    """Second moments of a linear layer's inputs behind quantized layers, and with the original.
+
+    Args:
+        blocks: the model, as far as it is quantized.
+        index: of the decoder layer, which is on the device.
+        states: [n, ctx, d], what enters it.
+        original: the decoder layer as it was.
+        original_states: [n, ctx, d], what entered it in the original model.
+        name: of the linear layer inside the decoder layer; it has to see every token.
+
+    Returns:
+        H = E[x' x'^T] and E[x x'^T], float32 [in, in], with x the original inputs and x' those now.
+    """
+    layer = blocks.layers[index]
+    hessian = cross = torch.empty(0)
+    count = 0
+    for now, then in zip(
+        states.split(blocks.batch), original_states.split(blocks.batch), strict=True
+    ):
+        x = _input_of(blocks, index, now, layer, name)
+        before = _input_of(blocks, index, then, original, name)
+        if not count:
+            hessian, cross = x.new_zeros(2, x.shape[1], x.shape[1])
+        hessian.addmm_(x.T, x)
+        cross.addmm_(before.T, x)
+        count += len(x)
+    return hessian / count, cross / count

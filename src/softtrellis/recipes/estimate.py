@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _CPU_TILES = 8
 _SIDE = 1024
+_PAIRED_PASSES = 5  # both streams, up to the inputs of each group; and the original layer's output
 _BACKWARD = 3  # a training step costs about three forward passes
 
 
@@ -112,8 +113,12 @@ def estimate(
     _, layers = decoder_layers(model)
     last = max(decoder_index(model, name) for name in names)
     passed = sum(p.numel() for layer in layers[: last + 1] for p in layer.parameters())
-    passes = 2 if fine_tune is None else 3
-    run = tokens * (passes * passed + sum(size**2 for _, size in groups)) / rate
+    passes, moments = 2, 1
+    if fine_tune is not None and config.inputs != "original":
+        passes += 1
+    if config.inputs == "corrected" and config.error_feedback:
+        passes, moments = passes + _PAIRED_PASSES, 2
+    run = tokens * (passes * passed + moments * sum(size**2 for _, size in groups)) / rate
     tune = 0.0
     if fine_tune is not None:
         per_layer = len(groups) / len({decoder_index(model, name) for name in names})

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from softtrellis.backend import Backend
 from softtrellis.modules.quantized_linear import LayerFormat, QuantizedLinear
 from softtrellis.quantizers.basis import WeightBasis
+from softtrellis.quantizers.correction import corrected_weight
 from softtrellis.quantizers.hard import TrellisCode
 from softtrellis.quantizers.ldlq import BLOCK, Feedback, block_ldl, ldlq, proxy_loss
 
@@ -23,8 +24,8 @@ class LayerReport:
 
     Attributes:
         proxy_loss: share of the output's energy lost on the calibration text, tr(E H E^T) over
-            tr(W H W^T).
-        error: mean squared error of the weights over their variance.
+            tr(W H W^T); of corrected weights where weights are corrected first.
+        error: mean squared error of the weights over their variance, likewise.
         seconds: time it took, shared evenly by the layers that were quantized together.
         damping: what was added to the Hessian's diagonal, over its mean; 0 without a Hessian.
         dead: input channels that never fired.
@@ -55,8 +56,10 @@ def quantize_group(
     codebooks: Mapping[TrellisCode, Tensor],
     *,
     leader: str,
+    cross: Tensor | None = None,
     tokens: int = 0,
     damping: float = 0.01,
+    correction_damping: float = 0.1,
     seed: int = 0,
     backend: Backend = "auto",
 ) -> dict[str, tuple[QuantizedLinear, LayerReport]]:
@@ -71,14 +74,24 @@ def quantize_group(
         formats: their stored shapes.
         codebooks: float32 [S, V] on that device for every code of theirs.
         leader: the name that the signs of the inputs are drawn for.
+        cross: [in, in], E[x x'^T] with x the inputs in the original model and x' those of the
+            Hessian; the weights are corrected with it first, see ``corrected_weight``.
         tokens: inputs that the Hessian was taken from, for the report.
-        damping, seed, backend: see ``QuantizeConfig``.
+        damping, correction_damping, seed, backend: see ``QuantizeConfig``.
 
     Raises:
         ValueError: weights with NaN or infinity, or a weight that is zero; with the name.
     """
     began = time.perf_counter()
     weights = {name: _weight(name, linear) for name, linear in linears.items()}
+    if hessian is not None and cross is not None:
+        try:
+            weights = {
+                name: corrected_weight(weight, hessian, cross, correction_damping)
+                for name, weight in weights.items()
+            }
+        except ValueError as error:
+            raise ValueError(f"{leader}: {error}") from error
     bases: dict[str, WeightBasis] = {}
     for name, weight in weights.items():
         layer = formats[name]
@@ -149,9 +162,12 @@ def _encode(
     blocks: list[Tensor] = []
 
     def encode(columns: Tensor) -> Tensor:
-        blocks.append(code.encode(columns, codebook, backend=backend))
-        return code.decode(blocks[-1], codebook, columns.shape[0], BLOCK)
+        states = code.encode(columns, codebook, backend=backend, check_values=False)
+        blocks.append(states)
+        return code.decode(states, codebook, columns.shape[0], BLOCK)
 
+    if not bool(torch.isfinite(feedback.factor).all()):  # then every target is finite
+        raise ValueError("the Hessian's factor holds NaN or infinity; raise the damping")
     ldlq(latent, feedback, encode)
     return torch.stack(blocks[::-1], dim=1).flatten(0, 1)
 

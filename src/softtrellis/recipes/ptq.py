@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Profile = Literal["qtip", "exl3"]
-Inputs = Literal["quantized", "original"]
+Inputs = Literal["corrected", "quantized", "original"]
 EXL3_BLOCK = 128
 EXL3_CODES = ("mul1", "mcg", "3inst")
 _NOT_SETTINGS = ("trellis_code", "data", "show_progress")
@@ -70,7 +70,10 @@ class QuantizeConfig:
         expert_tokens: an expert that saw fewer takes the Hessian of all experts beside it.
         inputs: what the Hessians are taken from, and blocks tuned on: "quantized" is the output of
             the layers before as they are quantized, "original" that of the original ones (QTIP).
+            "corrected" is like "quantized", and first gives every weight the values whose outputs
+            on these inputs are nearest to the original ones, see ``corrected_weight`` (GPTAQ).
         damping: added to each Hessian's diagonal, as a share of its mean.
+        correction_damping: likewise, where weights are corrected.
         error_feedback: LDLQ; False is plain Viterbi without Hessians.
         seed: of the random signs.
         device: where decoder layers are quantized, one at a time; on "cuda" they run in bfloat16,
@@ -92,8 +95,9 @@ class QuantizeConfig:
     windows: int = 32
     batch: int = 4
     expert_tokens: int = 256
-    inputs: Inputs = "quantized"
+    inputs: Inputs = "corrected"
     damping: float = 0.01
+    correction_damping: float = 0.1
     error_feedback: bool = True
     seed: int = 0
     device: str = "cpu"
@@ -105,7 +109,8 @@ class QuantizeConfig:
         if self.profile not in get_args(Profile):
             raise ValueError(f"unknown profile {self.profile!r}; use 'qtip' or 'exl3'")
         if self.inputs not in get_args(Inputs):
-            raise ValueError(f"inputs must be quantized or original, got {self.inputs!r}")
+            names = ", ".join(get_args(Inputs))
+            raise ValueError(f"inputs must be one of {names}, got {self.inputs!r}")
         for name, least in (("ctx", 2), ("windows", 1), ("batch", 1), ("expert_tokens", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
@@ -113,8 +118,9 @@ class QuantizeConfig:
             raise ValueError(f"device must be cpu or cuda, got {self.device!r}")
         if self.device != "cpu" and not torch.cuda.is_available():
             raise ValueError("device must be cpu: torch finds no CUDA device here")
-        if not 0 < self.damping < math.inf:
-            raise ValueError(f"damping must be a positive number, got {self.damping}")
+        for name in ("damping", "correction_damping"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a positive number, got {getattr(self, name)}")
         object.__setattr__(self, "trellis_code", self._trellis_code())
         if self.head_bits is not None and not 1 <= self.head_bits <= 4:
             raise ValueError(f"head_bits must be from 1 to 4, got {self.head_bits}")

@@ -22,10 +22,10 @@ def values_are_readable(tensor: Tensor) -> bool:
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def check_problem(w: Tensor, codebook: Tensor, spec: TrellisSpec) -> None:
+def check_problem(w: Tensor, codebook: Tensor, spec: TrellisSpec, *, values: bool = True) -> None:
     """ValueError unless w is float [B, N, V], finite, and the codebook is float [S, V].
 
-    Whether w is finite is checked where ``values_are_readable``.
+    Whether w is finite is checked where ``values_are_readable``, unless ``values`` is False.
     """
     if w.ndim != 3 or w.shape[2] != spec.V or w.shape[1] < 1:
         raise ValueError(f"w must be [B, N, V={spec.V}] with N >= 1, got {list(w.shape)}")
@@ -39,14 +39,14 @@ def check_problem(w: Tensor, codebook: Tensor, spec: TrellisSpec) -> None:
         raise ValueError(f"codebook must be a floating point tensor, got {codebook.dtype}")
     if codebook.device != w.device:
         raise ValueError(f"w is on {w.device} and codebook on {codebook.device}; move one of them")
-    if values_are_readable(w) and not bool(torch.isfinite(w).all()):
+    if values and values_are_readable(w) and not bool(torch.isfinite(w).all()):
         raise ValueError("w holds NaN or infinity")
 
 
-def resolve_pins(ends: Ends, w: Tensor, spec: TrellisSpec) -> Tensor | None:
+def resolve_pins(ends: Ends, w: Tensor, spec: TrellisSpec, *, values: bool = True) -> Tensor | None:
     """int64 [B] where ``ends`` is a tensor of overlaps, else None; ValueError if no path exists.
 
-    The overlaps' range is checked where ``values_are_readable``.
+    The overlaps' range is checked where ``values_are_readable``, unless ``values`` is False.
     """
     if isinstance(ends, str) and ends not in ("free", "tail_biting", "tail_biting_exact"):
         raise ValueError(
@@ -65,7 +65,7 @@ def resolve_pins(ends: Ends, w: Tensor, spec: TrellisSpec) -> Tensor | None:
         raise ValueError("ends must be a string or an int tensor [B] of overlaps")
     if tuple(ends.shape) != (w.shape[0],):
         raise ValueError(f"ends must be [B={w.shape[0]}], got {list(ends.shape)}")
-    if ends.numel() and values_are_readable(ends):
+    if values and ends.numel() and values_are_readable(ends):
         least, most = torch.stack(ends.aminmax()).tolist()
         if not 0 <= least <= most < spec.num_overlaps:
             raise ValueError(f"overlaps to pin must lie in [0, {spec.num_overlaps})")

@@ -140,20 +140,37 @@ def viterbi(
         ValueError: shapes or values that do not fit, or ends for which no path exists.
         RuntimeError: a backend that is not installed.
     """
-    check_problem(w, codebook, spec)
-    pins = resolve_pins(ends, w, spec)
+    states = best_states(w, codebook, spec, ends=ends, backend=backend)
     w = w.detach()
     table = codebook.detach().to(w)
-
-    if isinstance(ends, str) and ends == "tail_biting_exact":
-        states = _exact_tail_biting(w, table, spec, backend)
-    elif isinstance(ends, str) and ends == "tail_biting":
-        states = _best_path(w, table, spec, None, backend, tail_biting=True)
-    else:
-        states = _best_path(w, table, spec, pins, backend)
     values = table[states.to(torch.int64)]
     cost = (values.double() - w.double()).square().sum((1, 2)).to(w.dtype)
     return Path(states, values, cost)
+
+
+def best_states(
+    w: Tensor,
+    codebook: Tensor,
+    spec: TrellisSpec,
+    *,
+    ends: Ends = "tail_biting",
+    backend: Backend = "auto",
+    check_values: bool = True,
+) -> Tensor:
+    """``viterbi``'s states alone, int32 [B, N].
+
+    ``check_values=False`` leaves out the checks that wait for the device: for many calls in a row
+    whose weights are known to be finite. Of weights that are not, the states are anything valid.
+    """
+    check_problem(w, codebook, spec, values=check_values)
+    pins = resolve_pins(ends, w, spec, values=check_values)
+    w = w.detach()
+    table = codebook.detach().to(w)
+    if isinstance(ends, str) and ends == "tail_biting_exact":
+        return _exact_tail_biting(w, table, spec, backend)
+    return _best_path(
+        w, table, spec, pins, backend, tail_biting=isinstance(ends, str) and ends == "tail_biting"
+    )
 
 
 def _exact_tail_biting(w: Tensor, codebook: Tensor, spec: TrellisSpec, backend: Backend) -> Tensor:
