@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from softtrellis.evaluation.figures import GREY
 from softtrellis.evaluation.run_log import Comparison, Run
 
 if TYPE_CHECKING:
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Mid tones, so that one picture reads on a light and on a dark page.
-BLUE, ORANGE, GREEN, PURPLE, GREY = "#3b82c4", "#d9722e", "#2b9a66", "#9a63c0", "#808890"
+BLUE, ORANGE, GREEN, PURPLE = "#3b82c4", "#d9722e", "#2b9a66", "#9a63c0"
 MAX_LABELLED_LAYERS = 40
 
 
