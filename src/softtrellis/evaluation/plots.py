@@ -15,6 +15,7 @@ from softtrellis.evaluation.panels import (
     draw_drift,
     draw_drift_and_codes,
     draw_heatmap,
+    draw_heldout,
     draw_line,
     draw_loss,
     draw_loss_and_temperature,
@@ -67,6 +68,16 @@ def _loss_plots(run: Run) -> Iterator[Plot]:
     ):
         if run.series(key)[0]:
             yield _plot(run, draw, _spoken(run, key, key), caption)
+
+
+def _heldout_plots(run: Run) -> Iterator[Plot]:
+    keys = [key for key in ("heldout_kl", "heldout_kl_hard") if run.series(key)[0]]
+    if keys:
+        caption = (
+            "KL divergence to the teacher on windows that the training does not see, of the soft "
+            "model that is trained and of the hardened one."
+        )
+        yield _plot(run, draw_heldout, _spoken(run, keys[-1], "held-out KL"), caption)
 
 
 def _drift_plots(run: Run) -> Iterator[Plot]:
@@ -142,6 +153,7 @@ def _layer_plots(run: Run) -> Iterator[Plot]:
 _BUILDERS: tuple[Callable[[Run], Iterator[Plot]], ...] = (
     _comparison_plots,
     _loss_plots,
+    _heldout_plots,
     _drift_plots,
     _layer_plots,
 )

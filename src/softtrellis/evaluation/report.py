@@ -70,7 +70,21 @@ def format_table(rows: Iterable[Mapping[str, Any]]) -> str:
         rows: mappings with "name" and, where measured, "perplexity", "kl" (nats per token),
             "bits_per_weight" and "bytes", as in results.json. A column that no row has is left out.
     """
-    return align_columns(*_table(list(parse_rows(rows))))
+    return align_columns(*results_table(list(parse_rows(rows))))
+
+
+def results_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells of the result table; a column that no row has is left out."""
+    columns: list[list[str]] = [
+        [row.name for row in rows],
+        [_number(row.perplexity, ".2f") for row in rows],
+        [_number(row.kl, ".4f") for row in rows],
+        [_number(row.bits_per_weight, ".3f") for row in rows],
+        [_number(row.bytes, ",d") for row in rows],
+    ]
+    measured = [i for i, c in enumerate(columns) if i == 0 or any(cell != "–" for cell in c)]
+    cells = [[columns[i][line] for i in measured] for line in range(len(rows))]
+    return [_HEADINGS[i] for i in measured], cells
 
 
 def format_tasks(tasks: Mapping[str, Mapping[str, Any]]) -> str:
@@ -145,7 +159,7 @@ def _body(run: Run, plots: Sequence[Plot]) -> Iterable[str]:
     for note in run.notes:
         yield f'<p class="note">{escape(note)}</p>'
     if run.rows:
-        headings, cells = _table(run.rows)
+        headings, cells = results_table(run.rows)
         yield f"<h2>Results</h2>{html_table(headings, cells)}"
         yield (
             '<p class="note">Perplexity and KL divergence (nats per token) on the same held-out '
@@ -230,19 +244,6 @@ def _layer_table(run: Run) -> Iterable[str]:
         f'<div class="scroll"><table class="layers"><thead><tr><th scope="col">layer</th>{heads}'
         f"</tr></thead><tbody>{''.join(lines)}</tbody></table></div></details>"
     )
-
-
-def _table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    columns: list[list[str]] = [
-        [row.name for row in rows],
-        [_number(row.perplexity, ".2f") for row in rows],
-        [_number(row.kl, ".4f") for row in rows],
-        [_number(row.bits_per_weight, ".3f") for row in rows],
-        [_number(row.bytes, ",d") for row in rows],
-    ]
-    measured = [i for i, c in enumerate(columns) if i == 0 or any(cell != "–" for cell in c)]
-    cells = [[columns[i][line] for i in measured] for line in range(len(rows))]
-    return [_HEADINGS[i] for i in measured], cells
 
 
 def _number(value: float | None, style: str) -> str:
