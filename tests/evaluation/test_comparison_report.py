@@ -10,6 +10,7 @@ from evaluation.support import Page, results, training_log, write_run
 
 from softtrellis.evaluation.compared_runs import read_runs, short_names
 from softtrellis.evaluation.comparison_report import write_comparison
+from softtrellis.evaluation.run_settings import differing
 from softtrellis.io.files import STATE
 from softtrellis.io.manifest import MANIFEST
 from softtrellis.recipes.run_state import save_state
@@ -162,7 +163,12 @@ def test_a_run_that_diverges_leaves_room_for_the_others(make_run: MakeRun, tmp_p
     runs = [make_run("good", None, lr=1), make_run("broken", None, log=broken, lr=2)]
     write_comparison(runs, tmp_path / "page.html")
     _, page = read(tmp_path / "page.html")
-    assert "what leaves the panel diverged" in page.text
+    assert "cut off: rises to 4.85e+04" in page.text
+    for record in broken:
+        record["loss"] = 1.0 + record["step"] / 100
+    write_run(runs[1], broken)
+    write_comparison(runs, tmp_path / "page.html")
+    assert "cut off" not in read(tmp_path / "page.html")[1].text
 
 
 def test_more_runs_than_colours(make_run: MakeRun, tmp_path: Path) -> None:
@@ -185,9 +191,10 @@ def test_names_are_escaped(make_run: MakeRun, tmp_path: Path) -> None:
 
 def test_settings_of_a_run_that_is_not_finished(make_run: MakeRun) -> None:
     run = make_run("half", None)
-    save_state(run, {}, step=10, settings={"lr": 0.3, "layers": ["29"]})
-    (half, _) = read_runs([run, make_run("whole", lr=1)])
+    save_state(run, {}, step=10, settings={"lr": 0.3, "layers": ["29"], "text": "0123456789"})
+    half, whole = read_runs([run, make_run("whole", lr=1, layers=["29"], data=["pydoc"])])
     assert half.settings == {"train.lr": "0.3", "train.layers": "29"}
+    assert differing([half.settings, whole.settings]) == ["train.lr"]
     (run / STATE).write_bytes(b"no tensors")
     with pytest.raises(ValueError, match="is damaged"):
         read_runs([run])

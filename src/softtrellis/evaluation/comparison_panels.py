@@ -1,6 +1,5 @@
 """What the figures of several runs show: each function draws one panel onto matplotlib axes."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _MARKERS = "osD^vP"
 _LINES = ("-", "--", ":")
 _MARKS_ON_A_LINE = 8
-_ROOM_ABOVE = 1.2
+_CUT_OFF_ABOVE, _CUT_AT = 4.0, 1.5  # times the highest start
 _LOGARITHMIC_FROM = 20.0
 _LARGEST_SPAN = 1000.0
 _UNITS: dict[str, tuple[tuple[float, float, str], ...]] = {
@@ -45,9 +44,9 @@ class Quantity:
         caption: what it is.
         scale: what the logged numbers are multiplied by.
         smooth: draw a running mean.
-        falls: is meant to fall from its start. Such a panel ends somewhat above the highest
-            start, so that a run that diverges leaves room for the others; of other panels the
-            vertical axis starts at 0.
+        falls: is meant to fall from its start. Then a run that rises far above the highest
+            start is cut off, and leaves room for the others; of other quantities the vertical
+            axis starts at 0.
     """
 
     key: str
@@ -145,8 +144,7 @@ def draw_curves(
         )
         shown += y
         starts.append(y[0])
-    top = _ROOM_ABOVE * max(starts, default=0.0) if quantity.falls else math.inf
-    _scale(axes, shown, top)
+    _scale(axes, shown, max(starts, default=0.0) if quantity.falls else None)
     axes.set_title(quantity.title)
     axes.set_xlabel(x_label)
     axes.set_ylabel(quantity.unit)
@@ -192,14 +190,18 @@ def _axis(runs: Sequence[ComparedRun], quantity: Quantity, against: str) -> tupl
     return 1.0, against
 
 
-def _scale(axes: "Axes", shown: Sequence[float], top: float) -> None:
-    """A vertical axis for the values up to `top`: logarithmic where they span much, else linear,
-    and from 0 if the top is open.
+def _scale(axes: "Axes", shown: Sequence[float], start: float | None) -> None:
+    """A logarithmic vertical axis where the values span much, else a linear one.
+
+    With a `start`, values far above it are cut off; without, a linear axis begins at 0.
     """
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    inside = [value for value in shown if value <= top]
+    largest = max(shown, default=0.0)
+    cut = start is not None and largest > _CUT_OFF_ABOVE * start
+    inside = [y for y in shown if y <= _CUT_AT * start] if start is not None and cut else shown
     low, high = min(inside, default=0.0), max(inside, default=0.0)
+    margin = 0.05 * (high - low)
     if low > 0 and high > _LOGARITHMIC_FROM * low:
         axes.set_yscale("log")
         low = max(low, high / _LARGEST_SPAN)
@@ -208,11 +210,10 @@ def _scale(axes: "Axes", shown: Sequence[float], top: float) -> None:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if fine else (1,)))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
-    elif top == math.inf:
+    elif start is None:
         axes.set_ylim(bottom=0)
-    elif len(inside) < len(shown):
-        margin = 0.05 * (high - low)
+    elif cut:
         axes.set_ylim(low - margin, high + margin)
-    if len(inside) < len(shown):
-        words = "what leaves the panel diverged"
+    if cut:
+        words = f"cut off: rises to {largest:.3g}"
         axes.text(0.99, 0.98, words, transform=axes.transAxes, ha="right", va="top", fontsize=8)

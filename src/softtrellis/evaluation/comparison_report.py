@@ -100,7 +100,8 @@ def _settings(runs: Sequence[ComparedRun], marks: Mapping[str, str]) -> Iterator
         yield html_table(["run", *names], cells, "plain", [marks[each.name] for each in known])
     else:
         yield '<p class="note">None: the runs were made with the same settings.</p>'
-    shared = [item for item in known[0].settings.items() if item[0] not in names]
+    every = {name: value for each in known for name, value in each.settings.items()}
+    shared = [(name, value) for name, value in every.items() if name not in names]
     if shared:
         yield (
             f"<details><summary>{len(shared)} settings are the same</summary>"
@@ -131,7 +132,7 @@ def _training(runs: Sequence[ComparedRun], marks: Mapping[str, str]) -> Iterator
         "tokens": lambda run: _last(run, "tokens", ",.0f"),
         "seconds": lambda run: _last(run, "seconds", ",.0f"),
         "skipped": lambda run: _last(run, "skipped", ",.0f"),
-        "last loss": lambda run: _last(run, "loss", ".4f"),
+        "loss, last 5%": _end_of_loss,
         "soft KL, last": lambda run: _last(run, "heldout_kl", ".4f"),
         "soft KL, best (at step)": lambda run: _best(run, "heldout_kl"),
         "hard KL, last": lambda run: _last(run, "heldout_kl_hard", ".4f"),
@@ -154,6 +155,12 @@ def _training(runs: Sequence[ComparedRun], marks: Mapping[str, str]) -> Iterator
 def _last(run: Run, key: str, style: str, scale: float = 1.0) -> str:
     values = run.series(key)[1]
     return format(scale * values[-1], style) if values else _ABSENT
+
+
+def _end_of_loss(run: Run) -> str:
+    values = run.series("loss")[1]
+    last = values[-max(1, len(values) // 20) :]
+    return f"{sum(last) / len(last):.4f}" if last else _ABSENT
 
 
 def _best(run: Run, key: str) -> str:

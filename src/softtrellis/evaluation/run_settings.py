@@ -6,6 +6,10 @@ from pathlib import Path
 
 from softtrellis.io.files import STATE
 
+_TRAIN = "train."
+_DIGESTS = ("checkpoint", "text")
+"""Settings of a saved state that are hashes of what the run works on."""
+
 
 def read_settings(run_dir: Path) -> dict[str, str]:
     """A run's settings by name, "train.lr" for instance, as text.
@@ -21,7 +25,8 @@ def read_settings(run_dir: Path) -> dict[str, str]:
     if is_checkpoint(run_dir):
         return flat_settings(read_manifest(run_dir).provenance)
     if (run_dir / STATE).is_file():
-        return flat_settings({"train": _settings_of_state(run_dir / STATE)})
+        saved = _settings_of_state(run_dir / STATE)
+        return {_TRAIN + k: v for k, v in flat_settings(saved).items() if k not in _DIGESTS}
     return {}
 
 
@@ -33,9 +38,18 @@ def flat_settings(settings: Mapping[str, object]) -> dict[str, str]:
 
 
 def differing(settings: Sequence[Mapping[str, str]]) -> list[str]:
-    """Names of the settings that not all runs have with one value, in order of appearance."""
+    """Names of the settings that not all runs have with one value, in order of appearance.
+
+    What a run that is not finished does not say is not counted: it saves only its training's.
+    """
     names = dict.fromkeys(name for each in settings for name in each)
-    return [name for name in names if len({each.get(name) for each in settings}) > 1]
+    unfinished = [all(name.startswith(_TRAIN) for name in each) for each in settings]
+    found = []
+    for name in names:
+        said = zip(settings, unfinished, strict=True)
+        if len({each.get(name) for each, half in said if name in each or not half}) > 1:
+            found.append(name)
+    return found
 
 
 def _settings_of_state(path: Path) -> Mapping[str, object]:
@@ -44,7 +58,7 @@ def _settings_of_state(path: Path) -> Mapping[str, object]:
     try:
         with safe_open(str(path), "numpy") as file:
             settings: Mapping[str, object] = json.loads(file.metadata()["settings"])
-    except (SafetensorError, OSError, KeyError, TypeError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}); start the run again") from error
     return settings
 
