@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from evaluation.support import results, write_run
 
 from softtrellis.cli.main import build_parser
 from softtrellis.io.checkpoint import BaseModel, load_quantized, save_quantized
@@ -229,6 +230,16 @@ def test_the_trellis_example_of_the_readme() -> None:
 def test_the_example_of_the_api_page() -> None:
     names = run(blocks("docs/api.md")[0], {"L=12": "L=10", "randn(8": "randn(2"})
     assert torch.isfinite(names["w"].grad).all()
+
+
+def test_the_comparison_of_the_guide(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, mean in (("soft", -0.6), ("identity", -0.3)):
+        write_run(tmp_path / name, content=results(mean))
+    monkeypatch.chdir(tmp_path)
+    run(blocks("docs/guide.md")[0])
+    assert re.match(r"-0\.3\d* nats per token, 95% interval -", capsys.readouterr().out)
 
 
 def test_the_model_example_of_the_readme(

@@ -191,6 +191,19 @@ def test_eval_settings(refused: Refused, arguments: list[str], message: str) -> 
 
 
 @pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a", "b"], "several runs need -o FILE.html"),
+        (["a", "a", "-o", "page.html"], "a run is named twice"),
+        (["a", "b", "-o", "page.txt"], "--output must be a file NAME.html"),
+        (["a", "-o", "no/such/folder/page.html"], "in a directory that exists"),
+    ],
+)
+def test_report_settings(refused: Refused, arguments: list[str], message: str) -> None:
+    assert message in refused("report", *arguments, code=2)
+
+
+@pytest.mark.parametrize(
     "arguments",
     [["quantize", "m", "-o", "out"], ["train", "d", "--teacher", "m", "-o", "out"]],
 )

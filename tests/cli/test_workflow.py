@@ -155,6 +155,15 @@ def test_eval_and_report(
     assert (run / "main.png").read_bytes().startswith(b"\x89PNG")
     assert softtrellis("inspect", run).out == sizes, "a report is no part of the checkpoint"
 
+    other = shutil.copytree(run, tmp_path / "other")
+    output = tmp_path / "comparison.html"
+    result = softtrellis("report", run, other, "-o", output)
+    assert (result.code, result.out, result.err) == (0, f"{output}\n", "")
+    page = output.read_text(encoding="utf-8")
+    assert "other is not shown to beat run" in page
+    assert "the runs were made with the same settings" in page
+    assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
 
 def test_eval_of_one_window(
     softtrellis: Command, model: Path, checkpoint: Path, text: Path

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from evaluation.support import results, write_run
 
-from softtrellis.evaluation.divergence import Interval, paired_bootstrap
+from softtrellis.evaluation.divergence import Interval, compare_results, paired_bootstrap
 
 
 @pytest.fixture
@@ -89,3 +92,77 @@ def test_excludes_zero(low, high, expected):
 def test_bad_input(a, weights, options, message):
     with pytest.raises(ValueError, match=message):
         paired_bootstrap(torch.tensor(a), torch.zeros(len(a)), torch.tensor(weights), **options)
+
+
+def results_file(directory: Path, mean: float) -> Path:
+    return write_run(directory, content=results(mean)) / "results.json"
+
+
+def test_two_results_files(tmp_path: Path) -> None:
+    a, b = results_file(tmp_path / "a", -0.6), results_file(tmp_path / "b", -0.3)
+    found = compare_results(a, b)
+    windows = [json.loads(path.read_text("utf-8"))["windows"]["BCJR-QAT"] for path in (a, b)]
+    kl = [torch.tensor(w["kl"], dtype=torch.float64) / 2047 for w in windows]
+    expected = paired_bootstrap(*kl, torch.tensor(windows[0]["tokens"]))
+    assert (found.mean, found.low, found.high) == (expected.mean, expected.low, expected.high)
+    assert found.high < 0
+    assert (found.a, found.b) == (f"{a}: BCJR-QAT", f"{b}: BCJR-QAT")
+    assert found.metric == "kl"
+
+
+def test_two_models_of_one_file(tmp_path: Path) -> None:
+    path = results_file(tmp_path, -0.6)
+    found = compare_results(path, path, model_b="PTQ")
+    assert (found.a, found.b) == ("BCJR-QAT", "PTQ")
+    assert found.mean < 0
+    assert compare_results(path, path, model_b="PTQ", metric="nll").mean == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        pytest.param({"model_a": "GPTQ"}, "no model 'GPTQ'; it has full precision, PTQ", id="a"),
+        pytest.param({"model_b": "GPTQ"}, "no model 'GPTQ'", id="b"),
+        pytest.param({"metric": "acc"}, "no scores 'acc' of windows for BCJR-QAT", id="metric"),
+    ],
+)
+def test_models_and_metrics_that_are_not_there(
+    tmp_path: Path, options: dict[str, str], message: str
+) -> None:
+    path = results_file(tmp_path, -0.6)
+    with pytest.raises(ValueError, match=message):
+        compare_results(path, path, **options)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param(
+            lambda windows: [w.update({k: v[:39] for k, v in w.items()}) for w in windows.values()],
+            r"\(40 windows, 81880 tokens, and 39 windows, 79833 tokens\)",
+            id="fewer",
+        ),
+        pytest.param(
+            lambda windows: windows["full precision"].update(nll=[1.0] * 40),
+            "the same first MODEL",
+            id="other-text",
+        ),
+        pytest.param(
+            lambda windows: [w.pop("nll") for w in windows.values()],
+            "the same first MODEL",
+            id="no-log-loss",
+        ),
+        pytest.param(lambda windows: windows.clear(), "no scores of windows", id="tasks-only"),
+    ],
+)
+def test_files_of_other_windows(tmp_path: Path, change, message: str) -> None:
+    content = results(-0.6)
+    change(content["windows"])
+    other = write_run(tmp_path / "b", content=content) / "results.json"
+    with pytest.raises(ValueError, match=message):
+        compare_results(results_file(tmp_path / "a", -0.6), other)
+
+
+def test_no_such_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        compare_results(tmp_path / "a.json", tmp_path / "b.json")

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from softtrellis.evaluation.run_log import Comparison, Run, Windows, read_results
+
 _CHUNK_NUMBERS = 1 << 20
+_SAME_SCORE = 1e-4
+"""Relative difference of a window's log loss that another device or batch size makes, at most."""
 
 
 @dataclass(frozen=True)
@@ -79,3 +85,99 @@ def paired_bootstrap(
     tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
     low, high = torch.cat(means).quantile(tails).tolist()
     return Interval(float(weighted.sum() / weight.sum()), low, high)
+
+
+def compare_results(
+    path_a: Path,
+    path_b: Path,
+    *,
+    metric: str = "kl",
+    model_a: str | None = None,
+    model_b: str | None = None,
+) -> Comparison:
+    """Compare models of two results files, window by window; see :func:`paired_bootstrap`.
+
+    Args:
+        path_a: what ``eval --json`` or ``quickstart`` wrote.
+        path_b: the same for the second model; may be the same file.
+        metric: "kl", KL divergence to the reference, or "nll", log loss.
+        model_a: name of the model in its file; None is the last one.
+        model_b: the same for the second model.
+
+    Returns:
+        Mean of a - b in nats per token, with the ends of its 95% interval. A model is called by
+        its name in the file; if both have the same, with the file's path before it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: not a results file, a model or metric that it does not have, or files whose
+            windows or whose reference are not the same.
+    """
+    first, second = read_results(path_a), read_results(path_b)
+    name_a = _model_of(first, model_a, path_a)
+    name_b = _model_of(second, model_b, path_b)
+    found = compare_windows(first, second, name_a, name_b, metric=metric)
+    if name_a != name_b:
+        return found
+    return replace(found, a=f"{path_a}: {name_a}", b=f"{path_b}: {name_b}")
+
+
+def compare_windows(a: Run, b: Run, model_a: str, model_b: str, *, metric: str) -> Comparison:
+    """Compare a model of one run's results with a model of another's, window by window.
+
+    That both were scored on the same windows, against the same reference, is seen from the scores
+    of the reference: the first model of each.
+
+    Raises:
+        ValueError: a model without scores of the metric, fewer than two windows, or runs whose
+            windows or whose reference are not the same.
+    """
+    _check_same_windows(a, b)
+    first = torch.tensor(_scores(a, model_a, metric), dtype=torch.float64)
+    second = torch.tensor(_scores(b, model_b, metric), dtype=torch.float64)
+    found = paired_bootstrap(first, second, torch.tensor(a.windows[model_a].tokens))
+    return Comparison(model_a, model_b, metric, found.mean, found.low, found.high)
+
+
+def _model_of(run: Run, name: str | None, path: Path) -> str:
+    if not run.windows:
+        raise ValueError(f"{path} has no scores of windows; evaluate the models on text")
+    if name is None:
+        return list(run.windows)[-1]
+    if name not in run.windows:
+        raise ValueError(f"{path} has no model {name!r}; it has {', '.join(run.windows)}")
+    return name
+
+
+def _scores(run: Run, name: str, metric: str) -> tuple[float, ...]:
+    windows = run.windows.get(name)
+    scores = None if windows is None else windows.metric(metric)
+    if scores is None:
+        raise ValueError(f"there are no scores {metric!r} of windows for {name}")
+    return scores
+
+
+def _check_same_windows(a: Run, b: Run) -> None:
+    first, second = _reference(a), _reference(b)
+    if first.tokens != second.tokens:
+        raise ValueError(
+            f"windows of other sizes ({_windows_in_words(first)}, and {_windows_in_words(second)});"
+            " evaluate both with the same --ctx and --windows"
+        )
+    same = first.nll is not None and second.nll is not None
+    pairs = zip(first.nll or (), second.nll or (), strict=False)
+    if not same or not all(math.isclose(x, y, rel_tol=_SAME_SCORE) for x, y in pairs):
+        raise ValueError(
+            "the first models, which are the references, have other scores: evaluate both with "
+            "the same first MODEL and the same --data, --ctx and --windows"
+        )
+
+
+def _reference(run: Run) -> Windows:
+    if not run.windows:
+        raise ValueError("no scores of windows; evaluate the models on text")
+    return next(iter(run.windows.values()))
+
+
+def _windows_in_words(windows: Windows) -> str:
+    return f"{len(windows.tokens)} windows, {sum(windows.tokens)} tokens"

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from softtrellis.evaluation.figures import GREY
 from softtrellis.evaluation.run_log import Comparison, Run
 
 if TYPE_CHECKING:
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Mid tones, so that one picture reads on a light and on a dark page.
-BLUE, ORANGE, GREEN, PURPLE, GREY = "#3b82c4", "#d9722e", "#2b9a66", "#9a63c0", "#808890"
+BLUE, ORANGE, GREEN, PURPLE = "#3b82c4", "#d9722e", "#2b9a66", "#9a63c0"
 MAX_LABELLED_LAYERS = 40
 
 
@@ -34,8 +35,20 @@ def draw_loss(axes: "Axes", run: Run) -> None:
     smooth = window > 1
     axes.plot(steps, values, color=BLUE, linewidth=1 if smooth else 2, alpha=0.4 if smooth else 1)
     if smooth:
-        axes.plot(steps, _running_mean(values, window), color=BLUE, linewidth=2)
+        axes.plot(steps, running_mean(values, window), color=BLUE, linewidth=2)
     _label(axes, "Loss", "loss")
+
+
+def draw_heldout(axes: "Axes", run: Run) -> None:
+    """KL to the teacher on held-out windows, of the soft and of the hardened model."""
+    for key, label, style, colour in (
+        ("heldout_kl", "soft", "o-", BLUE),
+        ("heldout_kl_hard", "hard", "s--", ORANGE),
+    ):
+        if run.series(key)[0]:
+            axes.plot(*run.series(key), style, color=colour, markersize=3.5, label=label)
+    axes.legend()
+    _label(axes, "Held-out KL", "KL (nats per token)")
 
 
 def draw_temperature(axes: "Axes", run: Run) -> None:
@@ -214,7 +227,8 @@ def _step_limits(run: Run) -> tuple[float, float]:
     return first - margin, last + margin
 
 
-def _running_mean(values: Sequence[float], window: int) -> list[float]:
+def running_mean(values: Sequence[float], window: int) -> list[float]:
+    """Means over the last `window` values up to each one, over fewer at the start."""
     means: list[float] = []
     for end in range(1, len(values) + 1):
         part = values[max(0, end - window) : end]

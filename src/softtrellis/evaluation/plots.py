@@ -1,16 +1,12 @@
-"""Figures of a run: SVG in the page's text colour for the report, and a PNG for a README."""
+"""The figures of one run, for its report, and a PNG for a README."""
 
-import io
-import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from softtrellis.evaluation.figures import PNG_TEXT, Plot, new_figure, svg_of
 from softtrellis.evaluation.panels import (
-    GREY,
     MAX_LABELLED_LAYERS,
     ORANGE,
     PURPLE,
@@ -19,6 +15,7 @@ from softtrellis.evaluation.panels import (
     draw_drift,
     draw_drift_and_codes,
     draw_heatmap,
+    draw_heldout,
     draw_line,
     draw_loss,
     draw_loss_and_temperature,
@@ -31,21 +28,8 @@ from softtrellis.evaluation.run_log import BASELINE, TRAINED, Comparison, Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-_TEXT = "#010203"  # stands for the page's text colour until the SVG is written
 
 Draw = Callable[["Axes", Run], None]
-
-
-@dataclass(frozen=True)
-class Plot:
-    """One figure of the report: inline SVG, the text read out in its stead, and a caption."""
-
-    svg: str
-    alt: str
-    caption: str
-    wide: bool = False
 
 
 def report_plots(run: Run) -> list[Plot]:
@@ -69,7 +53,7 @@ def write_main_plot(run: Run, path: Path) -> bool:
         panels.append(draw_drift_and_codes)
     if not panels:
         return False
-    with _figure(5.0 * len(panels), 3.9, "#20262c") as figure:
+    with new_figure(5.0 * len(panels), 3.9, PNG_TEXT) as figure:
         all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
         for axes, draw in zip(all_axes, panels, strict=True):
             draw(axes, run)
@@ -84,6 +68,16 @@ def _loss_plots(run: Run) -> Iterator[Plot]:
     ):
         if run.series(key)[0]:
             yield _plot(run, draw, _spoken(run, key, key), caption)
+
+
+def _heldout_plots(run: Run) -> Iterator[Plot]:
+    keys = [key for key in ("heldout_kl", "heldout_kl_hard") if run.series(key)[0]]
+    if keys:
+        caption = (
+            "KL divergence to the teacher on windows that the training does not see, of the soft "
+            "model that is trained and of the hardened one."
+        )
+        yield _plot(run, draw_heldout, _spoken(run, keys[-1], "held-out KL"), caption)
 
 
 def _drift_plots(run: Run) -> Iterator[Plot]:
@@ -147,11 +141,11 @@ def _layer_plots(run: Run) -> Iterator[Plot]:
     if not keys:
         return
     height = 1.5 + 0.17 * len(layers) if len(layers) <= MAX_LABELLED_LAYERS else 4.5
-    with _figure(11.0, height, _TEXT) as figure:
+    with new_figure(11.0, height) as figure:
         for index, key in enumerate(keys):
             axes = figure.add_subplot(1, len(keys), index + 1)
             draw_heatmap(figure, axes, run, layers, key, labelled=index == 0)
-        svg = _svg(figure)
+        svg = svg_of(figure)
     alt = f"Heat maps over {len(layers)} layers and the measured steps: {', '.join(keys)}."
     yield Plot(svg, alt, "Drift and changed codes of each layer over the training.", wide=True)
 
@@ -159,6 +153,7 @@ def _layer_plots(run: Run) -> Iterator[Plot]:
 _BUILDERS: tuple[Callable[[Run], Iterator[Plot]], ...] = (
     _comparison_plots,
     _loss_plots,
+    _heldout_plots,
     _drift_plots,
     _layer_plots,
 )
@@ -179,46 +174,6 @@ def _spoken(run: Run, key: str, label: str) -> str:
 
 
 def _plot(run: Run, draw: Draw, alt: str, caption: str) -> Plot:
-    with _figure(5.6, 3.4, _TEXT) as figure:
+    with new_figure(5.6, 3.4) as figure:
         draw(figure.subplots(), run)
-        return Plot(_svg(figure), alt, caption)
-
-
-@contextmanager
-def _figure(width: float, height: float, text: str) -> Iterator["Figure"]:
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(
-        {
-            "font.size": 10,
-            "axes.titlesize": 11,
-            "axes.edgecolor": text,
-            "axes.labelcolor": text,
-            "axes.titlecolor": text,
-            "axes.facecolor": "none",
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.grid": True,
-            "grid.color": GREY,
-            "grid.alpha": 0.25,
-            "text.color": text,
-            "xtick.color": text,
-            "ytick.color": text,
-            "legend.frameon": False,
-            "legend.fontsize": 8,
-            "svg.fonttype": "none",
-            "svg.hashsalt": "softtrellis",
-        }
-    ):
-        yield Figure(figsize=(width, height), layout="constrained")
-
-
-def _svg(figure: "Figure") -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    text = buffer.getvalue()
-    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    used = set(re.findall(r"#([\w-]+)", text))  # the others would repeat from figure to figure
-    text = re.sub(r' id="([\w.-]+)"', lambda m: m[0] if m[1] in used else "", text)
-    return text.replace(_TEXT, "currentColor")
+        return Plot(svg_of(figure), alt, caption)

@@ -1,16 +1,16 @@
 """The report of a run: one HTML file without scripts or outside references, and a PNG."""
 
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from html import escape
-from importlib.resources import files
 from pathlib import Path
-from string import Template
 from typing import Any
 
+from softtrellis.evaluation.figures import Plot
+from softtrellis.evaluation.page import html_figures, html_table, write_page
 from softtrellis.evaluation.panels import shorten
-from softtrellis.evaluation.plots import Plot, report_plots, write_main_plot
+from softtrellis.evaluation.plots import report_plots, write_main_plot
 from softtrellis.evaluation.run_log import (
     BASELINE,
     TRAINED,
@@ -32,7 +32,7 @@ _LAYER_COLUMNS = {
 }
 
 
-def write_report(run_dir: Path) -> Path:
+def write_report(run_dir: Path, output: Path | None = None) -> Path:
     """Write report.html and main.png into a run directory, from its log.jsonl and results.json.
 
     A part that the run did not write (training or evaluation) is left out, with a sentence that
@@ -40,31 +40,26 @@ def write_report(run_dir: Path) -> Path:
 
     Args:
         run_dir: a directory that `quickstart`, `train` or `eval` wrote.
+        output: an HTML file to write instead of report.html; the picture is then the PNG of the
+            same name.
 
     Returns:
-        The path of report.html.
+        The path of the HTML file.
 
     Raises:
         FileNotFoundError: neither of the two files is there.
         ValueError: one of them is damaged; the message names the place.
     """
     run = read_run(run_dir)
-    plots = report_plots(run)
-    page = Template(files(__package__).joinpath("report_template.html").read_text("utf-8"))
-    target, picture = run_dir / "report.html", run_dir / "main.png"
-    half_page, half_picture = run_dir / ".report.html.part", run_dir / ".main.png.part"
-    try:
-        half_page.write_text(
-            page.substitute(title=escape(run.title), body="\n".join(_body(run, plots))), "utf-8"
-        )
-        if write_main_plot(run, half_picture):
-            os.replace(half_picture, picture)
-        else:
-            picture.unlink(missing_ok=True)
-        os.replace(half_page, target)
-    finally:
-        half_page.unlink(missing_ok=True)
-        half_picture.unlink(missing_ok=True)
+    target = run_dir / "report.html" if output is None else output
+    picture = run_dir / "main.png" if output is None else output.with_suffix(".png")
+    write_page(
+        target,
+        picture,
+        title=run.title,
+        body=_body(run, report_plots(run)),
+        draw_picture=partial(write_main_plot, run),
+    )
     return target
 
 
@@ -75,7 +70,21 @@ def format_table(rows: Iterable[Mapping[str, Any]]) -> str:
         rows: mappings with "name" and, where measured, "perplexity", "kl" (nats per token),
             "bits_per_weight" and "bytes", as in results.json. A column that no row has is left out.
     """
-    return align_columns(*_table(list(parse_rows(rows))))
+    return align_columns(*results_table(list(parse_rows(rows))))
+
+
+def results_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells of the result table; a column that no row has is left out."""
+    columns: list[list[str]] = [
+        [row.name for row in rows],
+        [_number(row.perplexity, ".2f") for row in rows],
+        [_number(row.kl, ".4f") for row in rows],
+        [_number(row.bits_per_weight, ".3f") for row in rows],
+        [_number(row.bytes, ",d") for row in rows],
+    ]
+    measured = [i for i, c in enumerate(columns) if i == 0 or any(cell != "–" for cell in c)]
+    cells = [[columns[i][line] for i in measured] for line in range(len(rows))]
+    return [_HEADINGS[i] for i in measured], cells
 
 
 def format_tasks(tasks: Mapping[str, Mapping[str, Any]]) -> str:
@@ -150,8 +159,8 @@ def _body(run: Run, plots: Sequence[Plot]) -> Iterable[str]:
     for note in run.notes:
         yield f'<p class="note">{escape(note)}</p>'
     if run.rows:
-        headings, cells = _table(run.rows)
-        yield f"<h2>Results</h2>{_html_table(headings, cells)}"
+        headings, cells = results_table(run.rows)
+        yield f"<h2>Results</h2>{html_table(headings, cells)}"
         yield (
             '<p class="note">Perplexity and KL divergence (nats per token) on the same held-out '
             "windows; lower is better.</p>"
@@ -161,18 +170,12 @@ def _body(run: Run, plots: Sequence[Plot]) -> Iterable[str]:
     else:
         yield '<p class="note">This run has no training log: its training plots are left out.</p>'
     if plots:
-        yield '<h2>Plots</h2><div class="plots">'
-        for plot in plots:
-            label = escape(plot.alt, quote=True)
-            svg = plot.svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
-            wide = ' class="wide"' if plot.wide else ""
-            yield f"<figure{wide}>{svg}<figcaption>{escape(plot.caption)}</figcaption></figure>"
-        yield "</div>"
+        yield f"<h2>Plots</h2>{html_figures(plots)}"
     yield from _layer_table(run)
     for heading, entries in (("Settings", run.settings), ("Environment", run.environment)):
         if entries:
             cells = [[str(key), str(value)] for key, value in entries.items()]
-            yield f"<h2>{heading}</h2>{_html_table((), cells, 'plain')}"
+            yield f"<h2>{heading}</h2>{html_table((), cells, 'plain')}"
 
 
 def _verdicts(run: Run) -> Iterable[str]:
@@ -243,19 +246,6 @@ def _layer_table(run: Run) -> Iterable[str]:
     )
 
 
-def _table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    columns: list[list[str]] = [
-        [row.name for row in rows],
-        [_number(row.perplexity, ".2f") for row in rows],
-        [_number(row.kl, ".4f") for row in rows],
-        [_number(row.bits_per_weight, ".3f") for row in rows],
-        [_number(row.bytes, ",d") for row in rows],
-    ]
-    measured = [i for i, c in enumerate(columns) if i == 0 or any(cell != "–" for cell in c)]
-    cells = [[columns[i][line] for i in measured] for line in range(len(rows))]
-    return [_HEADINGS[i] for i in measured], cells
-
-
 def _number(value: float | None, style: str) -> str:
     return "–" if value is None else format(value, style)
 
@@ -263,18 +253,3 @@ def _number(value: float | None, style: str) -> str:
 def _estimate(metric: Mapping[str, Any]) -> str:
     error = metric["stderr"]
     return f"{metric['value']:.4f}" + ("" if error is None else f" ± {error:.4f}")
-
-
-def _html_table(headings: Sequence[str], lines: Iterable[Sequence[str]], style: str = "") -> str:
-    head = "".join(f'<th scope="col">{escape(text)}</th>' for text in headings)
-    body = "".join(
-        f'<tr><th scope="row">{escape(line[0])}</th>'
-        + "".join(f"<td>{escape(cell)}</td>" for cell in line[1:])
-        + "</tr>"
-        for line in lines
-    )
-    return (
-        f'<div class="scroll"><table class="{style}">'
-        + (f"<thead><tr>{head}</tr></thead>" if head else "")
-        + f"<tbody>{body}</tbody></table></div>"
-    )

@@ -3,9 +3,9 @@
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 REFERENCE = "full precision"
 BASELINE = "PTQ"
@@ -72,10 +72,16 @@ class Run:
         for record in self.steps:
             source = record if layer is None else record.get("layers", {}).get(layer, {})
             value = source.get(key)
-            if value is not None and math.isfinite(value):
+            if _is_finite(value):
                 steps.append(int(record["step"]))
                 values.append(float(value))
         return steps, values
+
+    def curve(self, key: str, against: str) -> tuple[list[float], list[float]]:
+        """`against` and `key` of the records in which both are finite numbers."""
+        pairs = [(record.get(against), record.get(key)) for record in self.steps]
+        known = [(x, y) for x, y in pairs if _is_finite(x) and _is_finite(y)]
+        return [float(x) for x, _ in known], [float(y) for _, y in known]
 
     @property
     def layers(self) -> list[str]:
@@ -99,12 +105,22 @@ def read_run(run_dir: Path) -> Run:
             "give the directory that train, eval or quickstart wrote."
         )
     steps, notes = _read_log(log) if log.is_file() else ((), ())
-    content = _read_object(results) if results.is_file() else {}
+    return replace(read_results(results) if results.is_file() else Run(), steps=steps, notes=notes)
+
+
+def read_results(path: Path) -> Run:
+    """Read a file that `eval --json` or `quickstart` wrote; the run has no training log.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not what they write; the message names the place.
+    """
+    content = _read_object(path)
     try:
-        return _build(content, steps, notes)
+        return _build(content)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{results} is not a results file of this version ({type(error).__name__}: {error}); "
+            f"{path} is not a results file of this version ({type(error).__name__}: {error}); "
             "evaluate the run again."
         ) from error
 
@@ -143,12 +159,9 @@ def _read_object(path: Path) -> Mapping[str, Any]:
     return content
 
 
-def _build(
-    content: Mapping[str, Any], steps: tuple[Mapping[str, Any], ...], notes: tuple[str, ...]
-) -> Run:
+def _build(content: Mapping[str, Any]) -> Run:
     return Run(
         title=str(content.get("title", Run.title)),
-        steps=steps,
         rows=tuple(parse_rows(content.get("rows", ()))),
         windows={name: _windows(name, w) for name, w in content.get("windows", {}).items()},
         comparisons=tuple(
@@ -165,7 +178,6 @@ def _build(
         predicted_radius=_optional(content, "predicted_radius"),
         settings=dict(content.get("settings", {})),
         environment=dict(content.get("environment", {})),
-        notes=notes,
     )
 
 
@@ -180,6 +192,10 @@ def parse_rows(rows: Iterable[Mapping[str, Any]]) -> Iterator[Row]:
             bits_per_weight=_optional(row, "bits_per_weight"),
             bytes=None if size is None else int(size),
         )
+
+
+def _is_finite(value: Any) -> TypeGuard[float]:
+    return value is not None and math.isfinite(value)
 
 
 def _optional(record: Mapping[str, Any], key: str) -> float | None:
