@@ -15,6 +15,14 @@ CUDA_CAPABILITIES = ((9, 0), (10, 0), (10, 3))
 """Compute capabilities with the 227 KiB of shared memory a block that the CUDA kernels need."""
 
 
+def check_device(device: str) -> None:
+    """ValueError unless it is "cpu" or a CUDA device that is there."""
+    if torch.device(device).type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu or cuda, got {device!r}")
+    if device != "cpu" and not torch.cuda.is_available():
+        raise ValueError("device must be cpu: torch finds no CUDA device here")
+
+
 def resolve_backend(backend: Backend, tensor: Tensor) -> ResolvedBackend:
     """Chooses the implementation for a tensor, or says why the one asked for cannot run.
 

@@ -124,10 +124,10 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Interrupt:
     whole = Trainer.step
 
     def arrange(before: int | None, error: BaseException | None = None) -> None:
-        def step(self: Trainer, number: int) -> dict[str, Any]:
+        def step(self: Trainer, number: int, share: float) -> dict[str, Any]:
             if number == before:
                 raise error or KeyboardInterrupt
-            return whole(self, number)
+            return whole(self, number, share)
 
         monkeypatch.setattr(Trainer, "step", step)
 

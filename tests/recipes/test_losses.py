@@ -10,7 +10,7 @@ from torch import nn
 
 from softtrellis.recipes.drift import predicted_radius
 from softtrellis.recipes.losses import forward_kl
-from softtrellis.recipes.schedules import learning_rate_at, temperature_at
+from softtrellis.recipes.schedules import Pace, learning_rate_at, temperature_at
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64])
@@ -35,7 +35,7 @@ def test_forward_kl_and_its_gradient(chunk: int) -> None:
 @pytest.mark.parametrize("schedule", ["exponential", "cosine"])
 def test_temperature_goes_from_start_to_end(schedule: str) -> None:
     found = [
-        temperature_at(step, 11, t_init=0.1, t_min=0.03, schedule=schedule)  # type: ignore[arg-type]
+        temperature_at(step / 10, t_init=0.1, t_min=0.03, schedule=schedule)  # type: ignore[arg-type]
         for step in range(11)
     ]
     assert found[0] == pytest.approx(0.1)
@@ -46,10 +46,32 @@ def test_temperature_goes_from_start_to_end(schedule: str) -> None:
 
 
 def test_learning_rate_warms_up_and_decays() -> None:
-    found = [learning_rate_at(step, 50, lr=1.0, warmup=5) for step in range(50)]
-    assert found[:6] == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1.0])
+    found = [learning_rate_at(step / 49, step, lr=1.0, warmup=5) for step in range(50)]
+    assert found[0] == pytest.approx(1 / 6)
+    assert found[:6] == sorted(found[:6])
+    assert found[5:] == sorted(found[5:], reverse=True)
+    assert found[5] > 0.95
     assert found[-1] == pytest.approx(0.1)
-    assert learning_rate_at(0, 1, lr=1.0, warmup=0) == pytest.approx(1.0)
+
+
+def test_pace_by_steps() -> None:
+    pace = Pace(5, None)
+    assert [pace.share(step) for step in range(5)] == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert Pace(1, None).share(0) == 1.0
+
+
+def test_pace_by_the_clock_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr("softtrellis.recipes.schedules.time.monotonic", lambda: now)
+    for elapsed, length in ((0.0, 3.0), (20.0, 7.0)):
+        began, pace, shares = now, Pace(None, 100.0, step=4, elapsed=elapsed), list[float]()
+        while not shares or shares[-1] < 1:
+            shares.append(pace.share(4 + len(shares)))
+            now += length
+        assert shares == sorted(shares)
+        assert 100 - 1.5 * length <= now - began + elapsed <= 100
+    pace = Pace(3, 1e9)
+    assert [pace.share(step) for step in range(3)] == pytest.approx([0.0, 0.5, 1.0])
 
 
 def test_predicted_radius() -> None:

@@ -34,7 +34,8 @@ class Setting:
 
     def __init__(self, teacher: Any, tokenizer: Any, text: str) -> None:
         self.teacher, self.tokenizer, self.text = teacher, tokenizer, text
-        config = QuantizeConfig(code="gaussian", L=6, data=(text,), ctx=64, windows=16)
+        quantizer = {"code": "gaussian", "L": 6, "inputs": "quantized"}  # leaves more to mend
+        config = QuantizeConfig(data=(text,), ctx=64, windows=16, **quantizer)  # type: ignore[arg-type]
         self.student = quantize_model(copy.deepcopy(teacher), config, tokenizer=tokenizer)
 
     def train(self, directory: Path | None = None, *, resume: bool = False, **change: Any) -> Any:
@@ -101,12 +102,12 @@ def test_resuming_gives_the_weights_of_an_uninterrupted_run(
     original, calls = trainer.Trainer.step, 0
     stop_at = 5 if mode == "joint" else 9
 
-    def step(self: Any, number: int) -> dict[str, Any]:
+    def step(self: Any, number: int, share: float) -> dict[str, Any]:
         nonlocal calls
         calls += 1
         if calls > stop_at:
             raise KeyboardInterrupt
-        return original(self, number)
+        return original(self, number, share)
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer.Trainer, "step", step)

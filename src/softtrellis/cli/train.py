@@ -10,6 +10,7 @@ from softtrellis.cli.common import (
     Commands,
     add_backend,
     add_data,
+    add_device,
     add_layers,
     add_output,
     check_backend,
@@ -42,11 +43,28 @@ def add_parser(commands: Commands) -> None:
         default="joint",
         help="joint: all layers at once; greedy: one decoder layer after the other; single: one",
     )
+    estimators = ["soft", "straight_through", "identity"]
     parser.add_argument(
         "--estimator",
-        choices=["soft", "straight_through", "identity"],
+        choices=estimators,
         default="soft",
         help="the Boltzmann average; or the hard code with its gradient, or with the identity's",
+    )
+    parser.add_argument("--finish", choices=estimators, help="another one for the end of the run")
+    parser.add_argument(
+        "--finish-share", type=float, default=0.2, help="the share of the run that --finish takes"
+    )
+    parser.add_argument(
+        "--start",
+        type=float,
+        default=0.0,
+        help="where latent weights start: 0 at the codewords, 1 at the original weights",
+    )
+    parser.add_argument(
+        "--train",
+        metavar="A,B,...",
+        default="latents",
+        help="what is trained: latents, scales (of channels), norms, table (of the code hyb)",
     )
     parser.add_argument(
         "--t-init", type=temperature, default=0.1, help="first temperature, or 'auto'"
@@ -58,23 +76,62 @@ def add_parser(commands: Commands) -> None:
         default="exponential",
         help="how the temperature falls from the first to the last",
     )
-    parser.add_argument("--lr", type=float, default=1e-2, help="peak learning rate of AdamW")
-    parser.add_argument("--steps", type=int, default=100, help="optimizer steps (per stage)")
+    parser.add_argument("--lr", type=float, default=1e-2, help="peak learning rate of latents")
+    parser.add_argument(
+        "--scale-lr", type=float, default=1e-3, help="of scales and norms, over each one's size"
+    )
+    parser.add_argument("--table-lr", type=float, default=1e-3, help="of the table, likewise")
+    parser.add_argument(
+        "--optimizer",
+        choices=["adamw", "adamw8bit"],
+        default="adamw",
+        help="adamw8bit keeps its moments in a byte each and needs torchao",
+    )
+    parser.add_argument("--clip", type=float, help="largest norm of all gradients")
+    parser.add_argument(
+        "--steps", type=int, help="optimizer steps (per stage); 100 without --minutes"
+    )
+    parser.add_argument(
+        "--minutes", type=float, help="end the run, with its schedules, after so much time"
+    )
     parser.add_argument("--warmup", type=int, default=5, help="steps of linear warm-up")
     parser.add_argument("--batch", type=int, default=4, help="windows per step")
+    parser.add_argument(
+        "--micro-batch", type=int, help="windows that pass the model at once; all by default"
+    )
     parser.add_argument("--ctx", type=int, default=512, help="tokens per window")
     parser.add_argument("--windows", type=int, help="use at most so many windows of the text")
+    parser.add_argument(
+        "--held-out",
+        type=int,
+        default=8,
+        help="windows at the end of the text that only choose the step whose code is kept",
+    )
+    parser.add_argument(
+        "--checkpoint-layers",
+        action="store_true",
+        help="recompute activations in the backward pass: less memory, more time",
+    )
     every = (
         ("--reencode-every", 25, "moves of the paths' ends"),
         ("--measure-every", 5, "measurements of drift and changed codes"),
-        ("--save-every", 10, "saved states, which --resume goes on from"),
+        ("--evaluate-every", 20, "evaluations on the held-out windows"),
+        ("--save-every", 0, "saved states, which --resume goes on from, besides --save-minutes"),
     )
     for option, default, what in every:
         parser.add_argument(
             option, metavar="N", type=int, default=default, help=f"steps between {what}; 0 is never"
         )
+    parser.add_argument(
+        "--save-minutes",
+        type=float,
+        default=3.0,
+        help="time between saved states; 0 is never",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the order of the text")
+    parser.add_argument("--tensorboard", action="store_true", help="also log for TensorBoard")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+    add_device(parser, "what trains; cuda in bfloat16")
     add_backend(parser)
     parser.set_defaults(run=run)
 
@@ -86,28 +143,47 @@ def run(options: argparse.Namespace) -> int:
     from softtrellis.recipes.qat import DistillConfig
 
     with usage_errors(options):
+        steps = options.steps
+        if steps is None and options.minutes is None:
+            steps = 100
         config = DistillConfig(
             layers=layers_of(options.layers),
             mode=options.mode,
             estimator=options.estimator,
+            finish=options.finish,
+            finish_share=options.finish_share,
+            start=options.start,
+            train=tuple(part.strip() for part in options.train.split(",") if part.strip()),
             t_init=options.t_init,
             t_min=options.t_min,
             schedule=options.schedule,
             lr=options.lr,
-            steps=options.steps,
+            scale_lr=options.scale_lr,
+            table_lr=options.table_lr,
+            optimizer=options.optimizer,
+            clip=options.clip,
+            steps=steps,
+            minutes=options.minutes,
             warmup=options.warmup,
             batch=options.batch,
+            micro_batch=options.micro_batch,
             ctx=options.ctx,
             data=tuple(options.data),
             windows=options.windows,
+            held_out=options.held_out,
+            evaluate_every=options.evaluate_every,
+            checkpoint_layers=options.checkpoint_layers,
             reencode_every=options.reencode_every,
             measure_every=options.measure_every,
             save_every=options.save_every,
+            save_minutes=options.save_minutes,
             seed=options.seed,
+            device=options.device,
             backend=options.backend,
+            tensorboard=options.tensorboard,
             show_progress=True,
         )
-    check_backend(options.backend)
+    check_backend(options.backend, options.device)
     output = Path(options.output)
     check_inputs(output, options.checkpoint, options.teacher)
     result = train_to(
@@ -124,6 +200,9 @@ def run(options: argparse.Namespace) -> int:
         f"{len(result.history)} steps in {last['seconds']:.0f} s: loss {first['loss']:.4f} to "
         f"{last['loss']:.4f}, {changed:.2%} of codes changed"
     )
+    for best in result.kept:
+        if best is not None:
+            print(f"kept the code of step {best[0] + 1}, held-out KL {best[1]:.4f} nats per token")
     print(describe_sizes(output))
     following = ["eval", options.teacher, options.checkpoint, str(output), "--data", "pydoc"]
     print(f"Next: softtrellis {shlex.join(following)}")

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from softtrellis.spec import TrellisSpec
+
 Flip = Literal["first", "second"]
 
 TABLE_BITS = 9
@@ -36,6 +38,19 @@ def hybrid(states: Tensor, table: Tensor, flip: Flip) -> Tensor:
     sign = torch.ones(*states.shape, 2, dtype=table.dtype, device=states.device)
     sign[..., 0 if flip == "first" else 1] = 1.0 - 2.0 * negative.to(table.dtype)
     return table[row] * sign
+
+
+def table_of(codebook: Tensor, spec: TrellisSpec, flip: Flip) -> Tensor:
+    """float32 [512, 2], the table that a codebook [2**L, 2] of "hyb" was made from.
+
+    ``hybrid`` of it gives the codebook back; rows that no state has are zero.
+    """
+    row, negative = table_rows(torch.arange(spec.num_states, device=codebook.device))
+    values = codebook.detach().to(torch.float32, copy=True)
+    values[:, 0 if flip == "first" else 1] *= 1.0 - 2.0 * negative.to(torch.float32)
+    table = values.new_zeros(TABLE_ROWS, 2)
+    table[row] = values
+    return table
 
 
 @lru_cache(maxsize=8)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from softtrellis.codes.hybrid import table_rows
+from softtrellis.codes.hybrid import table_of
 from softtrellis.io.files import sha256_of, write_json
 from softtrellis.io.manifest import (
     FORMAT,
@@ -164,12 +164,7 @@ def _table(code: TrellisCode, codebook: Tensor) -> Tensor | None:
         return codebook.detach().cpu().clone()
     if code.name != "hyb":
         return None
-    row, negative = table_rows(torch.arange(code.spec.num_states))
-    table = torch.zeros(512, 2)
-    sign = torch.ones(code.spec.num_states, 2)
-    sign[:, 0 if code.flip == "first" else 1] = torch.where(negative, -1.0, 1.0)
-    table[row] = codebook.detach().cpu() * sign
-    return table
+    return table_of(codebook.detach().cpu(), code.spec, code.flip)
 
 
 def _codebook(code: TrellisCode, table: Tensor | None) -> Tensor:

@@ -20,11 +20,11 @@ def progress(items: Iterable[T] | int, description: str, *, enabled: bool = True
 
     Args:
         items: what to iterate over; or, as an integer, the number of steps of a bar that the
-            caller moves with ``.update(n)``, best inside a ``with``.
+            caller moves with ``.update(n)``, best inside a ``with``; 0 if that is not known.
         description: what is being done, in a word or two.
         enabled: False gives the same object without any output.
     """
-    total, iterable = (items, None) if isinstance(items, int) else (None, items)
+    total, iterable = (items or None, None) if isinstance(items, int) else (None, items)
     # A log file gets a line now and then instead of ten a second.
     pause = 0.1 if sys.stderr.isatty() else 30.0
     return tqdm(

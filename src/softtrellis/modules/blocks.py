@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softtrellis.modules.replace import decoder_layers
+from softtrellis.modules.replace import decoder_layers, on_device
 from softtrellis.modules.tail import run_prefix
 
 _log = logging.getLogger(__name__)
@@ -168,7 +168,7 @@ class Blocks:
             catchers.append(_Catcher(layer, catchers[0] if catchers else None))
         with self.on_device(0), self._without_layers(catchers):
             for window in windows:
-                with self._precision():
+                with self.precision():
                     run_prefix(model, window[None].to(device))
         self._size = catchers[0].size or 0
         self.calls = [catcher.call for catcher in catchers if catcher.call is not None]
@@ -186,13 +186,8 @@ class Blocks:
     @contextmanager
     def _without_layers(self, others: Sequence[nn.Module]) -> Iterator[None]:
         """The model on the device, with others in the place of its decoder layers."""
-        home = next(self._base.parameters()).device
-        with _exchanged(self.layers, others):
-            self._base.to(self.device)
-            try:
-                yield
-            finally:
-                self._base.to(home)
+        with _exchanged(self.layers, others), on_device(self._base, self.device):
+            yield
 
     @torch.no_grad()
     def last_hidden(self, states: Tensor) -> Tensor:
@@ -203,7 +198,7 @@ class Blocks:
             for i, window in enumerate(self._windows):
                 replays[-1].given = states[i : i + 1]
                 ids = window[None].to(self.device)
-                with self._precision():
+                with self.precision():
                     hidden = self._base(input_ids=ids, use_cache=False).last_hidden_state
                 found.append(hidden)
         return torch.cat(found)
@@ -211,20 +206,15 @@ class Blocks:
     @contextmanager
     def on_device(self, index: int) -> Iterator[nn.Module]:
         """A decoder layer on the device, and back where it was afterwards."""
-        layer = self.layers[index]
-        home = next(layer.parameters(), torch.empty(0)).device
-        layer.to(self.device)
-        try:
-            yield layer
-        finally:
-            layer.to(home)
+        with on_device(self.layers[index], self.device):
+            yield self.layers[index]
 
     def run(self, index: int, states: Tensor, layer: nn.Module | None = None) -> Tensor:
         """What a layer that is on the device makes of hidden states [b, ctx, d].
 
         ``layer`` may be another one for its place, a copy for instance.
         """
-        with self._precision():
+        with self.precision():
             return _hidden(self.calls[index].output(layer or self.layers[index], states))
 
     @torch.no_grad()
@@ -247,7 +237,8 @@ class Blocks:
         assert found is not None
         return found
 
-    def _precision(self) -> torch.autocast:
+    def precision(self) -> torch.autocast:
+        """A context in which matmuls are computed in ``autocast``."""
         enabled = self.autocast is not None
         return torch.autocast(self.device.type, dtype=self.autocast, enabled=enabled)
 

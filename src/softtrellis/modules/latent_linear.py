@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -12,6 +15,7 @@ from softtrellis.quantizers.basis import WeightBasis
 from softtrellis.quantizers.soft import Estimator, check_estimator, estimate
 from softtrellis.quantizers.tiling import from_tiles, to_tiles
 from softtrellis.trellis.bitshift import overlap_in
+from softtrellis.trellis.viterbi import best_states
 
 
 class LatentLinear(nn.Module):
@@ -28,11 +32,17 @@ class LatentLinear(nn.Module):
             new number would be compiled anew.
         estimator: "soft", "straight_through" or "identity", see ``estimate``.
         backend: as in ``bcjr``.
+        in_scale, out_scale: float32 parameters [in_features] and [out_features] once
+            ``train_scales`` was called; None before.
+        held: [out_features, in_features], the weight that passes take between ``hold`` and
+            ``release``; its gradient collects theirs.
     """
 
     pins: Tensor
     start: Tensor
     bias: Tensor | None
+    in_scale: nn.Parameter | None
+    out_scale: nn.Parameter | None
 
     def __init__(
         self,
@@ -61,6 +71,10 @@ class LatentLinear(nn.Module):
         self.register_buffer("pins", overlap_in(self.start[:, 0], layer.code.spec))
         self.latent = nn.Parameter(layer.code.decode(states, codebook, *layer.padded))
         self.register_buffer("bias", bias)
+        self.register_parameter("in_scale", None)
+        self.register_parameter("out_scale", None)
+        self.held: Tensor | None = None
+        self._graph: Tensor | None = None
 
     @classmethod
     def from_quantized(
@@ -87,41 +101,64 @@ class LatentLinear(nn.Module):
         """[tiles, N, V], the latent weights along the trellis; differentiable."""
         return to_tiles(self.latent, self.layer.code.spec, self.layer.code.order)
 
+    def train_scales(self) -> dict[str, nn.Parameter]:
+        """Makes the scales of input and output channels parameters, where there are none as ones.
+
+        They are stored as float16 with the hard code.
+
+        Returns:
+            "in_scale" [in_features] and "out_scale" [out_features], float32.
+        """
+        starts = self.basis.in_scale, self.basis.out_scale
+        sizes = self.layer.in_features, self.layer.out_features
+        self.in_scale, self.out_scale = (
+            nn.Parameter(self.latent.new_ones(size) if start is None else start.float())
+            for start, size in zip(starts, sizes, strict=True)
+        )
+        self.layer = replace(self.layer, in_scales=True, channel_scales=True)
+        return {"in_scale": self.in_scale, "out_scale": self.out_scale}
+
+    def current_basis(self) -> WeightBasis:
+        """The basis with the scales as they are now; differentiable in them."""
+        if self.in_scale is None:
+            return self.basis
+        return replace(self.basis, in_scale=self.in_scale, out_scale=self.out_scale)
+
     def weight(self) -> Tensor:
         """[out_features, in_features] at the current temperature, differentiable."""
-        code = self.layer.code
-        values = estimate(
-            self.tiles(),
-            self.codebook,
-            code.spec,
-            estimator=self.estimator,
-            temperature=self.temperature * self.codebook_variance,
-            pins=self.pins,
-            backend=self.backend,
-        )
-        return self.basis.to_weight(from_tiles(values, *self.layer.padded, code.order))
+        return self._weight_of(_values([self]))
+
+    def _weight_of(self, values: Tensor) -> Tensor:
+        latent = from_tiles(values, *self.layer.padded, self.layer.code.order)
+        return self.current_basis().to_weight(latent)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]."""
-        return functional.linear(x, self.weight().to(x.dtype), self.bias)
+        weight = self.weight() if self.held is None else self.held
+        return functional.linear(x, weight.to(x.dtype), self.bias)
 
     @torch.no_grad()
     def hard_states(self) -> Tensor:
         """int32 [tiles, N]: the code that T to 0 leads to with the current pins."""
-        code = self.layer.code
-        return code.encode(self.latent, self.codebook, ends=self.pins, backend=self.backend)
+        return _encode([self], closed=False)
 
     @torch.no_grad()
     def reencode(self) -> None:
         """Moves the pins to where tail-biting Viterbi now closes the paths."""
-        code = self.layer.code
-        states = code.encode(self.latent, self.codebook, backend=self.backend)
-        self.pins = overlap_in(states[:, 0], code.spec)
+        self.pins = overlap_in(_encode([self], closed=True)[:, 0], self.layer.code.spec)
 
-    def harden(self) -> QuantizedLinear:
-        """The inference layer of the hard code; its weight is what is saved, bit for bit."""
+    def harden(self, states: Tensor | None = None) -> QuantizedLinear:
+        """The inference layer of the hard code; its weight is what is saved, bit for bit.
+
+        ``states`` are ``hard_states()`` where they are known.
+        """
+        basis = self.basis
+        if self.in_scale is not None and self.out_scale is not None:
+            scales = self.in_scale.detach().half(), self.out_scale.detach().half()
+            basis = replace(basis, in_scale=scales[0], out_scale=scales[1])
+        states = self.hard_states() if states is None else states
         return QuantizedLinear.from_states(
-            self.layer, self.codebook, self.hard_states(), self.basis, self.bias
+            self.layer, self.codebook.detach(), states, basis, self.bias
         )
 
     def extra_repr(self) -> str:
@@ -130,3 +167,101 @@ class LatentLinear(nn.Module):
             f"in_features={self.layer.in_features}, out_features={self.layer.out_features}, "
             f"estimator={self.estimator}"
         )
+
+
+MOST_TILES = 1 << 17
+"""Tiles whose codewords are computed together, of several layers where these are small."""
+
+
+def hold(layers: Iterable[LatentLinear]) -> None:
+    """Computes the layers' weights once for any number of passes, until ``release``.
+
+    Where gradients are enabled the weights' graph is kept, and the passes see weights of their own
+    that collect gradients.
+    """
+    for batch in _batches(layers):
+        counts = [layer.layer.tiles for layer in batch]
+        for layer, values in zip(batch, _values(batch).split(counts), strict=True):
+            layer._graph = layer._weight_of(values)
+            layer.held = layer._graph.detach().requires_grad_(layer._graph.requires_grad)
+
+
+def release(layers: Iterable[LatentLinear]) -> None:
+    """Ends ``hold``, and carries the gradients that the weights collected to the parameters."""
+    layers = list(layers)
+    for batch in _batches(layers):
+        pairs = [
+            (layer._graph, layer.held.grad)
+            for layer in batch
+            if layer._graph is not None and layer.held is not None and layer.held.grad is not None
+        ]
+        for layer in batch:
+            layer.held = layer._graph = None
+        if pairs:
+            torch.autograd.backward([graph for graph, _ in pairs], [grad for _, grad in pairs])
+
+
+@torch.no_grad()
+def hard_states(layers: Iterable[LatentLinear]) -> Iterator[tuple[LatentLinear, Tensor]]:
+    """Every layer with its ``hard_states()``, encoded together."""
+    for batch in _batches(layers):
+        counts = [layer.layer.tiles for layer in batch]
+        yield from zip(batch, _encode(batch, closed=False).split(counts), strict=True)
+
+
+@torch.no_grad()
+def reencode(layers: Iterable[LatentLinear]) -> None:
+    """``reencode()`` of every layer, encoded together."""
+    for batch in _batches(layers):
+        counts = [layer.layer.tiles for layer in batch]
+        for layer, states in zip(batch, _encode(batch, closed=True).split(counts), strict=True):
+            layer.pins = overlap_in(states[:, 0], layer.layer.code.spec)
+
+
+def _batches(layers: Iterable[LatentLinear]) -> Iterator[list[LatentLinear]]:
+    """Layers that one call of the trellis serves, in order, ``MOST_TILES`` of them at most."""
+    batch: list[LatentLinear] = []
+    for layer in layers:
+        tiles = sum(other.layer.tiles for other in batch) + layer.layer.tiles
+        if batch and (tiles > MOST_TILES or not _alike(batch[0], layer)):
+            yield batch
+            batch = []
+        batch.append(layer)
+    if batch:
+        yield batch
+
+
+def _alike(a: LatentLinear, b: LatentLinear) -> bool:
+    same = a.codebook is b.codebook and a.temperature is b.temperature
+    return same and (a.layer.code.spec, a.estimator, a.backend) == (
+        b.layer.code.spec,
+        b.estimator,
+        b.backend,
+    )
+
+
+def _values(layers: Sequence[LatentLinear]) -> Tensor:
+    """[tiles of all, N, V], the codewords of layers that are alike."""
+    first = layers[0]
+    return estimate(
+        torch.cat([layer.tiles() for layer in layers]),
+        first.codebook,
+        first.layer.code.spec,
+        estimator=first.estimator,
+        temperature=first.temperature * first.codebook_variance,
+        pins=torch.cat([layer.pins for layer in layers]),
+        backend=first.backend,
+    )
+
+
+def _encode(layers: Sequence[LatentLinear], *, closed: bool) -> Tensor:
+    """int32 [tiles of all, N]: hard codes, pinned as they are or tail-biting anew."""
+    first = layers[0]
+    pins = torch.cat([layer.pins for layer in layers])
+    return best_states(
+        torch.cat([layer.tiles() for layer in layers]),
+        first.codebook,
+        first.layer.code.spec,
+        ends="tail_biting" if closed else pins,
+        backend=first.backend,
+    )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 
 from softtrellis.modules.experts import expert_layout, fused_weights, unfuse_experts_
@@ -196,3 +198,14 @@ def dequantize_(model: nn.Module) -> None:
     """Exchanges every quantized layer for a dense one with the same weight, in place."""
     layers = quantized_layers(model)
     replace_modules(model, layers, lambda name, _: layers[name].dequantize())
+
+
+@contextmanager
+def on_device(module: nn.Module, device: torch.device | str) -> Iterator[None]:
+    """A module on a device, and back where it was afterwards."""
+    home = next(module.parameters(), torch.empty(0)).device
+    module.to(device)
+    try:
+        yield
+    finally:
+        module.to(home)

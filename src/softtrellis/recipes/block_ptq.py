@@ -152,12 +152,12 @@ class BlockQuantizer:
                 place = original if before is None else None
                 targets = self.blocks.run_all(index, original, out=place)
             if quantizing:
-                linears = self._linears(index)
-                wanted = names
-                if self.corrected:
+                linears, wanted, sample = self._linears(index), names, states
+                if self.corrected:  # the others' moments are taken one group after the other
                     experts = expert_groups(self.model, names).values()
                     wanted = [name for group in experts for name in group]
-                moments, output = watch_inputs(self.blocks, index, states, linears, wanted)
+                    sample = states if wanted else states[: self.blocks.batch]
+                moments, output = watch_inputs(self.blocks, index, sample, linears, wanted)
             elif self.config.inputs == "original":
                 output = self.blocks.run_all(index, states)
             if done:

@@ -28,16 +28,27 @@ def check_moment(moment: Tensor, name: str) -> Tensor:
 
 
 class SecondMoment:
-    """Accumulates sum x x^T over the inputs of linear layers, in float32."""
+    """Accumulates sum y x^T over pairs of inputs of linear layers, in float32.
+
+    On a GPU that runs the model in bfloat16 the products are of bfloat16 numbers, which is what
+    the linear layers multiply there as well; their sums are float32 everywhere.
+    """
 
     def __init__(self, in_features: int, device: torch.device) -> None:
         self.total = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
         self.count = 0
 
-    def add(self, x: Tensor) -> None:
-        """Counts inputs [..., in]."""
-        rows = x.detach().reshape(-1, self.total.shape[0]).to(torch.float32)
-        self.total.addmm_(rows.T, rows)
+    def add(self, x: Tensor, y: Tensor | None = None) -> None:
+        """Counts inputs [..., in]; ``y`` is ``x`` by default."""
+        rows = x.detach().reshape(-1, self.total.shape[0])
+        others = rows if y is None else y.detach().reshape(rows.shape)
+        if x.is_cuda and torch.is_autocast_enabled("cuda"):
+            dtype = torch.get_autocast_dtype("cuda")
+            with torch.autocast("cuda", enabled=False):
+                rows, others = rows.to(dtype), others.to(dtype)
+                self.total += torch.mm(others.T, rows, out_dtype=torch.float32)
+        else:
+            self.total.addmm_(others.float().T, rows.float())
         self.count += rows.shape[0]
 
     def mean(self) -> Tensor:
@@ -137,7 +148,7 @@ class _Seen(Exception):
 
 
 def _input_of(blocks: Blocks, index: int, states: Tensor, layer: nn.Module, name: str) -> Tensor:
-    """[b * ctx, in], the input of a decoder layer's linear layer on hidden states [b, ctx, d]."""
+    """[..., in], the input of a decoder layer's linear layer on hidden states [b, ctx, d]."""
     seen: list[Tensor] = []
 
     def see(_: nn.Module, args: tuple[Any, ...]) -> None:
@@ -151,7 +162,7 @@ def _input_of(blocks: Blocks, index: int, states: Tensor, layer: nn.Module, name
         pass
     finally:
         handle.remove()
-    return seen[0].reshape(-1, seen[0].shape[-1]).float()
+    return seen[0]
 
 
 @torch.no_grad()
@@ -177,16 +188,15 @@ def paired_moments(
         H = E[x' x'^T] and E[x x'^T], float32 [in, in], with x the original inputs and x' those now.
     """
     layer = blocks.layers[index]
-    hessian = cross = torch.empty(0)
-    count = 0
+    hessian = cross = SecondMoment(0, states.device)
     for now, then in zip(
         states.split(blocks.batch), original_states.split(blocks.batch), strict=True
     ):
         x = _input_of(blocks, index, now, layer, name)
         before = _input_of(blocks, index, then, original, name)
-        if not count:
-            hessian, cross = x.new_zeros(2, x.shape[1], x.shape[1])
-        hessian.addmm_(x.T, x)
-        cross.addmm_(before.T, x)
-        count += len(x)
-    return hessian / count, cross / count
+        if not hessian.count:
+            hessian, cross = (SecondMoment(x.shape[-1], x.device) for _ in range(2))
+        with blocks.precision():
+            hessian.add(x)
+            cross.add(x, before)
+    return hessian.mean(), cross.mean()

@@ -13,9 +13,9 @@ from softtrellis.io.progress import progress
 from softtrellis.modules.scaled_linear import ScaledLinear, scale_, unscale_
 from softtrellis.recipes.finetune import TuneReport, check_tuning, held_out_windows
 from softtrellis.recipes.losses import forward_kl
+from softtrellis.recipes.optimizer import BETAS
 from softtrellis.recipes.ptq_state import LayerStore
 from softtrellis.recipes.schedules import cosine_to_zero
-from softtrellis.recipes.trainer import BETAS
 
 
 @dataclass(frozen=True)

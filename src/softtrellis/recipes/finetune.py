@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from softtrellis.modules.blocks import Blocks
 from softtrellis.modules.scaled_linear import scale_, unscale_
+from softtrellis.recipes.optimizer import BETAS
 from softtrellis.recipes.schedules import cosine_to_zero
-from softtrellis.recipes.trainer import BETAS
 
 
 def check_tuning(epochs: int, batch: int, held_out: float, **rates: float) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from softtrellis import __version__
-from softtrellis.backend import Backend
+from softtrellis.backend import Backend, check_device
 from softtrellis.io.checkpoint import load_full_precision
 from softtrellis.io.sources import fingerprint
 from softtrellis.io.text import load_documents, token_windows
@@ -114,10 +114,7 @@ class QuantizeConfig:
         for name, least in (("ctx", 2), ("windows", 1), ("batch", 1), ("expert_tokens", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if torch.device(self.device).type not in ("cpu", "cuda"):
-            raise ValueError(f"device must be cpu or cuda, got {self.device!r}")
-        if self.device != "cpu" and not torch.cuda.is_available():
-            raise ValueError("device must be cpu: torch finds no CUDA device here")
+        check_device(self.device)
         for name in ("damping", "correction_damping"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a positive number, got {getattr(self, name)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import Tensor, nn
 
-from softtrellis.backend import Backend
+from softtrellis.backend import Backend, check_device
+from softtrellis.evaluation.tensorboard import TensorBoardLog
 from softtrellis.io.checkpoint import (
     check_base,
     load_full_precision,
@@ -22,81 +24,134 @@ from softtrellis.io.progress import progress
 from softtrellis.io.text import load_documents, token_windows
 from softtrellis.modules.replace import (
     decoder_index,
+    on_device,
     prepare_for_layers_,
     quantized_layers,
     select_layers,
+    share_codebooks_,
 )
 from softtrellis.quantizers.soft import Estimator, check_estimator
 from softtrellis.recipes.calibration import check_finite
+from softtrellis.recipes.optimizer import OptimizerName, check_optimizer
 from softtrellis.recipes.run_state import RunLog, digest, load_state, save_state
-from softtrellis.recipes.schedules import TemperatureSchedule, check_schedule
+from softtrellis.recipes.schedules import Pace, TemperatureSchedule, check_schedule
+from softtrellis.recipes.trainables import check_trainable
 from softtrellis.recipes.trainer import Trainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Mode = Literal["single", "greedy", "joint"]
-_FREE_TO_CHANGE = ("backend", "show_progress", "save_every", "data")
+_FREE_TO_CHANGE = (
+    "backend",
+    "show_progress",
+    "save_every",
+    "save_minutes",
+    "data",
+    "tensorboard",
+    "micro_batch",
+)
 
 
 @dataclass(frozen=True)
 class DistillConfig:
     """How a quantized model is trained.
 
-    Temperatures are in units of the weights' variance, learning rates in units of their standard
-    deviation.
+    Temperatures are in units of the weights' variance, the learning rate of latent weights in
+    units of their standard deviation, the others over the root mean square of each tensor.
 
     Attributes:
         layers: which quantized layers are trained, see ``select_layers``; None is all.
         mode: "joint" trains all at once; "greedy" one decoder layer after the other, each with
             the earlier ones hardened; "single" trains exactly one decoder layer.
         estimator: "soft", "straight_through" or "identity", see ``estimate``.
+        finish: another estimator for the end of the run, or None.
+        finish_share: the share of the run that ``finish`` takes.
+        start: how far from the codewords towards the original weights latents start, 0 to 1.
+        train: what changes: "latents", "scales" (of input and output channels), "norms" (with
+            biases), "table" (of "hyb").
         t_init: temperature of the first step; "auto" is twice the measured quantization error.
         t_min: temperature of the last step.
         schedule: "exponential" or "cosine".
-        lr: peak learning rate of AdamW.
-        steps: optimizer steps; in mode "greedy" for each decoder layer.
+        lr: peak learning rate of the latents.
+        scale_lr: of scales, norms and biases.
+        table_lr: of the table.
+        optimizer: "adamw", or "adamw8bit", whose moments take a byte each (torchao).
+        clip: gradients of a larger norm are scaled down to it; None never.
+        steps: optimizer steps; in mode "greedy" for each decoder layer. None is no limit.
+        minutes: ends the run, with its schedules, after so much time on the clock; None is no
+            limit. Such runs depend on the machine's speed.
         warmup: steps of linear warm-up.
         batch: windows per step.
+        micro_batch: windows that pass the model at once; None is ``batch``.
         ctx: tokens per window.
         data: texts, see ``load_documents``.
         windows: at most so many windows are used; None is all there are.
+        held_out: windows at the end of the text that are not trained on and choose the step whose
+            code is kept; 0 keeps the last one's.
+        evaluate_every: steps between evaluations on them, and after the last one; 0 never.
+        checkpoint_layers: decoder layers recompute their activations in the backward pass.
         reencode_every: steps between moves of the pinned ends; 0 never moves them.
         measure_every: steps between measurements of drift and codes; 0 measures nothing.
-        save_every: steps between saved states, for resuming; 0 saves none.
+        save_every: steps between saved states, for resuming; 0 leaves that to ``save_minutes``.
+        save_minutes: time between saved states; 0 leaves them to ``save_every``.
         seed: of the order of the windows.
+        device: where both models run; on "cuda" in bfloat16, with float32 latents, states and
+            sums.
         backend: of Viterbi and BCJR.
+        tensorboard: also write the log for TensorBoard, into ``run_directory``.
         show_progress: show progress bars.
     """
 
     layers: tuple[str, ...] | None = None
     mode: Mode = "joint"
     estimator: Estimator = "soft"
+    finish: Estimator | None = None
+    finish_share: float = 0.2
+    start: float = 0.0
+    train: tuple[str, ...] = ("latents",)
     t_init: float | Literal["auto"] = 0.1
     t_min: float = 0.03
     schedule: TemperatureSchedule = "exponential"
     lr: float = 1e-2
-    steps: int = 100
+    scale_lr: float = 1e-3
+    table_lr: float = 1e-3
+    optimizer: OptimizerName = "adamw"
+    clip: float | None = None
+    steps: int | None = 100
+    minutes: float | None = None
     warmup: int = 5
     batch: int = 4
+    micro_batch: int | None = None
     ctx: int = 512
     data: tuple[str, ...] = ("pydoc",)
     windows: int | None = None
+    held_out: int = 8
+    evaluate_every: int = 20
+    checkpoint_layers: bool = False
     reencode_every: int = 25
     measure_every: int = 5
-    save_every: int = 10
+    save_every: int = 0
+    save_minutes: float = 3.0
     seed: int = 0
+    device: str = "cpu"
     backend: Backend = "auto"
+    tensorboard: bool = False
     show_progress: bool = False
 
     def __post_init__(self) -> None:
         check_estimator(self.estimator)
+        if self.finish is not None:
+            check_estimator(self.finish)
         check_schedule(self.schedule)
+        check_optimizer(self.optimizer)
+        check_trainable(self.train)
+        check_device(self.device)
         if self.mode not in get_args(Mode):
             raise ValueError(f"unknown mode {self.mode!r}; use one of {', '.join(get_args(Mode))}")
-        for name in ("t_init", "t_min", "lr"):
+        for name in ("t_init", "t_min", "lr", "scale_lr", "table_lr", "clip", "minutes"):
             value = getattr(self, name)
-            if name == "t_init" and value == "auto":
+            if (name == "t_init" and value == "auto") or value is None:
                 continue
             if not isinstance(value, float | int) or not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name} must be a positive number, got {value!r}")
@@ -105,14 +160,28 @@ class DistillConfig:
                 f"t_min must not be above t_init, got {self.t_min} and {self.t_init}; "
                 "the temperature falls from t_init to t_min"
             )
-        for name, least in (("steps", 1), ("batch", 1), ("ctx", 2), ("warmup", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if self.windows is not None and self.windows < 1:
-            raise ValueError(f"windows must be at least 1, got {self.windows}")
-        for name in ("reencode_every", "measure_every", "save_every"):
+        if self.steps is None and self.minutes is None:
+            raise ValueError("a run needs an end: give steps or minutes")
+        for name, least in (
+            ("steps", 1),
+            ("batch", 1),
+            ("micro_batch", 1),
+            ("ctx", 2),
+            ("warmup", 0),
+            ("windows", 1),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        intervals = ("reencode_every", "measure_every", "evaluate_every", "save_every")
+        for name in (*intervals, "save_minutes"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 (never) or more, got {getattr(self, name)}")
+        if self.held_out < 0:
+            raise ValueError(f"held_out must be 0 or more windows, got {self.held_out}")
+        for name in ("start", "finish_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,11 +192,14 @@ class DistillResult:
         model: with the trained layers hardened to ``QuantizedLinear``.
         history: one record per step, as in ``log.jsonl``.
         changed_codes: share of trellis steps whose state differs from the start's, by layer.
+        kept: for every stage the step whose code was kept, and its divergence on the held-out
+            windows in nats per token; None where the last one's was kept unseen.
     """
 
     model: PreTrainedModel
     history: list[dict[str, Any]]
     changed_codes: dict[str, float]
+    kept: list[tuple[int, float] | None]
 
 
 def distill(
@@ -150,7 +222,7 @@ def distill(
         tokenizer: needed when both models are loaded ones.
         run_directory: where ``log.jsonl`` and the state for resuming go; None writes nothing.
         resume: go on from the state in ``run_directory``, to the weights that an uninterrupted
-            run gives.
+            run gives, unless ``minutes`` ends it.
 
     Returns:
         DistillResult; ``save_quantized`` stores its model.
@@ -158,6 +230,7 @@ def distill(
     Raises:
         ValueError: unknown layers, layers that are not quantized, or text shorter than a window.
         CheckpointError: a checkpoint that is damaged or was made from another model.
+        ImportError: a package that the config asks for is missing.
     """
     if isinstance(model, str | Path):
         manifest = read_manifest(Path(model))
@@ -178,38 +251,122 @@ def distill(
     prepare_for_layers_(teacher, names)
     documents = load_documents(config.data, split="train")
     windows = token_windows(tokenizer, documents, config.ctx, limit=config.windows)
+    if config.held_out >= len(windows):
+        raise ValueError(
+            f"the text has {len(windows)} windows of {config.ctx} tokens and {config.held_out} "
+            "are to be held out; give more text, or lower held_out"
+        )
     check_finite(teacher)
     settings = {k: v for k, v in asdict(config).items() if k not in _FREE_TO_CHANGE}
     quantized = quantized_layers(student).values()
     settings["checkpoint"] = digest(t for layer in quantized for t in (layer.codes, layer.scale))
     settings["text"] = digest([windows])
-    done, state = 0, dict[str, Tensor]()
-    if resume and run_directory is not None:
-        done, state = load_state(run_directory, settings=settings)
-    log = RunLog(run_directory, resume_at=done)
-    hardened: dict[str, Tensor] = {}
-    changed: dict[str, float] = {}
-    total = len(stages) * config.steps
-    with progress(total, "train", enabled=config.show_progress) as bar:
-        bar.update(done)
-        for index, stage in enumerate(stages):
-            trainer = Trainer(student, teacher, stage, windows, config)
-            first = index * config.steps
-            if done > first:
-                trainer.restore({k: state[k] for k in state if k.rpartition(".")[0] in stage})
-            for step in range(max(done, first), first + config.steps):
-                record = {"step": step, **trainer.step(step - first)}
-                record["seconds"] = log.seconds + record.pop("step_seconds")
-                log.append(record)
-                bar.set_postfix(loss=f"{record['loss']:.4f}", T=f"{record['temperature']:.3f}")
-                bar.update()
-                every = config.save_every
-                if run_directory is not None and every and (step + 1) % every == 0:
-                    tensors = hardened | trainer.state()
-                    save_state(run_directory, tensors, step=step + 1, settings=settings)
-            hardened |= {key: t.clone() for key, t in trainer.state().items()}
-            changed |= trainer.harden()
-    return DistillResult(student, log.records, changed)
+    with on_device(student, config.device), on_device(teacher, config.device):
+        run = _Run(student, teacher, windows, config, settings, run_directory, resume=resume)
+        result = run.train(stages)
+    share_codebooks_(student)
+    return result
+
+
+class _Run:
+    """The stages of a run, its log and its saved state."""
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel,
+        windows: Tensor,
+        config: DistillConfig,
+        settings: dict[str, Any],
+        directory: Path | None,
+        *,
+        resume: bool,
+    ) -> None:
+        self.student, self.teacher, self.config = student, teacher, config
+        self.settings, self.directory = settings, directory
+        self.windows, self.held_out = windows.split(
+            [len(windows) - config.held_out, config.held_out]
+        )
+        self.done, self.state = 0, dict[str, Tensor]()
+        if resume and directory is not None:
+            self.done, self.state = load_state(directory, settings=settings)
+        self.log = RunLog(directory, resume_at=self.done)
+        self.board: TensorBoardLog | None = None
+        if config.tensorboard and directory is not None:
+            self.board = TensorBoardLog(directory, resume_at=self.done)
+        self.saved = time.monotonic()
+
+    def train(self, stages: Sequence[Sequence[str]]) -> DistillResult:
+        """All stages, one after the other."""
+        changed: dict[str, float] = {}
+        kept: list[tuple[int, float] | None] = []
+        steps = self.config.steps
+        total = 0 if steps is None else steps * len(stages)
+        with progress(total, "train", enabled=self.config.show_progress) as bar:
+            bar.update(self.done)
+            for index, names in enumerate(stages):
+                found, best = self._stage(index, names, len(stages), bar)
+                changed |= found
+                kept.append(None if best is None else (best[1], best[0]))
+        if self.board is not None:
+            self.board.close()
+        return DistillResult(self.student, self.log.records, changed, kept)
+
+    def _stage(
+        self, index: int, names: Sequence[str], stages: int, bar: Any
+    ) -> tuple[dict[str, float], tuple[float, int] | None]:
+        """One stage; the changed codes by layer, and the best divergence with its step."""
+        config = self.config
+        trainer = Trainer(self.student, self.teacher, names, self.windows, self.held_out, config)
+        prefix = f"{index}/"
+        saved = {k: t for k, t in self.state.items() if k.startswith(prefix)}
+        if saved:
+            trainer.restore({k.removeprefix(prefix): t for k, t in saved.items()})
+        before = [record["seconds"] for record in self.log.records if record["stage"] < index]
+        own = [record for record in self.log.records if record["stage"] == index]
+        start = before[-1] if before else 0.0
+        step, spent = len(own), own[-1]["seconds"] - start if own else 0.0
+        seconds = None if config.minutes is None else 60 * config.minutes / stages
+        pace = Pace(config.steps, seconds, step=step, elapsed=spent)
+        finished = bool(own) and own[-1]["share"] >= 1
+        while not finished:
+            share = pace.share(step)
+            record = {"step": len(self.log.records), "stage": index, "share": share}
+            record |= trainer.step(step, share)
+            record["seconds"] = start + pace.elapsed
+            self._append(record, bar)
+            step, finished = step + 1, share >= 1
+            if self._save_is_due():
+                self._save(index, trainer)
+        if stages > 1:  # the next stages' saved states hold this one's
+            self.state |= {prefix + k: t.detach().cpu().clone() for k, t in trainer.state().items()}
+        return trainer.harden(), trainer.best
+
+    def _append(self, record: dict[str, Any], bar: Any) -> None:
+        self.log.append(record)
+        if self.board is not None:
+            self.board.append(record)
+        shown = {"loss": f"{record['loss']:.4f}", "T": f"{record['temperature']:.3f}"}
+        for key, name in (("soft_hard_gap", "gap"), ("changed_codes", "changed")):
+            if key in record:
+                shown[name] = f"{record[key]:.3f}"
+        if "heldout_kl_hard" in record:
+            shown["held-out"] = f"{record['heldout_kl_hard']:.4f}"
+        bar.set_postfix(**shown)
+        bar.update()
+
+    def _save_is_due(self) -> bool:
+        if self.directory is None:
+            return False
+        every, minutes = self.config.save_every, self.config.save_minutes
+        by_steps = every > 0 and len(self.log.records) % every == 0
+        return by_steps or 0 < 60 * minutes <= time.monotonic() - self.saved
+
+    def _save(self, index: int, trainer: Trainer) -> None:
+        assert self.directory is not None
+        tensors = self.state | {f"{index}/{key}": t for key, t in trainer.state().items()}
+        save_state(self.directory, tensors, step=len(self.log.records), settings=self.settings)
+        self.saved = time.monotonic()
 
 
 def _trained_layers(model: nn.Module, patterns: Sequence[str] | None) -> list[str]:

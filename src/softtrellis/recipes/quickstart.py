@@ -90,7 +90,8 @@ class QuickstartConfig:
             ctx=self.ctx,
             data=self.data,
             measure_every=max(1, self.steps // 20),
-            save_every=0,
+            held_out=0,
+            save_minutes=0,
             show_progress=True,
         )
 

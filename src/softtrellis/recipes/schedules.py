@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import Literal, get_args
 
 TemperatureSchedule = Literal["exponential", "cosine"]
@@ -16,15 +17,45 @@ def check_schedule(schedule: str) -> None:
         raise ValueError(f"unknown schedule {schedule!r}; use 'exponential' or 'cosine'")
 
 
+class Pace:
+    """How far a run is, from 0 at its first step to 1 at its last, by steps or by the clock."""
+
+    def __init__(
+        self, steps: int | None, seconds: float | None, *, step: int = 0, elapsed: float = 0.0
+    ) -> None:
+        """Of a run of so many steps or seconds, whichever ends first, of which some are done."""
+        self._steps, self._seconds = steps, seconds
+        self._first, self._before, self._began = step, elapsed, time.monotonic()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds that the run has taken so far."""
+        return self._before + time.monotonic() - self._began
+
+    def share(self, step: int) -> float:
+        """Where ``step`` stands, which is about to be taken; 1 for the last one.
+
+        By the clock a step is the last one if another one of the mean length would end too late.
+        """
+        shares = [0.0]
+        if self._steps is not None:
+            shares.append(step / (self._steps - 1) if self._steps > 1 else 1.0)
+        if self._seconds is not None:
+            elapsed = self.elapsed
+            length = (elapsed - self._before) / (step - self._first) if step > self._first else 0.0
+            left = self._seconds - 1.5 * length
+            shares.append(elapsed / left if left > 0 else 1.0)
+        return min(1.0, max(shares))
+
+
 def temperature_at(
-    step: int, steps: int, *, t_init: float, t_min: float, schedule: TemperatureSchedule
+    share: float, *, t_init: float, t_min: float, schedule: TemperatureSchedule
 ) -> float:
-    """Temperature of step 0 to ``steps - 1``: from ``t_init`` to ``t_min``, both reached.
+    """Temperature at a share of the run, 0 to 1: from ``t_init`` to ``t_min``, both reached.
 
     "exponential" falls by the same factor every step (BCJR-QAT, section 4), "cosine" along half a
     cosine.
     """
-    share = step / (steps - 1) if steps > 1 else 1.0
     if schedule == "exponential":
         factor: float = (t_min / t_init) ** share
         return t_init * factor
@@ -36,9 +67,7 @@ def cosine_to_zero(step: int, steps: int, *, lr: float) -> float:
     return lr * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def learning_rate_at(step: int, steps: int, *, lr: float, warmup: int) -> float:
-    """Linear warm-up over ``warmup`` steps, then half a cosine down to a tenth of ``lr``."""
-    if step < warmup:
-        return lr * (step + 1) / (warmup + 1)
-    share = (step - warmup) / max(1, steps - 1 - warmup)
-    return lr * (FINAL_LR_SHARE + (1 - FINAL_LR_SHARE) * 0.5 * (1.0 + math.cos(math.pi * share)))
+def learning_rate_at(share: float, step: int, *, lr: float, warmup: int) -> float:
+    """Half a cosine from ``lr`` down to a tenth of it, times a linear warm-up of so many steps."""
+    cosine = FINAL_LR_SHARE + (1 - FINAL_LR_SHARE) * 0.5 * (1.0 + math.cos(math.pi * share))
+    return lr * cosine * min(1.0, (step + 1) / (warmup + 1))

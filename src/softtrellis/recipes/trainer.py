@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from softtrellis.evaluation.perplexity import split_head
-from softtrellis.modules.latent_linear import LatentLinear
+from softtrellis.modules.latent_linear import (
+    LatentLinear,
+    hard_states,
+    hold,
+    reencode,
+    release,
+)
+from softtrellis.modules.quantized_linear import QuantizedLinear
 from softtrellis.modules.replace import (
     decoder_index,
     get_linear,
@@ -21,48 +26,41 @@ from softtrellis.modules.replace import (
     quantized_layers,
     replace_modules,
 )
-from softtrellis.modules.tail import Tail
 from softtrellis.recipes.drift import combine, measure
 from softtrellis.recipes.losses import forward_kl
+from softtrellis.recipes.network import Network, checkpoint_layers_
+from softtrellis.recipes.optimizer import (
+    gradient_norm,
+    load_optimizer_tensors,
+    make_optimizer,
+    optimizer_tensors,
+)
 from softtrellis.recipes.schedules import learning_rate_at, temperature_at
+from softtrellis.recipes.trainables import (
+    TABLE,
+    learning_rates,
+    shared_tables,
+    trained_parameters,
+)
 from softtrellis.trellis.bcjr import FLOAT32_TEMPERATURES
 
 if TYPE_CHECKING:
     from softtrellis.recipes.qat import DistillConfig
 
-BETAS = (0.9, 0.95)
 _CACHE_BYTES = 2 << 30
-_CHUNK = 256
-
-
-class Network:
-    """A causal language model as prefix, tail and head, see ``Tail``."""
-
-    def __init__(self, model: nn.Module, first: int, window: Tensor) -> None:
-        split = split_head(model, window)
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-        self.head, self.device = split.head, next(model.parameters()).device
-        self._whole = split.features
-        self.tail = Tail(model, first, window.to(self.device)) if split.head is head else None
-
-    @property
-    def first(self) -> int:
-        """The decoder layer at which the tail starts; 0 where the model cannot be cut."""
-        return self.tail.first if self.tail else 0
-
-    def prefix(self, ids: Tensor) -> Tensor:
-        """int64 [b, ctx] to what ``features`` takes, without gradients."""
-        return self.tail.prefix(ids.to(self.device)) if self.tail else ids
-
-    def features(self, states: Tensor) -> Tensor:
-        """What the head takes, [b * (ctx - 1), d]: all positions but the last."""
-        if self.tail is None:
-            return self._whole(states)
-        return self.tail.features(states)[:, :-1].flatten(0, 1)
+_CHUNKS = {"cpu": 256, "cuda": 2048}
+_MEASURED_TILES = 4096
+_MOST_SKIPPED = 10
 
 
 class Trainer:
-    """Trains the named layers of a student together."""
+    """Trains the named layers of a student together, towards a teacher.
+
+    Attributes:
+        layers: the training layers by name.
+        best: the least divergence on held-out windows so far, of the hard code, and its step.
+        skipped: steps without a finite gradient, which changed nothing.
+    """
 
     def __init__(
         self,
@@ -70,17 +68,34 @@ class Trainer:
         teacher: nn.Module,
         names: Sequence[str],
         windows: Tensor,
+        held_out: Tensor,
         config: DistillConfig,
     ) -> None:
-        self.student, self.names, self.windows, self.config = student, names, windows, config
+        """Puts training layers into the student.
+
+        Args:
+            student: the quantized model, on the device of the training.
+            teacher: the original one, likewise.
+            names: of the layers that are trained.
+            windows: int64 [n, ctx], for training.
+            held_out: int64 [m, ctx], to choose the best step by; m may be 0.
+            config: see ``DistillConfig``.
+        """
+        self.student, self.names, self.config = student, names, config
+        self.windows, self.held_out = windows, held_out
+        device = next(student.parameters()).device
+        self._autocast = torch.bfloat16 if device.type == "cuda" else None
+        self._chunk = _CHUNKS[device.type]
         first = min(decoder_index(student, name) for name in names)
         inside = set(linear_names(student)) & quantized_layers(student).keys()
         before = [name for name in inside if decoder_index(student, name) < first]
-        self.teacher_network = Network(teacher, first, windows[0])
-        self.student_network = Network(student, first, windows[0])
-        same_cut = self.teacher_network.first == self.student_network.first
-        self.shared_prefix = same_cut and not before
-        self._cache: dict[int, tuple[Tensor, Tensor]] = {}
+        networks = (
+            Network(model, first, windows[0], autocast=self._autocast)
+            for model in (teacher, student)
+        )
+        self._teacher, self._student = networks
+        self._shared_prefix = self._teacher.first == self._student.first and not before
+        self._cache: dict[tuple[bool, int], tuple[Tensor, Tensor]] = {}
         self._cached_bytes = 0
 
         for parameter in student.parameters():
@@ -95,13 +110,26 @@ class Trainer:
                 backend=config.backend,
             )
         self._check_temperatures()
+        self._move_to_start(teacher)
         replace_modules(student, names, lambda name, _: self.layers[name])
-        self.optimizer = torch.optim.AdamW(
-            [{"params": [layer.latent]} for layer in self.layers.values()],
-            lr=config.lr,
-            betas=BETAS,
-            weight_decay=0.0,
+        self._frozen = quantized_layers(student)  # decoded once, not in every pass
+        replace_modules(student, self._frozen, lambda name, _: self._frozen[name].dequantize())
+        self._undo: Callable[[], None] | None = None
+        if config.checkpoint_layers:
+            self._undo = checkpoint_layers_(student)
+        self.tables = shared_tables(self.layers, self._frozen) if TABLE in config.train else []
+        self.parameters = trained_parameters(
+            student, self.layers, self._frozen, self.tables, config.train
         )
+        self._rates = learning_rates(self.parameters, self.layers, config)
+        groups = [
+            {"params": [parameter], "lr": rate}
+            for parameter, rate in zip(self.parameters.values(), self._rates, strict=True)
+        ]
+        self.optimizer = make_optimizer(config.optimizer, groups, fused=device.type == "cuda")
+        self.best: tuple[float, int] | None = None
+        self._kept: dict[str, Tensor] = {}
+        self.skipped = 0
 
     def _initial_temperature(self, teacher: nn.Module) -> float:
         """``t_init``, or twice the mean squared quantization error over the weights' variance."""
@@ -126,6 +154,15 @@ class Trainer:
                     f"t_min={self.config.t_min:.3g}"
                 )
 
+    @torch.no_grad()
+    def _move_to_start(self, teacher: nn.Module) -> None:
+        """Part of the way from the codewords to the original weights."""
+        if not self.config.start:
+            return
+        for name, layer in self.layers.items():
+            weight = get_linear(teacher, name).weight.detach().float()
+            layer.latent.lerp_(layer.basis.to_latent(weight), self.config.start)
+
     def _batch(self, step: int) -> list[int]:
         """Indices of the windows of a step: every epoch a new permutation, from the seed."""
         count, chosen = self.windows.shape[0], []
@@ -136,97 +173,217 @@ class Trainer:
         return chosen
 
     @torch.no_grad()
-    def _inputs(self, index: int) -> tuple[Tensor, Tensor]:
-        """The student's prefix states and the teacher's features of a window, cached."""
-        if index in self._cache:
-            return self._cache[index]
-        ids = self.windows[index][None]
-        states = self.teacher_network.prefix(ids)
-        target = self.teacher_network.features(states)
-        if not self.shared_prefix:
-            states = self.student_network.prefix(ids)
-        size = sum(tensor.numel() * tensor.element_size() for tensor in (states, target))
-        if self._cached_bytes + size <= _CACHE_BYTES:
-            self._cache[index] = (states, target)
-            self._cached_bytes += size
-        return states, target
+    def _inputs(self, rows: Sequence[int], *, held_out: bool = False) -> tuple[Tensor, Tensor]:
+        """The student's prefix states and the teacher's features of windows, cached."""
+        windows = self.held_out if held_out else self.windows
+        missing = [row for row in rows if (held_out, row) not in self._cache]
+        found = {row: self._cache[held_out, row] for row in rows if row not in missing}
+        if missing:
+            ids = windows[missing]
+            states = self._teacher.prefix(ids)
+            targets = self._teacher.features(states).unflatten(0, (len(missing), -1))
+            if not self._shared_prefix:
+                states = self._student.prefix(ids)
+            for row, state, target in zip(missing, states, targets, strict=True):
+                found[row] = state, target
+                size = sum(t.numel() * t.element_size() for t in (state, target))
+                if self._cached_bytes + size <= _CACHE_BYTES:
+                    self._cache[held_out, row] = state.clone(), target.clone()
+                    self._cached_bytes += size
+        pairs = [found[row] for row in rows]
+        return torch.stack([p[0] for p in pairs]), torch.cat([p[1] for p in pairs])
 
-    def step(self, step: int) -> dict[str, Any]:
+    def _loss(self, rows: Sequence[int], *, held_out: bool = False) -> Tensor:
+        states, targets = self._inputs(rows, held_out=held_out)
+        return forward_kl(
+            self._student.features(states),
+            self._student.head,
+            targets,
+            self._teacher.head,
+            chunk=self._chunk,
+        )
+
+    def step(self, step: int, share: float) -> dict[str, Any]:
         """One optimizer step of the stage; its record for the log, without the step's number.
 
+        Args:
+            step: counts from 0.
+            share: of the stage that is done, from 0 to 1, which is the last step.
+
         Raises:
-            ValueError: the loss is not finite.
+            ValueError: no finite gradient for several steps in a row.
         """
-        config, began = self.config, time.perf_counter()
-        temperature = temperature_at(
-            step, config.steps, t_init=self.t_init, t_min=config.t_min, schedule=config.schedule
-        )
-        lr = learning_rate_at(step, config.steps, lr=config.lr, warmup=config.warmup)
-        for group, layer in zip(self.optimizer.param_groups, self.layers.values(), strict=True):
-            group["lr"] = lr * math.sqrt(layer.codebook_variance)
+        config, layers = self.config, list(self.layers.values())
+        temperature = self._set_schedule(step, share)
         if config.reencode_every and step and step % config.reencode_every == 0:
-            for layer in self.layers.values():
-                layer.reencode()
-        for layer in self.layers.values():
-            layer.temperature = temperature
-        inputs = [self._inputs(index) for index in self._batch(step)]
-        loss = forward_kl(
-            self.student_network.features(torch.cat([states for states, _ in inputs])),
-            self.student_network.head,
-            torch.cat([target for _, target in inputs]),
-            self.teacher_network.head,
-            chunk=_CHUNK,
-        )
-        if not bool(torch.isfinite(loss)):
+            reencode(layers)
+        rows, total = self._batch(step), 0.0
+        size = config.micro_batch or config.batch
+        with torch.enable_grad():
+            for table in self.tables:
+                table.hold()
+            hold(layers)
+            for first in range(0, len(rows), size):
+                part = rows[first : first + size]
+                loss = self._loss(part) * (len(part) / len(rows))
+                loss.backward()
+                total += float(loss.detach())
+            release(layers)
+            for table in self.tables:
+                table.release()
+        norm = gradient_norm(self.parameters.values())
+        finite = math.isfinite(total) and math.isfinite(float(norm))
+        self.skipped = 0 if finite else self.skipped + 1
+        if finite:
+            self._clip(float(norm))
+            self.optimizer.step()
+        elif self.skipped >= _MOST_SKIPPED:
             raise ValueError(
-                f"the loss is {float(loss.detach())} at step {step}; lower lr or raise t_min"
+                f"no finite gradient for {_MOST_SKIPPED} steps, loss {total} at step {step}; "
+                "lower lr or raise t_min"
             )
         self.optimizer.zero_grad()
-        loss.backward()
-        gradients = [layer.latent.grad for layer in self.layers.values()]
-        norm = torch.stack([g.double().norm() for g in gradients if g is not None]).norm()
-        self.optimizer.step()
         record: dict[str, Any] = {
-            "loss": float(loss.detach()),
+            "loss": total,
             "temperature": temperature,
-            "lr": lr,
+            "lr": learning_rate_at(share, step, lr=config.lr, warmup=config.warmup),
             "grad_norm": float(norm),
+            "tokens": (step + 1) * config.batch * config.ctx,
         }
-        last = step == config.steps - 1
-        if config.measure_every and (step % config.measure_every == 0 or last):
-            measured = {name: measure(layer) for name, layer in self.layers.items()}
-            tiles = [(self.layers[name].layer.tiles, drift) for name, drift in measured.items()]
-            record |= asdict(combine(tiles))
-            record["layers"] = {name: asdict(drift) for name, drift in measured.items()}
-        record["step_seconds"] = time.perf_counter() - began
+        if not finite:
+            record["skipped"] = self.skipped
+        every = config.measure_every
+        if every and (step % every == 0 or share >= 1):
+            record |= self._drift()
+        every = config.evaluate_every
+        if len(self.held_out) and every and ((step + 1) % every == 0 or share >= 1):
+            record |= self.evaluate(step)
         return record
+
+    def _set_schedule(self, step: int, share: float) -> float:
+        config = self.config
+        finishing = config.finish is not None and share > 1 - config.finish_share
+        temperature = temperature_at(
+            share, t_init=self.t_init, t_min=config.t_min, schedule=config.schedule
+        )
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = learning_rate_at(share, step, lr=rate, warmup=config.warmup)
+        for layer in self.layers.values():
+            layer.temperature = temperature
+            layer.estimator = (config.finish or config.estimator) if finishing else config.estimator
+        return temperature
+
+    def _clip(self, norm: float) -> None:
+        if self.config.clip is not None and norm > self.config.clip:
+            for parameter in self.parameters.values():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(self.config.clip / norm)
+
+    def _drift(self) -> dict[str, Any]:
+        tiles = max(1, _MEASURED_TILES // len(self.layers))
+        measured = {name: measure(layer, tiles) for name, layer in self.layers.items()}
+        counted = [(self.layers[name].layer.tiles, drift) for name, drift in measured.items()]
+        layers = {name: asdict(drift) for name, drift in measured.items()}
+        return asdict(combine(counted)) | {"layers": layers}
+
+    @torch.no_grad()
+    def _divergence(self) -> float:
+        """KL(teacher || student) per token on the held-out windows, with the weights held."""
+        size = self.config.micro_batch or self.config.batch
+        parts = torch.arange(len(self.held_out)).split(size)
+        total = sum(len(part) * float(self._loss(part.tolist(), held_out=True)) for part in parts)
+        return total / len(self.held_out)
+
+    @torch.no_grad()
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Divergences on the held-out windows, as trained and hardened; keeps the best hard code.
+
+        Returns:
+            ``heldout_kl`` and ``heldout_kl_hard``, in nats per token.
+        """
+        layers = list(self.layers.values())
+        for table in self.tables:
+            table.hold()
+        hold(layers)
+        soft = self._divergence()
+        hardened = self._harden()
+        for name, layer in self.layers.items():
+            layer.held = hardened[name].weight()
+        hard = self._divergence()
+        release(layers)
+        if self.best is None or hard < self.best[0]:
+            self.best, self._kept = (hard, step), self._snapshot(hardened)
+        return {"heldout_kl": soft, "heldout_kl_hard": hard}
+
+    def _harden(self) -> dict[str, QuantizedLinear]:
+        names = {id(layer): name for name, layer in self.layers.items()}
+        found = hard_states(self.layers.values())
+        return {names[id(layer)]: layer.harden(states) for layer, states in found}
+
+    def _snapshot(self, hardened: dict[str, QuantizedLinear]) -> dict[str, Tensor]:
+        """All that a step may change of the hard model, on the CPU."""
+        tensors: dict[str, Tensor] = {}
+        for name, layer in hardened.items():
+            tensors |= {f"{name}.{key}": value for key, value in layer.state_dict().items()}
+        for name, parameter in self.parameters.items():
+            if name.rpartition(".")[0] not in self.layers:
+                tensors[name] = parameter
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
     def state(self) -> dict[str, Tensor]:
         """Everything that a step changes."""
-        tensors: dict[str, Tensor] = {}
-        for name, layer in self.layers.items():
-            moments = self.optimizer.state[layer.latent]
-            tensors[f"{name}.latent"] = layer.latent
-            tensors[f"{name}.pins"] = layer.pins
-            for key in ("exp_avg", "exp_avg_sq", "step"):
-                tensors[f"{name}.{key}"] = moments[key]
+        tensors: dict[str, Tensor] = dict(self.parameters)
+        tensors |= {f"{name}.pins": layer.pins for name, layer in self.layers.items()}
+        tensors |= optimizer_tensors(self.optimizer, self.parameters)
+        tensors["skipped"] = torch.tensor(self.skipped)
+        if self.best is not None:
+            tensors |= {f"best/{name}": tensor for name, tensor in self._kept.items()}
+            tensors["best"] = torch.tensor(self.best, dtype=torch.float64)
         return tensors
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Takes over what ``state`` gave."""
+        load_optimizer_tensors(self.optimizer, self.parameters, tensors)
+        for name, parameter in self.parameters.items():
+            parameter.copy_(tensors[name])
         for name, layer in self.layers.items():
-            layer.latent.copy_(tensors[f"{name}.latent"])
             layer.pins.copy_(tensors[f"{name}.pins"])
-            self.optimizer.state[layer.latent] = {
-                key: tensors[f"{name}.{key}"] for key in ("exp_avg", "exp_avg_sq", "step")
-            }
+        self.skipped = int(tensors["skipped"])
+        if "best" in tensors:
+            divergence, step = tensors["best"].tolist()
+            self.best = divergence, int(step)
+            best = {name: t for name, t in tensors.items() if name.startswith("best/")}
+            self._kept = {name.removeprefix("best/"): t.cpu() for name, t in best.items()}
 
+    @torch.no_grad()
     def harden(self) -> dict[str, float]:
-        """Exchanges the trained layers for inference layers; the share of changed codes."""
+        """Exchanges the trained layers for inference layers of the best step, or of the last one.
+
+        Returns:
+            The share of changed codes by layer.
+        """
+        if self._undo is not None:
+            self._undo()
+        replace_modules(self.student, self._frozen, lambda name, _: self._frozen[name])
+        for table in self.tables:
+            table.hold()
+        hardened = self._harden()
+        if self.best is not None:
+            for name, parameter in self.parameters.items():
+                if name in self._kept:
+                    parameter.copy_(self._kept[name])
+            for table in self.tables:
+                table.hold()
+            for name, layer in hardened.items():
+                own = {key: self._kept[f"{name}.{key}"] for key in layer.state_dict()}
+                layer.load_state_dict(own)
+                layer.codebook = self.layers[name].codebook
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(False)
         changed: dict[str, float] = {}
-        for name, layer in self.layers.items():
-            differs = layer.hard_states() != layer.start
+        for name, layer in hardened.items():
+            differs = layer.states() != self.layers[name].start
             changed[name] = float(differs.double().mean())
-        replace_modules(self.student, self.names, lambda name, _: self.layers[name].harden())
+        replace_modules(self.student, self.names, lambda name, _: hardened[name])
         return changed

@@ -1,0 +1,76 @@
+"""A causal language model as training sees it: prefix, tail and head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from softtrellis.evaluation.perplexity import split_head
+from softtrellis.modules.replace import decoder_layers
+from softtrellis.modules.tail import Tail
+
+
+class Network:
+    """A causal language model as prefix, tail and head, see ``Tail``; matmuls in ``autocast``."""
+
+    def __init__(
+        self, model: nn.Module, first: int, window: Tensor, *, autocast: torch.dtype | None = None
+    ) -> None:
+        split = split_head(model, window)
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        self._head, self.device = split.head, next(model.parameters()).device
+        self._autocast = autocast
+        self._whole = split.features
+        self.tail = Tail(model, first, window.to(self.device)) if split.head is head else None
+
+    @property
+    def first(self) -> int:
+        """The decoder layer at which the tail starts; 0 where the model cannot be cut."""
+        return self.tail.first if self.tail else 0
+
+    def _precision(self) -> torch.autocast:
+        enabled = self._autocast is not None
+        return torch.autocast(self.device.type, dtype=self._autocast, enabled=enabled)
+
+    def prefix(self, ids: Tensor) -> Tensor:
+        """int64 [b, ctx] to what ``features`` takes, without gradients."""
+        with self._precision():
+            return self.tail.prefix(ids.to(self.device)) if self.tail else ids
+
+    def features(self, states: Tensor) -> Tensor:
+        """What the head takes, [b * (ctx - 1), d]: all positions but the last."""
+        with self._precision():
+            if self.tail is None:
+                return self._whole(states)
+            return self.tail.features(states)[:, :-1].flatten(0, 1)
+
+    def head(self, features: Tensor) -> Tensor:
+        """Features [n, d] to logits [n, vocabulary]."""
+        with self._precision():
+            return self._head(features)
+
+
+def checkpoint_layers_(model: nn.Module) -> Callable[[], None]:
+    """Lets decoder layers recompute their activations in the backward pass; returns the undoing."""
+    _, layers = decoder_layers(model)
+
+    def wrapped(layer: nn.Module) -> Callable[..., Any]:
+        whole = layer.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return checkpoint(whole, *args, use_reentrant=False, **kwargs)
+
+        return forward
+
+    for layer in layers:
+        layer.forward = wrapped(layer)
+
+    def undo() -> None:
+        for layer in layers:
+            del layer.forward
+
+    return undo
