@@ -324,7 +324,7 @@ def test_models_of_different_vocabularies(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "No text at '{}': give pydoc, wikitext2 or the path of a UTF-8 text file"),
+        (None, "No text at '{}': give pydoc, wikitext2, hf:NAME or the path of a UTF-8"),
         (b"", "'{}' is empty"),
         (b" \n\n ", "'{}' is empty"),
         (b"ol\xe9", "'{}' is not UTF-8 (byte 0xe9 at position 2)"),

@@ -191,3 +191,29 @@ def test_debug_shows_the_traceback(softtrellis: Command, tmp_path: Path) -> None
     assert result.code == 1
     assert "Traceback (most recent call last)" in result.err
     assert result.err.splitlines()[-1].startswith("softtrellis: error: ")
+
+
+def test_texts_of_all_kinds(
+    softtrellis: Command, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    chat = {"messages": [{"role": "user", "content": "Five letters, please. " * 20}]}
+    chats, articles = tmp_path / "chats.jsonl", tmp_path / "articles.txt"
+    chats.write_text(json.dumps(chat), encoding="utf-8")
+    articles.write_text("One of them.\n\nAnd another. " * 20, encoding="utf-8")
+    texts = [str(chats), f"documents:{articles}", "teacher"]
+    weights = []
+    for number, source in enumerate(texts):
+        output = tmp_path / str(number)
+        result = softtrellis("quantize", model, "-o", output, "--data", source, *QUANTIZE)
+        assert result.code == 0, result.err
+        weights.append(quantized_layers(load_quantized(output))[LAYERS[0]].weight())
+    assert not torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[1], weights[2])
+    scored = ["--ctx", "32", "--data", *texts[:2]]
+    assert "30/30" in softtrellis("eval", model, tmp_path / "0", *scored).err
+    refused = softtrellis("eval", model, "--data", "teacher")
+    assert "'teacher' is sampled from the model" in refused.error
+    mixed = softtrellis("quantize", model, "-o", tmp_path / "x", "--data", *texts, *QUANTIZE)
+    assert "'teacher' cannot be mixed with other text" in mixed.error
+    assert mixed.code == 2

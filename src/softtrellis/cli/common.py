@@ -109,15 +109,18 @@ def layers_of(value: str | None) -> tuple[str, ...] | None:
     return patterns
 
 
-def add_data(parser: argparse.ArgumentParser, purpose: str) -> None:
-    """``--data``."""
+def add_data(parser: argparse.ArgumentParser, purpose: str, *, teacher: bool = False) -> None:
+    """``--data``; with ``teacher``, also text that the teacher writes."""
+    written = "; or 'teacher' alone: text that the full-precision model writes" if teacher else ""
     parser.add_argument(
         "--data",
         metavar="TEXT",
         nargs="+",
         default=["pydoc"],
-        help=f"{purpose}: UTF-8 text files, 'wikitext2', or 'pydoc' (the interpreter's own "
-        "documentation, split by topic into training and held-out parts)",
+        help=f"{purpose}: UTF-8 text files (documents:FILE if blank lines part its documents), "
+        "chats or texts in .jsonl files, a data set on the Hugging Face hub as "
+        "hf:NAME[,CONFIG][:SPLIT[:FIELD]], 'wikitext2', or 'pydoc' (the interpreter's own "
+        f"documentation, split by topic into training and held-out parts){written}",
     )
 
 

@@ -36,7 +36,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("--teacher", required=True, help="the model that it was made from")
     add_output(parser, "the trained checkpoint with its log")
     add_layers(parser)
-    add_data(parser, "training text")
+    add_data(parser, "training text", teacher=True)
     parser.add_argument(
         "--mode",
         choices=["single", "greedy", "joint"],
@@ -105,7 +105,7 @@ def add_parser(commands: Commands) -> None:
         "--held-out",
         type=int,
         default=8,
-        help="windows at the end of the text that only choose the step whose code is kept",
+        help="windows of the text's last documents that only choose the step whose code is kept",
     )
     parser.add_argument(
         "--checkpoint-layers",

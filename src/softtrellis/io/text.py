@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from softtrellis.io.hub_text import HubText, hub_documents
+from softtrellis.io.pydoc_topics import pydoc_documents
+from softtrellis.io.rows import read_jsonl
 from softtrellis.io.sources import muted
 
 if TYPE_CHECKING:
@@ -17,14 +21,31 @@ if TYPE_CHECKING:
 
 Split = Literal["calibration", "train", "heldout"]
 
-_HELDOUT_PERCENT = 15
-_RUN_WORDS = 10
+TEACHER = "teacher"
+"""The source that is not loaded but sampled from a model, see ``recipes.teacher_text``."""
+
+DOCUMENTS = "documents:"
+"""Before the path of a text file that has a blank line, or several, between its documents."""
+
+HELD_OUT_SHARE = 0.1
+"""Of the documents, or of the text where there are few documents, that is held out at most."""
+
+_FORMS = "pydoc, wikitext2, hf:NAME or the path of a UTF-8 text or .jsonl file"
 # Tokens near the end of a cut-off text may differ from those of the whole text.
 _PREFIX_MARGIN = 256
 
 
-def load_documents(sources: Sequence[str], *, split: Split) -> list[str]:
-    """Load texts, as a list of documents.
+def load_documents(
+    sources: Sequence[str], *, split: Split, tokenizer: PreTrainedTokenizerBase | None = None
+) -> list[str]:
+    """Load texts, as a list of documents; see :func:`stream_documents`."""
+    return list(stream_documents(sources, split=split, tokenizer=tokenizer))
+
+
+def stream_documents(
+    sources: Sequence[str], *, split: Split, tokenizer: PreTrainedTokenizerBase | None = None
+) -> Iterator[str]:
+    """Load texts one document after the other, so that what nobody takes is not read.
 
     Args:
         sources: each one of
@@ -36,28 +57,32 @@ def load_documents(sources: Sequence[str], *, split: Split) -> list[str]:
               held-out topic, or with an earlier topic of their own part, are left out.
             - ``"wikitext2"``: WikiText-2 raw through the ``datasets`` package, rows joined by a
               blank line into one document: the test split when held out, else the train split.
+            - ``"hf:NAME[,CONFIG][:SPLIT[:FIELD]]"``: a data set on the Hugging Face hub, streamed
+              through the ``datasets`` package, a document a row; see ``HubText``. Without SPLIT it
+              is "test", or else "validation", when held out, and "train" otherwise.
             - the path of a UTF-8 text file: the whole file as one document, whatever the split.
+            - ``"documents:PATH"``: a text file whose documents have blank lines between them. Each
+              keeps those that follow it, so that together they are still the file.
+            - the path of a ``.jsonl`` file, whatever the split: one object a line, with a chat in
+              ``messages`` or ``conversations``, or a text in ``text``; see ``document_of``.
         split: "calibration" and "train" are the same texts.
+        tokenizer: its chat template renders chats.
 
     Raises:
-        FileNotFoundError: no such source.
-        ValueError: a file that is empty or not UTF-8, or no sources.
-        ImportError: "wikitext2" without the ``datasets`` package.
-        ConnectionError: "wikitext2" where no hub can be reached.
+        FileNotFoundError: no such source; at once, whatever is taken.
+        ValueError: a file that is empty or not UTF-8, a row without a document (named by its
+            line), a chat without a tokenizer or a chat template, or no sources.
+        ImportError: "wikitext2" or "hf:..." without the ``datasets`` package.
+        ConnectionError: these two where no hub can be reached.
     """
     if split not in get_args(Split):
         raise ValueError(f"split must be one of {', '.join(get_args(Split))}, got {split!r}.")
     if not sources:
-        raise ValueError("No text: give pydoc, wikitext2 or the path of a text file.")
-    documents: list[str] = []
+        raise ValueError(f"No text: give {_FORMS}.")
     for source in sources:
-        if source == "pydoc":
-            documents += _pydoc(held_out=split == "heldout")
-        elif source == "wikitext2":
-            documents.append(_wikitext2("test" if split == "heldout" else "train"))
-        else:
-            documents.append(_read(source))
-    return documents
+        _check(source)
+    held_out = split == "heldout"
+    return chain.from_iterable(_documents(s, held_out, tokenizer) for s in sources)
 
 
 def token_windows(
@@ -102,6 +127,73 @@ def token_windows(
     return torch.tensor(tokens[: count * ctx], dtype=torch.int64).view(count, ctx)
 
 
+def hold_out(documents: Sequence[str], count: int) -> tuple[list[str], list[str]]:
+    """Part the documents of one source into those to train on and those to choose settings by.
+
+    Held out are the last ``count`` documents, but at most a tenth of all. Where that is none, as
+    with a book in one document, it is the last tenth of each document, from a space on.
+
+    Args:
+        documents: in a fixed order.
+        count: at least 1.
+
+    Returns:
+        (training, held out), which share nothing and have the order of ``documents``.
+
+    Raises:
+        ValueError: a count below 1.
+    """
+    if count < 1:
+        raise ValueError(f"held_out_documents must be at least 1, got {count}.")
+    last = min(count, int(len(documents) * HELD_OUT_SHARE))
+    if last:
+        return list(documents[:-last]), list(documents[-last:])
+    cuts = [_space_after(text, int(len(text) * (1 - HELD_OUT_SHARE))) for text in documents]
+    pairs = list(zip(documents, cuts, strict=True))
+    return [text[:cut] for text, cut in pairs], [text[cut:] for text, cut in pairs]
+
+
+def train_and_held_out_windows(
+    tokenizer: PreTrainedTokenizerBase,
+    sources: Sequence[str],
+    ctx: int,
+    *,
+    limit: int | None = None,
+    held_out_documents: int = 256,
+    held_out_windows: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Windows to train on, and windows of the same sources that are never trained on.
+
+    Learning rates, temperatures and checkpoints are chosen on the second; neither is for reporting.
+    What is held out of a source does not depend on ``ctx`` or ``limit``.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        sources: see ``stream_documents``; their part for training is read whole.
+        ctx: tokens per window, at least 2.
+        limit: at most so many windows to train on, from the start.
+        held_out_documents: the last documents of each source that are held out, see ``hold_out``.
+        held_out_windows: at most so many of them, from the start.
+
+    Returns:
+        int64 [n, ctx] and int64 [m, ctx], n and m at least 1.
+
+    Raises:
+        ValueError: less than one window of either; and what ``stream_documents`` raises.
+    """
+    training: list[str] = []
+    held_out: list[str] = []
+    for documents in [load_documents([s], split="train", tokenizer=tokenizer) for s in sources]:
+        ours, others = hold_out(documents, held_out_documents)
+        training += ours
+        held_out += others
+    windows = token_windows(tokenizer, training, ctx, limit=limit)
+    try:
+        return windows, token_windows(tokenizer, held_out, ctx, limit=held_out_windows)
+    except ValueError as error:
+        raise ValueError(f"Of the part that is held out: {error}") from error
+
+
 def _encode(tokenizer: PreTrainedTokenizerBase, document: str, wanted: int | None) -> list[int]:
     """Tokens of a document; with `wanted`, at least so many if it has them."""
     length = len(document) if wanted is None else 8 * (wanted + _PREFIX_MARGIN)
@@ -116,24 +208,67 @@ def _encode(tokenizer: PreTrainedTokenizerBase, document: str, wanted: int | Non
         length *= 2
 
 
-def _read(source: str) -> str:
-    path = Path(source)
-    if path.is_dir():
-        raise ValueError(f"'{source}' is a directory: give the text files in it one by one.")
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"No text at '{source}': give pydoc, wikitext2 or the path of a UTF-8 text file."
+def _space_after(text: str, start: int) -> int:
+    """Where a space begins at or after a position, or the position if there is none."""
+    space = re.compile(r"\s").search(text, start)
+    return start if space is None else space.start()
+
+
+def _check(source: str) -> None:
+    """Raises unless the source has a known form and, as a path, exists."""
+    if source in ("pydoc", "wikitext2"):
+        return
+    if source.startswith("hf:"):
+        HubText.parse(source)
+        return
+    if source == TEACHER:
+        raise ValueError(
+            f"'{TEACHER}' is sampled from the model, where that is trained or calibrated, and "
+            f"stands alone: here, give {_FORMS}."
         )
+    path = _path_of(source)
+    if path.is_dir():
+        raise ValueError(f"'{path}' is a directory: give the text files in it one by one.")
+    if not path.is_file():
+        raise FileNotFoundError(f"No text at '{path}': give {_FORMS}.")
+
+
+def _path_of(source: str) -> Path:
+    return Path(source.removeprefix(DOCUMENTS))
+
+
+def _documents(
+    source: str, held_out: bool, tokenizer: PreTrainedTokenizerBase | None
+) -> Iterable[str]:
+    if source == "pydoc":
+        return pydoc_documents(held_out=held_out)
+    if source == "wikitext2":
+        return [_wikitext2("test" if held_out else "train")]
+    if source.startswith("hf:"):
+        return hub_documents(source, held_out=held_out, tokenizer=tokenizer)
+    path = _path_of(source)
+    if path.suffix == ".jsonl":
+        return read_jsonl(path, tokenizer)
+    text = _read(path)
+    return _parted_by_blank_lines(text) if source.startswith(DOCUMENTS) else [text]
+
+
+def _parted_by_blank_lines(text: str) -> list[str]:
+    pieces = re.split(r"(?<=\n\n)(?=[^\n])", text.replace("\r\n", "\n"))
+    return [piece for piece in pieces if piece.strip()]
+
+
+def _read(path: Path) -> str:
     data = path.read_bytes()
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"'{source}' is not UTF-8 (byte 0x{data[error.start]:02x} at position {error.start}): "
+            f"'{path}' is not UTF-8 (byte 0x{data[error.start]:02x} at position {error.start}): "
             f"convert it first, for instance with iconv."
         ) from None
     if not text.strip():
-        raise ValueError(f"'{source}' is empty: give a file with text in it.")
+        raise ValueError(f"'{path}' is empty: give a file with text in it.")
     return text
 
 
@@ -154,43 +289,3 @@ def _wikitext2(split: str) -> str:
             "the path of a text file."
         ) from error
     return "\n\n".join(rows)
-
-
-def _pydoc(*, held_out: bool) -> list[str]:
-    try:
-        from pydoc_data.topics import topics
-    except ImportError as error:
-        raise ImportError(
-            "This Python comes without pydoc_data: give the path of a text file instead."
-        ) from error
-    ours: list[str] = []
-    seen: set[tuple[str, ...]] = set()
-    for name, text in sorted(topics.items()):
-        if _is_held_out(name) == held_out:
-            ours.append(text)
-        elif not held_out:
-            seen.update(_word_runs(text))
-    documents = ["\n\n".join(_unseen_passages(text, seen)) for text in ours]
-    return [document for document in documents if document.strip()]
-
-
-def _is_held_out(topic: str) -> bool:
-    return int(hashlib.sha256(topic.encode()).hexdigest(), 16) % 100 < _HELDOUT_PERCENT
-
-
-def _unseen_passages(text: str, seen: set[tuple[str, ...]]) -> list[str]:
-    """Passages of a text that no run of words in `seen` touches; `seen` grows by the text's."""
-    passages = text.split("\n\n")
-    owners = [i for i, passage in enumerate(passages) for _ in passage.split()]
-    runs = _word_runs(text)
-    touched: set[int] = set()
-    for start, run in enumerate(runs):
-        if run in seen:
-            touched.update(owners[start : start + _RUN_WORDS])
-    seen.update(runs)
-    return [passage for i, passage in enumerate(passages) if i not in touched]
-
-
-def _word_runs(text: str) -> list[tuple[str, ...]]:
-    words = text.split()
-    return [tuple(words[i : i + _RUN_WORDS]) for i in range(len(words) - _RUN_WORDS + 1)]

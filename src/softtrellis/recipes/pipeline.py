@@ -27,7 +27,7 @@ from softtrellis.io.checkpoint import (
     size_report,
 )
 from softtrellis.io.files import whole_directory
-from softtrellis.io.text import load_documents, token_windows
+from softtrellis.io.text import stream_documents, token_windows
 from softtrellis.modules.replace import dequantize_, head_name, prepare_for_layers_
 from softtrellis.recipes.calibration import check_finite
 from softtrellis.recipes.end_to_end import EndToEndConfig
@@ -149,7 +149,8 @@ def evaluate_models(
     """
     sources = {name: load_any(name, device=device) for name in names}
     first = next(iter(sources.values()))
-    ids = token_windows(first.tokenizer, load_documents(data, split="heldout"), ctx, limit=windows)
+    documents = stream_documents(data, split="heldout", tokenizer=first.tokenizer)
+    ids = token_windows(first.tokenizer, documents, ctx, limit=windows)
     for source in sources.values():
         dequantize_(source.model)
     models: dict[str, nn.Module] = {name: source.model for name, source in sources.items()}

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from softtrellis import __version__
 from softtrellis.backend import Backend, check_device
 from softtrellis.io.checkpoint import load_full_precision
-from softtrellis.io.sources import fingerprint
-from softtrellis.io.text import load_documents, token_windows
+from softtrellis.io.sources import cache_directory, fingerprint
+from softtrellis.io.text import stream_documents, token_windows
 from softtrellis.modules.quantized_linear import LayerFormat
 from softtrellis.modules.replace import (
     prepare_for_layers_,
@@ -34,7 +34,8 @@ from softtrellis.recipes.estimate import estimate
 from softtrellis.recipes.finetune import FineTuneConfig, held_out_windows
 from softtrellis.recipes.group import LayerReport
 from softtrellis.recipes.ptq_state import LayerStore
-from softtrellis.recipes.run_state import digest
+from softtrellis.recipes.run_state import digest, sampled
+from softtrellis.recipes.teacher_text import is_teacher_text, sample_windows
 from softtrellis.spec import TrellisSpec
 
 if TYPE_CHECKING:
@@ -44,6 +45,9 @@ Profile = Literal["qtip", "exl3"]
 Inputs = Literal["corrected", "quantized", "original"]
 EXL3_BLOCK = 128
 EXL3_CODES = ("mul1", "mcg", "3inst")
+SAMPLED_AT_ONCE = 32
+"""Windows, where the model writes its calibration text itself."""
+
 _NOT_SETTINGS = ("trellis_code", "data", "show_progress")
 
 
@@ -63,7 +67,8 @@ class QuantizeConfig:
             embedding then.
         layers: which linear layers, see ``select_layers``; None is all of the decoder layers'.
         skip: layers that stay as they are, patterns likewise.
-        data: texts for the Hessians, see ``load_documents``.
+        data: texts for the Hessians, see ``stream_documents``; or "teacher" alone, text that the
+            model itself writes on ``device``, see ``sample_windows``.
         ctx: tokens per calibration window.
         windows: calibration windows.
         batch: windows that a decoder layer takes at once.
@@ -118,6 +123,7 @@ class QuantizeConfig:
         for name in ("damping", "correction_damping"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a positive number, got {getattr(self, name)}")
+        is_teacher_text(self.data)
         object.__setattr__(self, "trellis_code", self._trellis_code())
         if self.head_bits is not None and not 1 <= self.head_bits <= 4:
             raise ValueError(f"head_bits must be from 1 to 4, got {self.head_bits}")
@@ -228,14 +234,13 @@ def quantize_model(
     if config.error_feedback or fine_tune is not None or end_to_end is not None:
         if tokenizer is None:
             raise ValueError("a loaded model needs its tokenizer: quantize_model(..., tokenizer=)")
-        documents = load_documents(config.data, split="calibration")
-        windows = token_windows(tokenizer, documents, config.ctx, limit=config.windows)
+        windows = _calibration_windows(model, tokenizer, config)
     settings = {
         **{name: value for name, value in asdict(config).items() if name not in _NOT_SETTINGS},
         "fine_tune": None if fine_tune is None else asdict(fine_tune),
         "end_to_end": None if end_to_end is None else asdict(end_to_end),
         "model": fingerprint(model),
-        "weights": digest(_sample(p) for p in model.parameters()),
+        "weights": digest(sampled(p) for p in model.parameters()),
         "version": __version__,
         "text": None if windows is None else digest([windows]),
     }
@@ -263,7 +268,20 @@ def quantize_model(
     return model
 
 
-def _sample(parameter: Tensor) -> Tensor:
-    """Up to 1024 values of a parameter, evenly spaced."""
-    flat = parameter.detach().reshape(-1)
-    return flat[:: max(1, flat.numel() // 1024)].contiguous()
+def _calibration_windows(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: QuantizeConfig
+) -> Tensor:
+    if is_teacher_text(config.data):
+        return sample_windows(
+            model,
+            tokenizer,
+            config.windows,
+            config.ctx,
+            seed=config.seed,
+            batch=SAMPLED_AT_ONCE,
+            device=config.device,
+            cache=cache_directory() / "teacher_text",
+            show_progress=config.show_progress,
+        )
+    documents = stream_documents(config.data, split="calibration", tokenizer=tokenizer)
+    return token_windows(tokenizer, documents, config.ctx, limit=config.windows)

@@ -21,7 +21,6 @@ from softtrellis.io.checkpoint import (
     read_manifest,
 )
 from softtrellis.io.progress import progress
-from softtrellis.io.text import load_documents, token_windows
 from softtrellis.modules.replace import (
     decoder_index,
     on_device,
@@ -35,8 +34,10 @@ from softtrellis.recipes.calibration import check_finite
 from softtrellis.recipes.optimizer import OptimizerName, check_optimizer
 from softtrellis.recipes.run_state import RunLog, digest, load_state, save_state
 from softtrellis.recipes.schedules import Pace, TemperatureSchedule, check_schedule
+from softtrellis.recipes.teacher_text import is_teacher_text
 from softtrellis.recipes.trainables import check_trainable
 from softtrellis.recipes.trainer import Trainer
+from softtrellis.recipes.training_text import training_windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -85,10 +86,10 @@ class DistillConfig:
         batch: windows per step.
         micro_batch: windows that pass the model at once; None is ``batch``.
         ctx: tokens per window.
-        data: texts, see ``load_documents``.
+        data: texts, see ``load_documents``, or "teacher" for text that it writes.
         windows: at most so many windows are used; None is all there are.
-        held_out: windows at the end of the text that are not trained on and choose the step whose
-            code is kept; 0 keeps the last one's.
+        held_out: at most so many windows of the text's last documents, which are not trained on
+            (``hold_out``), choose the step whose code is kept; 0 keeps the last one's.
         evaluate_every: steps between evaluations on them, and after the last one; 0 never.
         checkpoint_layers: decoder layers recompute their activations in the backward pass.
         reencode_every: steps between moves of the pinned ends; 0 never moves them.
@@ -147,6 +148,7 @@ class DistillConfig:
         check_optimizer(self.optimizer)
         check_trainable(self.train)
         check_device(self.device)
+        is_teacher_text(self.data)
         if self.mode not in get_args(Mode):
             raise ValueError(f"unknown mode {self.mode!r}; use one of {', '.join(get_args(Mode))}")
         for name in ("t_init", "t_min", "lr", "scale_lr", "table_lr", "clip", "minutes"):
@@ -249,20 +251,16 @@ def distill(
     names = _trained_layers(student, config.layers)
     stages = _stages(student, names, config.mode)
     prepare_for_layers_(teacher, names)
-    documents = load_documents(config.data, split="train")
-    windows = token_windows(tokenizer, documents, config.ctx, limit=config.windows)
-    if config.held_out >= len(windows):
-        raise ValueError(
-            f"the text has {len(windows)} windows of {config.ctx} tokens and {config.held_out} "
-            "are to be held out; give more text, or lower held_out"
-        )
+    windows, held_out = training_windows(config, teacher, tokenizer)
     check_finite(teacher)
     settings = {k: v for k, v in asdict(config).items() if k not in _FREE_TO_CHANGE}
     quantized = quantized_layers(student).values()
     settings["checkpoint"] = digest(t for layer in quantized for t in (layer.codes, layer.scale))
-    settings["text"] = digest([windows])
+    settings["text"] = digest([windows, held_out])
     with on_device(student, config.device), on_device(teacher, config.device):
-        run = _Run(student, teacher, windows, config, settings, run_directory, resume=resume)
+        run = _Run(
+            student, teacher, (windows, held_out), config, settings, run_directory, resume=resume
+        )
         result = run.train(stages)
     share_codebooks_(student)
     return result
@@ -275,7 +273,7 @@ class _Run:
         self,
         student: PreTrainedModel,
         teacher: PreTrainedModel,
-        windows: Tensor,
+        text: tuple[Tensor, Tensor],
         config: DistillConfig,
         settings: dict[str, Any],
         directory: Path | None,
@@ -284,9 +282,7 @@ class _Run:
     ) -> None:
         self.student, self.teacher, self.config = student, teacher, config
         self.settings, self.directory = settings, directory
-        self.windows, self.held_out = windows.split(
-            [len(windows) - config.held_out, config.held_out]
-        )
+        self.windows, self.held_out = text
         self.done, self.state = 0, dict[str, Tensor]()
         if resume and directory is not None:
             self.done, self.state = load_state(directory, settings=settings)

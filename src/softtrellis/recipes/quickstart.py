@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from softtrellis.codes.codebook import HYBRID_MIN_STATE_BITS
 from softtrellis.evaluation.report import write_report
@@ -26,6 +27,9 @@ from softtrellis.recipes.pipeline import checkpoint_size, dense_size, score_and_
 from softtrellis.recipes.ptq import QuantizeConfig, quantize_model
 from softtrellis.recipes.qat import DistillConfig, distill
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 DIVIDED_SOURCES = ("pydoc", "wikitext2")
 HELD_OUT_SHARE = 0.15
 
@@ -37,7 +41,8 @@ class QuickstartConfig:
     Attributes:
         model: the teacher, see ``load_source``.
         layers: which linear layers are quantized and trained, see ``select_layers``.
-        data: texts, see ``load_documents``; of files, the last fifteen per cent are held out.
+        data: texts, see ``load_documents``; of those that do not come in two parts, the last
+            fifteen per cent are held out.
         bits, L: bits per weight and bits of a state.
         steps, lr, batch: of training.
         ctx: tokens per window, everywhere.
@@ -106,11 +111,11 @@ def quickstart(config: QuickstartConfig, output: Path, *, force: bool = False) -
 
 
 def _hold_out(
-    config: QuickstartConfig, directory: Path
+    config: QuickstartConfig, tokenizer: PreTrainedTokenizerBase, directory: Path
 ) -> tuple[QuickstartConfig, tuple[str, ...]]:
     """The configuration with texts to train on, and the texts that are held out.
 
-    Sources that come in two parts stay as they are; files are cut in two, into ``text/``.
+    Sources that come in two parts stay as they are; others are cut in two, into ``text/``.
     """
     train, held_out = [], []
     for number, source in enumerate(config.data):
@@ -118,7 +123,7 @@ def _hold_out(
             train.append(source)
             held_out.append(source)
             continue
-        (text,) = load_documents([source], split="train")
+        text = "".join(load_documents([source], split="train", tokenizer=tokenizer))
         cut = text.find("\n", int(len(text) * (1 - HELD_OUT_SHARE))) + 1
         (directory / "text").mkdir(exist_ok=True)
         for part, parts, name in (
@@ -137,7 +142,7 @@ def _run(config: QuickstartConfig, directory: Path) -> None:
     base, tokenizer = base_of(source), source.tokenizer
     names = select_layers(source.model, config.layers)
     text = ", ".join(config.data)
-    config, held_out_data = _hold_out(config, directory)
+    config, held_out_data = _hold_out(config, tokenizer, directory)
     held_out = token_windows(
         tokenizer,
         load_documents(held_out_data, split="heldout"),

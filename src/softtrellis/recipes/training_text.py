@@ -1,0 +1,53 @@
+"""The windows that a run trains on, and those that it is judged by."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from softtrellis.io.sources import cache_directory
+from softtrellis.io.text import stream_documents, token_windows, train_and_held_out_windows
+from softtrellis.recipes.teacher_text import is_teacher_text, sample_windows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from softtrellis.recipes.qat import DistillConfig
+
+SAMPLED_WINDOWS = 1024
+"""Windows that the teacher writes where ``windows`` does not say."""
+
+
+def training_windows(
+    config: DistillConfig, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Tensor, Tensor]:
+    """Windows int64 [n, ctx] to train on, and [held_out, ctx] at most that are never trained on.
+
+    Raises:
+        ValueError: less than one window of text, and what ``stream_documents`` raises.
+    """
+    if is_teacher_text(config.data):
+        count = config.windows or SAMPLED_WINDOWS
+        both = sample_windows(
+            teacher,
+            tokenizer,
+            count + config.held_out,
+            config.ctx,
+            seed=config.seed,
+            device=config.device,
+            cache=cache_directory() / "teacher_text",
+            show_progress=config.show_progress,
+        )
+        return both[:count], both[count:]
+    if config.held_out:
+        return train_and_held_out_windows(
+            tokenizer,
+            config.data,
+            config.ctx,
+            limit=config.windows,
+            held_out_windows=config.held_out,
+        )
+    documents = stream_documents(config.data, split="train", tokenizer=tokenizer)
+    windows = token_windows(tokenizer, documents, config.ctx, limit=config.windows)
+    return windows, windows[:0]
