@@ -17,7 +17,7 @@ CUDA_CAPABILITIES = ((9, 0), (10, 0), (10, 3))
 
 def check_device(device: str) -> None:
     """ValueError unless it is "cpu" or a CUDA device that is there."""
-    if torch.device(device).type not in ("cpu", "cuda"):
+    if device.partition(":")[0] not in ("cpu", "cuda"):
         raise ValueError(f"device must be cpu or cuda, got {device!r}")
     if device != "cpu" and not torch.cuda.is_available():
         raise ValueError("device must be cpu: torch finds no CUDA device here")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -45,6 +45,15 @@ def make_optimizer(
     return optimizer
 
 
+def set_learning_rates(optimizer: torch.optim.Optimizer, rates: Sequence[float]) -> None:
+    """Gives every group its learning rate."""
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
 ) -> dict[str, Tensor]:
@@ -76,15 +85,13 @@ def load_optimizer_tensors(
 
     A parameter that had no gradient yet has no state, and gets none.
     """
-    rates = [group["lr"] for group in optimizer.param_groups]
+    rates = [float(group["lr"]) for group in optimizer.param_groups]
     for name, parameter in parameters.items():
         if f"{name}.step" in tensors:
             parameter.grad = torch.zeros_like(parameter)
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
+    set_learning_rates(optimizer, [0.0] * len(rates))
     optimizer.step()  # makes the state, and with a rate of 0 changes nothing
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
+    set_learning_rates(optimizer, rates)
     optimizer.zero_grad()
     for name, own in optimizer_tensors(optimizer, parameters).items():
         own.copy_(tensors[name])

@@ -34,6 +34,7 @@ from softtrellis.recipes.optimizer import (
     load_optimizer_tensors,
     make_optimizer,
     optimizer_tensors,
+    set_learning_rates,
 )
 from softtrellis.recipes.schedules import learning_rate_at, temperature_at
 from softtrellis.recipes.trainables import (
@@ -266,8 +267,8 @@ class Trainer:
         temperature = temperature_at(
             share, t_init=self.t_init, t_min=config.t_min, schedule=config.schedule
         )
-        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = learning_rate_at(share, step, lr=rate, warmup=config.warmup)
+        rates = (learning_rate_at(share, step, lr=r, warmup=config.warmup) for r in self._rates)
+        set_learning_rates(self.optimizer, list(rates))
         for layer in self.layers.values():
             layer.temperature = temperature
             layer.estimator = (config.finish or config.estimator) if finishing else config.estimator
