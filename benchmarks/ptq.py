@@ -39,6 +39,7 @@ ROWS = {
     "2bit-1mad": "--code 1mad",
     "2bit-3inst": "--code 3inst",
     "2bit-mul1": "--code mul1",
+    "2bit-scalar": "--code scalar --L 8",
     "2bit-L14": "--L 14",
     "2bit-L12": "--L 12",
     "3bit-hyb": "--bits 3",

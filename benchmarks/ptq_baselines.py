@@ -25,7 +25,6 @@ from softtrellis.modules.blocks import Blocks
 from softtrellis.quantizers.basis import WeightBasis
 from softtrellis.quantizers.hard import TrellisCode
 from softtrellis.quantizers.ldlq import block_ldl, ldlq
-from softtrellis.quantizers.scalar import lloyd_max, round_to_nearest
 from softtrellis.recipes.calibration import watch_inputs
 from softtrellis.spec import TrellisSpec
 from softtrellis.transforms.incoherence import Incoherence
@@ -38,10 +37,8 @@ ROWS = [
 
 def quantizer(name: str, L: int, device: torch.device) -> Callable[[Tensor], Tensor]:
     """Latent columns [out, n] to their reproduction, in units of their standard deviation."""
-    if name == "scalar":
-        levels = lloyd_max(2).to(device)
-        return lambda columns: round_to_nearest(columns, levels)
-    code = TrellisCode(TrellisSpec(L, 2, 2))
+    spec = TrellisSpec(8, 2, 1) if name == "scalar" else TrellisSpec(L, 2, 2)
+    code = TrellisCode(spec, name)
     values = code.codebook().to(device)
     return lambda columns: code.decode(code.encode(columns, values), values, *columns.shape)
 
@@ -54,7 +51,7 @@ def basis_of(weight: Tensor, rotation: str) -> WeightBasis:
         signs = (torch.ones_like(incoherence.in_signs), torch.ones_like(incoherence.out_signs))
         incoherence = replace(incoherence, in_signs=signs[0], out_signs=signs[1])
     incoherence = incoherence.to(weight.device)
-    return WeightBasis.fit(weight, incoherence, codebook_rms=1.0, channel_scales=False)
+    return WeightBasis.fit(weight, incoherence, sigma=1.0, channel_scales=False)
 
 
 @torch.no_grad()

@@ -67,7 +67,7 @@ def test_cold_training_layer_is_its_hardened_layer(name: str) -> None:
         noise = torch.randn(latent.latent.shape, generator=torch.Generator().manual_seed(1))
         latent.latent.add_(0.3 * noise)
     latent.reencode()
-    latent.temperature = 0.006 / latent.codebook_variance
+    latent.temperature = 0.006 / latent.variance
     hard = latent.harden()
     assert not torch.equal(hard.codes, module.codes)
     assert float(((latent(x) - hard(x)).norm() / hard(x).norm()).detach()) < 0.02

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from softtrellis.codes.codebook import codebook
+from softtrellis.codes.scalar import lloyd_max
 from softtrellis.quantizers.hard import TrellisCode
 from softtrellis.quantizers.ldlq import BLOCK, block_ldl, ldlq, proxy_loss
-from softtrellis.quantizers.scalar import lloyd_max, round_to_nearest
+from softtrellis.quantizers.scalar import round_to_nearest
 from softtrellis.spec import TrellisSpec
 
 
@@ -108,3 +109,29 @@ def test_lloyd_max_at_two_bits_has_the_published_error() -> None:
     error = float((round_to_nearest(w, lloyd_max(2)) - w).square().mean())
     assert error == pytest.approx(0.1175, rel=0.02)
     assert codebook("gaussian", TrellisSpec(8, 2, 1)).shape == (256, 1)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_the_scalar_code_is_rounding_to_the_nearest_level(bits: int) -> None:
+    code = TrellisCode(TrellisSpec(8, bits, 1), "scalar")
+    values = code.codebook()
+    w = torch.randn(64, 64, generator=torch.Generator().manual_seed(bits))
+    states = code.encode(w, values)
+    found, expected = code.decode(states, values, 64, 64), round_to_nearest(w, lloyd_max(bits))
+    torch.testing.assert_close((found - w).abs(), (expected - w).abs())  # ties round either way
+    assert float((found != expected).double().mean()) < 1e-3
+    assert code.sigma(values) == 1.0
+
+
+def test_sigma_is_where_the_error_is_least() -> None:
+    w = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    for bits in range(1, 5):
+        code = TrellisCode(TrellisSpec(10, bits, 1), "mul1")
+        values = code.codebook()
+
+        def error(sigma: float, code: TrellisCode = code, values: torch.Tensor = values) -> float:
+            found = code.decode(code.encode(w * sigma, values), values, *w.shape) / sigma
+            return float((found - w).square().mean())
+
+        best = code.sigma(values)
+        assert error(best) < min(error(best * 1.2), error(best / 1.2))

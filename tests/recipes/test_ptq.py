@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from softtrellis.codes.scalar import lloyd_max
 from softtrellis.io.sources import Source, load_source
 from softtrellis.io.text import load_documents, token_windows
 from softtrellis.modules.blocks import Blocks
 from softtrellis.modules.replace import get_linear, linear_names, quantized_layers
 from softtrellis.quantizers.ldlq import proxy_loss
-from softtrellis.quantizers.scalar import lloyd_max, round_to_nearest
+from softtrellis.quantizers.scalar import round_to_nearest
 from softtrellis.recipes.calibration import InputMoments, watch_inputs
 from softtrellis.recipes.group import quantize_linear
 from softtrellis.recipes.ptq import QuantizeConfig, quantize_model

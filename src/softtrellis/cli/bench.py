@@ -43,8 +43,8 @@ def add_parser(commands: Commands) -> None:
     )
     parser.add_argument(
         "--code",
-        help="hyb, 1mad, 3inst, mul1, mcg or gaussian; with --L, --k or --V it selects one case "
-        "instead of the default ones",
+        help="hyb, 1mad, 3inst, mul1, mcg, gaussian or scalar; with --L, --k or --V it selects one "
+        "case instead of the default ones",
     )
     parser.add_argument("--L", type=int, help="bits of a trellis state; 16 for one case")
     parser.add_argument("--k", type=int, help="bits per weight; 2 for one case")

@@ -62,7 +62,7 @@ def add_parser(commands: Commands) -> None:
     )
     parser.add_argument(
         "--code",
-        help="qtip: hyb (default), 1mad, 3inst, mul1, mcg, gaussian; "
+        help="qtip: hyb (default), 1mad, 3inst, mul1, mcg, gaussian, scalar; "
         "exl3: mul1 (default), mcg, 3inst",
     )
     parser.add_argument("--L", type=int, default=16, help="bits of a trellis state, up to 16")

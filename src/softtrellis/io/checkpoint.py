@@ -60,6 +60,7 @@ __all__ = [
 ]
 
 TABLE = "softtrellis.table"
+_WHOLE = ("gaussian", "scalar")  # codes whose codebook is stored as it is
 _NOT_LISTED = ("train_", "quantize_", "log")  # files of the runs
 
 
@@ -159,8 +160,8 @@ def _table_name(codes: list[TrellisCode], code: TrellisCode) -> str:
 
 
 def _table(code: TrellisCode, codebook: Tensor) -> Tensor | None:
-    """What of a codebook is not computed: [512, 2] of "hyb", [S, V] of "gaussian"."""
-    if code.name == "gaussian":
+    """What of a codebook is not computed: [512, 2] of "hyb", [S, V] of the codes in ``_WHOLE``."""
+    if code.name in _WHOLE:
         return codebook.detach().cpu().clone()
     if code.name != "hyb":
         return None
@@ -169,10 +170,10 @@ def _table(code: TrellisCode, codebook: Tensor) -> Tensor | None:
 
 def _codebook(code: TrellisCode, table: Tensor | None) -> Tensor:
     """The codebook that ``_table`` was taken from, bit for bit."""
-    if code.name in ("hyb", "gaussian"):
+    if code.name in ("hyb", *_WHOLE):
         if table is None:
             raise CheckpointError(f"{WEIGHTS} lacks the table of code {code.name!r}")
-        if code.name == "gaussian":
+        if code.name in _WHOLE:
             return table
         return TrellisCode(code.spec, code.name, code.flip, normalize=False).codebook(table)
     return code.codebook()

@@ -27,7 +27,8 @@ class LatentLinear(nn.Module):
     Attributes:
         latent: float32 parameter [out_pad, in_pad].
         pins: int32 buffer [tiles], the overlap at both ends.
-        temperature: T over the codebook's variance; set it before every pass. A tensor [] on the
+        variance: of the latent weights at the start, about.
+        temperature: T over ``variance``; set it before every pass. A tensor [] on the
             layer's device where a CUDA graph or ``torch.compile`` is to follow its changes: every
             new number would be compiled anew.
         estimator: "soft", "straight_through" or "identity", see ``estimate``.
@@ -66,7 +67,7 @@ class LatentLinear(nn.Module):
         self.layer, self.codebook, self.basis = layer, codebook, basis
         self.estimator: Estimator = estimator
         self.temperature, self.backend = temperature, backend
-        self.codebook_variance = float(codebook.double().square().mean())
+        self.variance = layer.code.sigma(codebook) ** 2
         self.register_buffer("start", states.to(torch.int32))
         self.register_buffer("pins", overlap_in(self.start[:, 0], layer.code.spec))
         self.latent = nn.Parameter(layer.code.decode(states, codebook, *layer.padded))
@@ -248,7 +249,7 @@ def _values(layers: Sequence[LatentLinear]) -> Tensor:
         first.codebook,
         first.layer.code.spec,
         estimator=first.estimator,
-        temperature=first.temperature * first.codebook_variance,
+        temperature=first.temperature * first.variance,
         pins=torch.cat([layer.pins for layer in layers]),
         backend=first.backend,
     )

@@ -32,15 +32,15 @@ class WeightBasis:
         weight: Tensor,
         incoherence: Incoherence,
         *,
-        codebook_rms: float,
+        sigma: float,
         channel_scales: bool,
     ) -> WeightBasis:
-        """The basis in which ``weight`` [out, in] has the codebook's root mean square.
+        """The basis in which ``weight`` [out, in] has a root mean square.
 
         Args:
             weight: float32 [out, in].
             incoherence: the rotation.
-            codebook_rms: root mean square of the codebook.
+            sigma: that root mean square, in the codebook's units, see ``TrellisCode.sigma``.
             channel_scales: give every output channel its own float16 scale, with the matrix's
                 scale folded in (EXL3); otherwise one float32 number scales the matrix.
 
@@ -53,10 +53,10 @@ class WeightBasis:
         one = torch.ones((), dtype=torch.float32, device=weight.device)
         if not channel_scales:
             rotated = incoherence.rotate_weight(weight)
-            return cls(incoherence, _rms(rotated) / codebook_rms)
+            return cls(incoherence, _rms(rotated) / sigma)
         channel = weight.square().mean(1).sqrt().clamp_min(1e-3 * rms)
         flat = cls(incoherence, one, out_scale=channel.to(torch.float16))
-        factor = _rms(flat.to_latent(weight)) / codebook_rms
+        factor = _rms(flat.to_latent(weight)) / sigma
         return cls(incoherence, one, out_scale=(channel * factor).to(torch.float16))
 
     def to_latent(self, weight: Tensor) -> Tensor:

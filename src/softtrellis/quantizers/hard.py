@@ -15,6 +15,13 @@ from softtrellis.spec import TrellisSpec
 from softtrellis.trellis.validation import Ends
 from softtrellis.trellis.viterbi import best_states
 
+_STRETCH = {1: 0.93, 2: 1.0, 3: 1.1, 4: 1.15}
+"""By bits: standard deviations of N(0, 1) that a codebook of RMS 1 is best stretched to.
+
+Medians over the codes at L = 16 (benchmarks/code_scales.py): the more bits, the more the error lies
+in the tails that the codebook does not reach.
+"""
+
 
 @dataclass(frozen=True)
 class TrellisCode:
@@ -50,6 +57,12 @@ class TrellisCode:
             flip=self.flip,
             normalize=self.normalize,
         )
+
+    def sigma(self, values: Tensor) -> float:
+        """Standard deviation of the normal weights that a codebook [S, V] quantizes best."""
+        if self.name == "scalar":
+            return 1.0
+        return float(values.detach().double().square().mean().sqrt()) / _STRETCH[self.spec.k]
 
     def encode(
         self,

@@ -48,7 +48,7 @@ class Drift:
 @torch.no_grad()
 def measure(layer: LatentLinear, tiles: int = SAMPLED_TILES) -> Drift:
     """Measures a layer; codes, entropy and gap on evenly spaced ``tiles`` of its tiles."""
-    code, sigma = layer.layer.code, math.sqrt(layer.codebook_variance)
+    code, sigma = layer.layer.code, math.sqrt(layer.variance)
     latent = layer.tiles()
     start = layer.codebook[layer.start.to(torch.int64)]
     moved = (latent - start) / sigma
@@ -60,7 +60,7 @@ def measure(layer: LatentLinear, tiles: int = SAMPLED_TILES) -> Drift:
         sample,
         layer.codebook,
         code.spec,
-        temperature=layer.temperature * layer.codebook_variance,
+        temperature=layer.temperature * layer.variance,
         ends=pins,
         return_entropy=True,
         backend=layer.backend,

@@ -101,7 +101,7 @@ def quantize_group(
             bases[name] = WeightBasis.fit(
                 weight,
                 replace(own, in_signs=signs).to(weight.device),
-                codebook_rms=float(codebooks[layer.code].double().square().mean().sqrt()),
+                sigma=layer.code.sigma(codebooks[layer.code]),
                 channel_scales=layer.channel_scales,
             )
         except ValueError as error:

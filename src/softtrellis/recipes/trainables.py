@@ -117,7 +117,7 @@ def learning_rates(
     for name, parameter in parameters.items():
         layer = layers.get(name.removesuffix(".latent"))
         if layer is not None and parameter is layer.latent:
-            rates.append(config.lr * math.sqrt(layer.codebook_variance))
+            rates.append(config.lr * math.sqrt(layer.variance))
             continue
         rms = float(parameter.detach().float().square().mean().sqrt())
         rate = config.table_lr if name.startswith("table.") else config.scale_lr

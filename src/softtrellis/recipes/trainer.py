@@ -147,7 +147,7 @@ class Trainer:
     def _check_temperatures(self) -> None:
         low, high = FLOAT32_TEMPERATURES
         for layer in self.layers.values():
-            variance = layer.codebook_variance
+            variance = layer.variance
             if self.config.t_min * variance < low * (1 - 1e-6) or self.t_init * variance > high:
                 raise ValueError(
                     f"temperatures of this code must lie between {low / variance:.3g} and "
