@@ -248,21 +248,27 @@ def warning_for(plan: Plan) -> str | None:
     """A sentence if the run cannot change codes, or hardly any; None if it can."""
     budget, radii = plan.prediction.budget, plan.radii
     count, bound = radii["sign"].numel(), float(radii["per_weight"].min())
-    wanted = plan.config.lr * _median(radii["sign"]) / budget.consistent
-    advice = f"--lr {wanted:.2g} or {wanted / plan.config.lr:.2g} times the steps"
+    half = _median(radii["sign"]) / budget.consistent
+    advice = (
+        ""
+        if math.isinf(half)
+        else (
+            f"; gradients that agree reach half of them with {half:.2g} times the lr, "
+            f"{plan.config.lr * half:.2g}, or as many times the steps"
+        )
+    )
     if budget.most < bound:
         return (
             f"this run cannot change a code: AdamW moves no weight by more than "
             f"{budget.most:.3g} sigma, and none of {count} sampled tiles changes before a weight "
-            f"has moved by {bound:.3g} sigma; gradients that agree would reach half of the tiles "
-            f"with {advice}"
+            f"has moved by {bound:.3g} sigma{advice}"
         )
     share = escape_share(radii["sign"], budget.consistent)
     if share < HARDLY_ANY:
         return (
             f"this run will hardly change a code: gradients that agree at every step move weights "
-            f"by {budget.consistent:.3g} sigma, which takes {share:.1%} of {count} sampled tiles "
-            f"out of their cells along random signs; half of them with {advice}"
+            f"by {budget.consistent:.3g} sigma, and that takes {share:.1%} of {count} sampled "
+            f"tiles out of their cells{advice}"
         )
     return None
 
@@ -277,8 +283,8 @@ def verdict_in_words(plan: Plan) -> str:
     random = escape_share(radii["random"], budget.random)
     if random < HARDLY_ANY:
         return (
-            f"Codes change only where gradients agree over the run: then in up to {agreeing:.0%} "
-            f"of the tiles, with gradients of random sign in {random:.1%}."
+            f"Codes change only where gradients agree over the run: in {agreeing:.0%} of the tiles "
+            f"if all of them do, in {random:.1%} with gradients of random sign."
         )
     return (
         f"Codes will change: in {random:.0%} of the tiles with gradients of random sign, in "
