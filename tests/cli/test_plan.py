@@ -25,8 +25,9 @@ def test_the_table(softtrellis: Command, checkpoint: Path, model: Path, tmp_path
 
 
 def test_a_run_that_cannot_change_codes(softtrellis: Command, checkpoint: Path) -> None:
-    options = ["--lr", "1e-5", "--steps", "20", "--schedule", "constant", "--layers", "1.self_attn.k_proj"]
-    result = softtrellis("plan", checkpoint, *options, "--tiles", "3", "--seed", "4")
+    run = ["--lr", "1e-5", "--steps", "20", "--schedule", "constant"]
+    sample = ["--layers", "1.self_attn.k_proj", "--tiles", "3", "--seed", "4"]
+    result = softtrellis("plan", checkpoint, *run, *sample)
     assert result.code == 0
     assert "20 steps, warm-up 5, constant" in result.out
     assert "3 tiles of 1 layers" in result.out

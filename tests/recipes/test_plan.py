@@ -29,6 +29,7 @@ from softtrellis.spec import TrellisSpec
 
 WEIGHT = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
 ALL = torch.arange(8)
+RAYS = ("random", "sign", "soft", "teacher")
 
 
 @pytest.fixture
@@ -45,15 +46,21 @@ def plan_of(layer: LatentLinear, **run: float) -> Plan:
 
 def test_radii_are_in_sigma(layer: LatentLinear) -> None:
     radii = measure_radii(layer, ALL, PlanConfig(), target=WEIGHT)
-    assert radii.keys() == {"nearest", "per_weight", "random", "sign", "teacher"}
+    assert radii.keys() == {"nearest", "per_weight", *RAYS}
     bounds = boundary(layer.start, layer.codebook, layer.layer.code.spec)
     sigma = layer.codebook_variance**0.5
     assert sigma > 1.05
     torch.testing.assert_close(radii["nearest"] * sigma, bounds.rms)
     torch.testing.assert_close(radii["per_weight"] * sigma, bounds.per_weight)
-    for kind in ("random", "sign", "teacher"):
+    for kind in RAYS:
         assert bool((radii[kind] > radii["nearest"]).all())
-    assert bool((radii["sign"] >= radii["per_weight"]).all())
+    for kind in ("sign", "soft"):  # every weight moves equally far
+        assert bool((radii[kind] >= radii["per_weight"] * 0.998).all())
+
+
+def test_soft_gradients_point_at_near_paths(layer: LatentLinear) -> None:
+    radii = measure_radii(layer, ALL, PlanConfig(temperature=0.05))
+    assert float(radii["soft"].mean()) < 0.9 * float(radii["sign"].mean())
 
 
 def test_codes_change_where_the_radii_say(layer: LatentLinear) -> None:
@@ -101,9 +108,9 @@ def test_warnings(
 
 
 def test_a_run_between_the_bounds(layer: LatentLinear) -> None:
-    """Some direction could change a code, but random signs do not."""
+    """Some direction could change a code, but the soft gradient's does not."""
     radii = measure_radii(layer, ALL, PlanConfig())
-    between = 0.5 * float(radii["per_weight"].min() + radii["sign"].min())
+    between = 0.5 * float(radii["per_weight"].min() / 1.165 + radii["soft"].min())
     per_lr = plan_of(layer, lr=1.0).prediction.budget.consistent
     warning = warning_for(plan_of(layer, lr=between / per_lr))
     assert warning is not None
@@ -157,6 +164,7 @@ def test_samples_are_spread_over_the_layers() -> None:
         ({"lr": -1.0}, "lr must be a positive number"),
         ({"tiles": 0}, "tiles must be at least 1"),
         ({"maximum": 0.0}, "maximum must be positive"),
+        ({"temperature": 0.0}, "temperature must be positive"),
     ],
 )
 def test_plans_that_make_no_sense(change: dict[str, float], message: str) -> None:

@@ -48,6 +48,9 @@ def add_parser(commands: Commands) -> None:
         metavar="MODEL",
         help="the model that the checkpoint was made from, to measure towards its weights too",
     )
+    parser.add_argument(
+        "--temperature", type=float, default=0.1, help="of the soft code's gradient, see train"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the tiles and random directions")
     add_device(parser, "what measures")
     add_backend(parser)
@@ -68,6 +71,7 @@ def run(options: argparse.Namespace) -> int:
             schedule=options.schedule,
             layers=layers_of(options.layers),
             tiles=options.tiles,
+            temperature=options.temperature,
             seed=options.seed,
             device=options.device,
             backend=options.backend,

@@ -35,6 +35,7 @@ from softtrellis.recipes.drift import (
     predict,
 )
 from softtrellis.recipes.escape import boundary, escape_radius, escape_share
+from softtrellis.trellis.bcjr import bcjr
 from softtrellis.trellis.viterbi import viterbi
 
 QUANTILES = (0.05, 0.5, 0.95)
@@ -53,6 +54,7 @@ class PlanConfig:
         lr, steps, warmup, schedule: of the run, see ``learning_rates``.
         layers: the layers that it trains, see ``select_layers``; None is all quantized ones.
         tiles: tiles measured, spread evenly over the layers.
+        temperature: of the soft code whose gradient is looked at, in units of sigma squared.
         maximum: the largest radius that is looked for, in sigma.
         seed: of the random directions.
         device: what measures.
@@ -65,6 +67,7 @@ class PlanConfig:
     schedule: LearningRateSchedule = "cosine"
     layers: tuple[str, ...] | None = None
     tiles: int = 64
+    temperature: float = 0.1
     maximum: float = 2.0
     seed: int = 0
     device: str = "cpu"
@@ -74,8 +77,9 @@ class PlanConfig:
         learning_rates(self.lr, self.steps, warmup=self.warmup, schedule=self.schedule)
         if self.tiles < 1:
             raise ValueError(f"tiles must be at least 1, got {self.tiles}")
-        if not self.maximum > 0:
-            raise ValueError(f"maximum must be positive, got {self.maximum}")
+        for name in ("temperature", "maximum"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
 
 Radii = dict[str, Tensor]
@@ -83,8 +87,10 @@ Radii = dict[str, Tensor]
 
 "nearest": root mean square change of a tile's weights below which no direction changes the code.
 "per_weight": no changes of its weights by less than this, each, change the code.
-"random", "sign", "teacher": the root mean square change at which the code changes along a Gaussian
-direction, along random signs, and straight towards the full-precision weight.
+The others are the root mean square change at which the code changes along a direction: "random", a
+Gaussian one; "sign", random signs; "soft", the signs of the gradient that a random gradient of the
+soft code leads to, which is how Adam moves under the estimator "soft" while gradients agree;
+"teacher", straight towards the full-precision weight.
 """
 
 
@@ -95,7 +101,7 @@ class Plan:
     Attributes:
         config: what was planned.
         prediction: with the paper's radius of the largest trellis among the layers, and the median
-            measured radius along random signs, which is how Adam moves under constant gradients.
+            of the measured radii "soft".
         layers: radii by layer, for the layers of the sample.
     """
 
@@ -122,7 +128,7 @@ def measure_radii(
     Args:
         layer: the layer.
         tiles: int64 [n], which tiles.
-        config: its ``maximum``, ``seed`` and ``backend`` count.
+        config: its ``temperature``, ``maximum``, ``seed`` and ``backend`` count.
         target: [out_features, in_features], the full-precision weight.
     """
     code, codebook, sigma = layer.layer.code, layer.codebook, layer.codebook_variance**0.5
@@ -135,8 +141,13 @@ def measure_radii(
         "nearest": (bounds.rms - off.square().mean((1, 2)).sqrt()).clamp_min(0.0),
         "per_weight": (bounds.per_weight - off.amax((1, 2))).clamp_min(0.0),
     }
-    noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(config.seed))
-    rays = {"random": noise.to(latent), "sign": noise.to(latent).sign()}
+    generator = torch.Generator().manual_seed(config.seed)
+    noise = torch.randn(latent.shape, generator=generator).to(latent)
+    rays = {
+        "random": noise,
+        "sign": noise.sign(),
+        "soft": _through_soft_code(layer, chosen, noise, config),
+    }
     if target is not None:
         wanted = layer.basis.to_latent(target.to(latent))
         rays["teacher"] = to_tiles(wanted, code.spec, code.order)[chosen] - latent
@@ -151,6 +162,24 @@ def measure_radii(
             backend=config.backend,
         )
     return {kind: (radius / sigma).cpu() for kind, radius in found.items()}
+
+
+def _through_soft_code(
+    layer: LatentLinear, tiles: Tensor, upstream: Tensor, config: PlanConfig
+) -> Tensor:
+    """[n, N, V], signs of the tiles' gradient for the soft code's gradient ``upstream``."""
+    latent = layer.tiles()[tiles].detach().requires_grad_()
+    with torch.enable_grad():
+        soft = bcjr(
+            latent,
+            layer.codebook,
+            layer.layer.code.spec,
+            temperature=config.temperature * layer.codebook_variance,
+            ends=layer.pins[tiles],
+            backend=config.backend,
+        )
+        (gradient,) = torch.autograd.grad(soft.values, latent, upstream)
+    return gradient.sign()
 
 
 def plan_layers(
@@ -228,14 +257,14 @@ def _plan(layers: Iterable[_Measured], config: PlanConfig) -> Plan:
     for name, layer, tiles, target in layers:
         found[name] = measure_radii(layer, tiles, config, target=target)
         states = max(states, layer.layer.code.spec.num_states)
-    signs = torch.cat([radii["sign"] for radii in found.values()])
+    soft = torch.cat([radii["soft"] for radii in found.values()])
     prediction = predict(
         states,
         config.lr,
         config.steps,
         warmup=config.warmup,
         schedule=config.schedule,
-        measured_radius=float(_median(signs)),
+        measured_radius=_median(soft),
     )
     return Plan(config, prediction, found)
 
@@ -248,7 +277,7 @@ def warning_for(plan: Plan) -> str | None:
     """A sentence if the run cannot change codes, or hardly any; None if it can."""
     budget, radii = plan.prediction.budget, plan.radii
     count, bound = radii["sign"].numel(), float(radii["per_weight"].min())
-    half = _median(radii["sign"]) / budget.consistent
+    half = _median(radii["soft"]) / budget.consistent
     advice = (
         ""
         if math.isinf(half)
@@ -263,7 +292,7 @@ def warning_for(plan: Plan) -> str | None:
             f"{budget.most:.3g} sigma, and none of {count} sampled tiles changes before a weight "
             f"has moved by {bound:.3g} sigma{advice}"
         )
-    share = escape_share(radii["sign"], budget.consistent)
+    share = escape_share(radii["soft"], budget.consistent)
     if share < HARDLY_ANY:
         return (
             f"this run will hardly change a code: gradients that agree at every step move weights "
@@ -279,7 +308,7 @@ def verdict_in_words(plan: Plan) -> str:
     if warning is not None:
         return f"{warning[0].upper()}{warning[1:]}."
     budget, radii = plan.prediction.budget, plan.radii
-    agreeing = escape_share(radii["sign"], budget.consistent)
+    agreeing = escape_share(radii["soft"], budget.consistent)
     random = escape_share(radii["random"], budget.random)
     if random < HARDLY_ANY:
         return (
@@ -297,9 +326,10 @@ _ROWS = {
     "per_weight": "nearest boundary, per weight",
     "random": "random direction",
     "sign": "random signs",
+    "soft": "signs of the soft gradient",
     "teacher": "towards the teacher",
 }
-_RAYS = ("random", "sign", "teacher")
+_RAYS = ("random", "sign", "soft", "teacher")
 
 
 def describe(plan: Plan) -> str:
