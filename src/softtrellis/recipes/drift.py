@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from softtrellis.modules.latent_linear import LatentLinear
+from softtrellis.recipes.schedules import learning_rate_at
 from softtrellis.trellis.bcjr import bcjr
 from softtrellis.trellis.viterbi import viterbi
 
@@ -22,6 +24,142 @@ def predicted_radius(num_states: int) -> float:
     The paper's estimate; a hypothesis, which ``measure`` lets one compare with what happens.
     """
     return 1.0 / math.sqrt(2.0 * math.pi * num_states)
+
+
+LearningRateSchedule = Literal["cosine", "constant"]
+Verdict = Literal["escapes", "escapes only if gradients agree", "cannot leave its basin"]
+
+ADAM_BETAS = (0.9, 0.95)
+"""The trainer's."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How far AdamW can carry a weight in a run, in the units of its learning rate.
+
+    Attributes:
+        random: root mean square travel if the gradient's sign is drawn anew at every step.
+        consistent: travel if the gradient never changes; the same for every weight.
+        most: what no sequence of gradients exceeds.
+    """
+
+    random: float
+    consistent: float
+    most: float
+
+
+def adam_bound(betas: tuple[float, float] = ADAM_BETAS) -> float:
+    """The largest step of Adam over its learning rate, for any sequence of gradients.
+
+    By Cauchy and Schwarz on the two running means, m^2 <= v (1 - b1)^2 / (1 - b2) times the sum of
+    (b1^2 / b2)^i over i >= 0; the corrections for the start only lower it. 1.165 for 0.9 and 0.95.
+    """
+    first, second = betas
+    ratio = first * first / second
+    if not ratio < 1.0:
+        raise ValueError(f"Adam's steps are bounded only for betas[0]**2 < betas[1], got {betas}")
+    return (1.0 - first) / math.sqrt((1.0 - second) * (1.0 - ratio))
+
+
+def learning_rates(
+    lr: float, steps: int, *, warmup: int = 5, schedule: LearningRateSchedule = "cosine"
+) -> list[float]:
+    """The learning rate of every step.
+
+    Args:
+        lr: the peak.
+        steps: optimizer steps.
+        warmup: steps of linear warm-up.
+        schedule: "cosine" is ``learning_rate_at``, the trainer's; "constant" stays at the peak.
+
+    Raises:
+        ValueError: numbers out of range, or an unknown schedule.
+    """
+    if not (lr > 0 and math.isfinite(lr)):
+        raise ValueError(f"lr must be a positive number, got {lr}")
+    for name, value, least in (("steps", steps, 1), ("warmup", warmup, 0)):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    if schedule not in get_args(LearningRateSchedule):
+        raise ValueError(f"unknown schedule {schedule!r}; use 'cosine' or 'constant'")
+    if schedule == "constant":
+        return [lr * min(1.0, (step + 1) / (warmup + 1)) for step in range(steps)]
+    return [learning_rate_at(step, steps, lr=lr, warmup=warmup) for step in range(steps)]
+
+
+def drift_budget(rates: list[float], betas: tuple[float, float] = ADAM_BETAS) -> Budget:
+    """What AdamW without weight decay can do with these learning rates (docs/drift.md).
+
+    A gradient that never changes has m = g and v = g^2 once both are corrected for their start, so
+    every step is lr long and the travel is the sum of lr: about lr x steps. A gradient of random
+    sign has independent steps: m is a moving average with weights that sum to 1, so that the sum of
+    m is the sum of the gradients but for the ends, and the travel is a random walk with the root
+    mean square of the square root of the sum of lr^2: about lr x sqrt(steps).
+    """
+    consistent = math.fsum(rates)
+    random = math.sqrt(math.fsum(rate * rate for rate in rates))
+    return Budget(random, consistent, max(1.0, adam_bound(betas)) * consistent)
+
+
+def verdict(budget: Budget, radius: float) -> Verdict:
+    """What a budget is predicted to do against a radius in the same units."""
+    if budget.random >= radius:
+        return "escapes"
+    if budget.consistent >= radius:
+        return "escapes only if gradients agree"
+    return "cannot leave its basin"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A run's budget against the radius of a Voronoi cell.
+
+    Attributes:
+        radius: the paper's, ``predicted_radius`` times sigma_w.
+        budget: of the run.
+        verdict: of the budget against the paper's radius.
+        measured_radius: one that was measured, see ``escape_radius``; None if none was given.
+        measured_verdict: of the budget against that.
+    """
+
+    radius: float
+    budget: Budget
+    verdict: Verdict
+    measured_radius: float | None
+    measured_verdict: Verdict | None
+
+
+def predict(
+    num_states: int,
+    lr: float,
+    steps: int,
+    *,
+    warmup: int = 5,
+    schedule: LearningRateSchedule = "cosine",
+    sigma_w: float = 1.0,
+    measured_radius: float | None = None,
+) -> Prediction:
+    """Predicts whether training changes codes, by the paper's radius and by a measured one.
+
+    Args:
+        num_states: S = 2**L.
+        lr, steps, warmup, schedule: see ``learning_rates``.
+        sigma_w: standard deviation of the weights in the units of ``lr``. Learning rates and
+            drifts of this package are in units of it: leave it at 1.
+        measured_radius: in the same units.
+
+    Raises:
+        ValueError: see ``learning_rates``.
+    """
+    budget = drift_budget(learning_rates(lr, steps, warmup=warmup, schedule=schedule))
+    radius = sigma_w * predicted_radius(num_states)
+    return Prediction(
+        radius,
+        budget,
+        verdict(budget, radius),
+        measured_radius,
+        None if measured_radius is None else verdict(budget, measured_radius),
+    )
 
 
 @dataclass(frozen=True)
@@ -52,7 +190,7 @@ def measure(layer: LatentLinear, tiles: int = SAMPLED_TILES) -> Drift:
     latent = layer.tiles()
     start = layer.codebook[layer.start.to(torch.int64)]
     moved = (latent - start) / sigma
-    chosen = _evenly_spaced(latent.shape[0], tiles).to(latent.device)
+    chosen = evenly_spaced(latent.shape[0], tiles).to(latent.device)
     sample, pins = latent[chosen], layer.pins[chosen]
     states = viterbi(sample, layer.codebook, code.spec, ends=pins, backend=layer.backend).states
     differs = states != layer.start[chosen]
@@ -97,7 +235,8 @@ def combine(drifts: list[tuple[int, Drift]]) -> Drift:
     )
 
 
-def _evenly_spaced(count: int, wanted: int) -> Tensor:
+def evenly_spaced(count: int, wanted: int) -> Tensor:
+    """int64 [min(count, wanted)]: numbers below ``count``, in order."""
     if count <= wanted:
         return torch.arange(count)
     return (torch.arange(wanted) * count) // wanted

@@ -65,6 +65,17 @@ class ExpectationSemiring:
         return (torch.logsumexp(x[0], dim), (share * x[1]).sum(dim))
 
 
+class CarryingMaxSemiring:
+    """(log weight, an additive quantity along the best path)."""
+
+    def times(self, a: Element, b: Element) -> Element:
+        return (a[0] + b[0], a[1] + b[1])
+
+    def sum(self, x: Element, dim: int) -> Element:
+        best, place = x[0].max(dim, keepdim=True)
+        return (best.squeeze(dim), x[1].gather(dim, place).squeeze(dim))
+
+
 def by_overlap_in(message: Element, spec: TrellisSpec) -> Element:
     """[B, U] to [B, S]: each state takes the entry of the overlap it comes from."""
     return tuple(m.repeat_interleave(spec.num_branches, dim=1) for m in message)

@@ -1,0 +1,387 @@
+"""Before a run: whether its budget can change codes at all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softtrellis.backend import Backend
+from softtrellis.io.checkpoint import (
+    check_base,
+    load_full_precision,
+    load_quantized,
+    read_manifest,
+)
+from softtrellis.modules.latent_linear import LatentLinear
+from softtrellis.modules.replace import (
+    get_linear,
+    get_quantized,
+    prepare_for_layers_,
+    quantized_layers,
+    select_layers,
+)
+from softtrellis.quantizers.tiling import to_tiles
+from softtrellis.recipes.drift import (
+    LearningRateSchedule,
+    Prediction,
+    evenly_spaced,
+    learning_rates,
+    predict,
+)
+from softtrellis.recipes.escape import boundary, escape_radius, escape_share
+from softtrellis.trellis.bcjr import bcjr
+from softtrellis.trellis.viterbi import viterbi
+
+QUANTILES = (0.05, 0.5, 0.95)
+HARDLY_ANY = 0.01
+"""Share of tiles below which a run is warned of."""
+
+_Measured = tuple[str, LatentLinear, Tensor, Tensor | None]
+"""A layer's name, itself, which tiles are measured, and its full-precision weight."""
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """A run that is planned, and how it is looked at.
+
+    Attributes:
+        lr, steps, warmup, schedule: of the run, see ``learning_rates``.
+        layers: the layers that it trains, see ``select_layers``; None is all quantized ones.
+        tiles: tiles measured, spread evenly over the layers.
+        temperature: of the soft code whose gradient is looked at, in units of sigma squared.
+        maximum: the largest radius that is looked for, in sigma.
+        seed: of the random directions.
+        device: what measures.
+        backend: of Viterbi.
+    """
+
+    lr: float = 1e-2
+    steps: int = 100
+    warmup: int = 5
+    schedule: LearningRateSchedule = "cosine"
+    layers: tuple[str, ...] | None = None
+    tiles: int = 64
+    temperature: float = 0.1
+    maximum: float = 2.0
+    seed: int = 0
+    device: str = "cpu"
+    backend: Backend = "auto"
+
+    def __post_init__(self) -> None:
+        learning_rates(self.lr, self.steps, warmup=self.warmup, schedule=self.schedule)
+        if self.tiles < 1:
+            raise ValueError(f"tiles must be at least 1, got {self.tiles}")
+        for name in ("temperature", "maximum"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+
+
+Radii = dict[str, Tensor]
+"""By kind, float32 [tiles] on the CPU, in sigma; infinite where no boundary was found.
+
+"nearest": root mean square change of a tile's weights below which no direction changes the code.
+"per_weight": no changes of its weights by less than this, each, change the code.
+The others are the root mean square change at which the code changes along a direction: "random", a
+Gaussian one; "sign", random signs; "soft", the signs of the gradient that a random gradient of the
+soft code leads to, which is how Adam moves under the estimator "soft" while gradients agree;
+"teacher", straight towards the full-precision weight.
+"""
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A run's budget against the measured radii of sampled tiles.
+
+    Attributes:
+        config: what was planned.
+        prediction: with the paper's radius of the largest trellis among the layers, and the median
+            of the measured radii "soft".
+        layers: radii by layer, for the layers of the sample.
+    """
+
+    config: PlanConfig
+    prediction: Prediction
+    layers: Mapping[str, Radii]
+
+    @property
+    def radii(self) -> Radii:
+        """Of all tiles of the sample."""
+        kinds = next(iter(self.layers.values()))
+        return {kind: torch.cat([radii[kind] for radii in self.layers.values()]) for kind in kinds}
+
+
+@torch.no_grad()
+def measure_radii(
+    layer: LatentLinear, tiles: Tensor, config: PlanConfig, *, target: Tensor | None = None
+) -> Radii:
+    """The radii of some of a layer's tiles, from where its latents are.
+
+    "nearest" and "per_weight" hold whatever the direction. They are exact for latents at the
+    codewords, where training starts, and lowered by the distance from there for others.
+
+    Args:
+        layer: the layer.
+        tiles: int64 [n], which tiles.
+        config: its ``temperature``, ``maximum``, ``seed`` and ``backend`` count.
+        target: [out_features, in_features], the full-precision weight.
+    """
+    code, codebook, sigma = layer.layer.code, layer.codebook, layer.codebook_variance**0.5
+    chosen = tiles.to(layer.latent.device)
+    latent, pins = layer.tiles()[chosen], layer.pins[chosen]
+    path = viterbi(latent, codebook, code.spec, ends=pins, backend=config.backend)
+    off = (latent - path.values).abs()
+    bounds = boundary(path.states, codebook, code.spec)
+    found = {
+        "nearest": (bounds.rms - off.square().mean((1, 2)).sqrt()).clamp_min(0.0),
+        "per_weight": (bounds.per_weight - off.amax((1, 2))).clamp_min(0.0),
+    }
+    generator = torch.Generator().manual_seed(config.seed)
+    noise = torch.randn(latent.shape, generator=generator).to(latent)
+    rays = {
+        "random": noise,
+        "sign": noise.sign(),
+        "soft": _through_soft_code(layer, chosen, noise, config),
+    }
+    if target is not None:
+        wanted = layer.basis.to_latent(target.to(latent))
+        rays["teacher"] = to_tiles(wanted, code.spec, code.order)[chosen] - latent
+    for kind, direction in rays.items():
+        found[kind] = escape_radius(
+            latent,
+            direction,
+            codebook,
+            code.spec,
+            pins,
+            maximum=config.maximum * sigma,
+            backend=config.backend,
+        )
+    return {kind: (radius / sigma).cpu() for kind, radius in found.items()}
+
+
+def _through_soft_code(
+    layer: LatentLinear, tiles: Tensor, upstream: Tensor, config: PlanConfig
+) -> Tensor:
+    """[n, N, V], signs of the tiles' gradient for the soft code's gradient ``upstream``."""
+    latent = layer.tiles()[tiles].detach().requires_grad_()
+    with torch.enable_grad():
+        soft = bcjr(
+            latent,
+            layer.codebook,
+            layer.layer.code.spec,
+            temperature=config.temperature * layer.codebook_variance,
+            ends=layer.pins[tiles],
+            backend=config.backend,
+        )
+        (gradient,) = torch.autograd.grad(soft.values, latent, upstream)
+    return gradient.sign()
+
+
+def plan_layers(
+    layers: Mapping[str, LatentLinear],
+    config: PlanConfig,
+    *,
+    targets: Mapping[str, Tensor] | None = None,
+) -> Plan:
+    """The plan of training these layers; for the start of a run, see ``warning_for``.
+
+    Args:
+        layers: by name, as they are at the start; ``config.layers`` and ``device`` do not count.
+        config: the run, and how many tiles are measured.
+        targets: full-precision weights by name.
+    """
+    sample = sample_tiles({name: layer.layer.tiles for name, layer in layers.items()}, config)
+    return _plan(
+        ((name, layers[name], tiles, (targets or {}).get(name)) for name, tiles in sample.items()),
+        config,
+    )
+
+
+def plan_checkpoint(checkpoint: Path, config: PlanConfig, *, teacher: str | None = None) -> Plan:
+    """The plan of training a checkpoint.
+
+    Args:
+        checkpoint: its directory.
+        config: the run, and how it is looked at.
+        teacher: the full-precision model, for the direction towards its weights.
+
+    Raises:
+        UnknownLayerError: a pattern that names no layer.
+        ValueError: a layer that is not quantized.
+        CheckpointError: a damaged checkpoint, or one that was made from another model.
+    """
+    manifest, model = read_manifest(checkpoint), load_quantized(checkpoint)
+    names = list(quantized_layers(model))
+    if config.layers is not None:
+        names = select_layers(model, config.layers)
+    modules = {name: get_quantized(model, name) for name in names}
+    weights: dict[str, Tensor] = {}
+    if teacher is not None:
+        dense = load_full_precision(teacher).model
+        check_base(manifest, dense)
+        prepare_for_layers_(dense, names)
+        weights = {name: get_linear(dense, name).weight.detach() for name in names}
+    sample = sample_tiles({name: module.layer.tiles for name, module in modules.items()}, config)
+
+    def layers() -> Iterator[_Measured]:
+        for name, tiles in sample.items():
+            latent = LatentLinear.from_quantized(modules[name].to(torch.device(config.device)))
+            yield name, latent, tiles, weights.get(name)
+
+    return _plan(layers(), config)
+
+
+def sample_tiles(counts: Mapping[str, int], config: PlanConfig) -> dict[str, Tensor]:
+    """int64 numbers of random tiles by layer, as evenly as possible; the same for the same seed.
+
+    With fewer tiles than layers, evenly spaced layers have one each.
+    """
+    names = list(counts)
+    chosen = [names[i] for i in evenly_spaced(len(names), config.tiles).tolist()]
+    each, more = divmod(config.tiles, len(chosen))
+    generator = torch.Generator().manual_seed(config.seed)
+    return {
+        name: torch.randperm(counts[name], generator=generator)[: each + (i < more)].sort().values
+        for i, name in enumerate(chosen)
+    }
+
+
+def _plan(layers: Iterable[_Measured], config: PlanConfig) -> Plan:
+    found: dict[str, Radii] = {}
+    states = 0
+    for name, layer, tiles, target in layers:
+        found[name] = measure_radii(layer, tiles, config, target=target)
+        states = max(states, layer.layer.code.spec.num_states)
+    soft = torch.cat([radii["soft"] for radii in found.values()])
+    prediction = predict(
+        states,
+        config.lr,
+        config.steps,
+        warmup=config.warmup,
+        schedule=config.schedule,
+        measured_radius=_median(soft),
+    )
+    return Plan(config, prediction, found)
+
+
+def _median(radii: Tensor) -> float:
+    return float(radii.sort().values[(radii.numel() - 1) // 2])
+
+
+def warning_for(plan: Plan) -> str | None:
+    """A sentence if the run cannot change codes, or hardly any; None if it can."""
+    budget, radii = plan.prediction.budget, plan.radii
+    count, bound = radii["sign"].numel(), float(radii["per_weight"].min())
+    half = _median(radii["soft"]) / budget.consistent
+    advice = (
+        ""
+        if math.isinf(half)
+        else (
+            f"; gradients that agree reach half of them with {half:.2g} times the lr, "
+            f"{plan.config.lr * half:.2g}, or as many times the steps"
+        )
+    )
+    if budget.most < bound:
+        return (
+            f"this run cannot change a code: AdamW moves no weight by more than "
+            f"{budget.most:.3g} sigma, and none of {count} sampled tiles changes before a weight "
+            f"has moved by {bound:.3g} sigma{advice}"
+        )
+    share = escape_share(radii["soft"], budget.consistent)
+    if share < HARDLY_ANY:
+        return (
+            f"this run will hardly change a code: gradients that agree at every step move weights "
+            f"by {budget.consistent:.3g} sigma, and that takes {share:.1%} of {count} sampled "
+            f"tiles out of their cells{advice}"
+        )
+    return None
+
+
+def verdict_in_words(plan: Plan) -> str:
+    """What the run is predicted to do, in a sentence or two."""
+    warning = warning_for(plan)
+    if warning is not None:
+        return f"{warning[0].upper()}{warning[1:]}."
+    budget, radii = plan.prediction.budget, plan.radii
+    agreeing = escape_share(radii["soft"], budget.consistent)
+    random = escape_share(radii["random"], budget.random)
+    if random < HARDLY_ANY:
+        return (
+            f"Codes change only where gradients agree over the run: in {agreeing:.0%} of the tiles "
+            f"if all of them do, in {random:.1%} with gradients of random sign."
+        )
+    return (
+        f"Codes will change: in {random:.0%} of the tiles with gradients of random sign, in "
+        f"{agreeing:.0%} with gradients that agree at every step."
+    )
+
+
+_ROWS = {
+    "nearest": "nearest boundary",
+    "per_weight": "nearest boundary, per weight",
+    "random": "random direction",
+    "sign": "random signs",
+    "soft": "signs of the soft gradient",
+    "teacher": "towards the teacher",
+}
+_RAYS = ("random", "sign", "soft", "teacher")
+
+
+def describe(plan: Plan) -> str:
+    """The plan as a small table with its verdict."""
+    config, budget, radii = plan.config, plan.prediction.budget, plan.radii
+    count = radii["sign"].numel()
+    lines = [
+        f"lr {config.lr:g}, {config.steps} steps, warm-up {config.warmup}, {config.schedule}: "
+        f"weights travel {budget.random:.3g} sigma (RMS) if gradients",
+        f"have random signs, {budget.consistent:.3g} if they agree at every step, and never more "
+        f"than {budget.most:.3g}",
+        "",
+        f"{'radius in sigma':30}"
+        + "".join(f"{level:>9.0%}" for level in QUANTILES)
+        + f"{'random':>12}{'agreeing':>10}",
+        f"{'predicted, 1 / sqrt(2 pi S)':30}{plan.prediction.radius:>18.5f}",
+    ]
+    for kind, name in _ROWS.items():
+        if kind in radii:
+            numbers = "".join(f"{value:>9.4f}" for value in quantiles(radii[kind]))
+            shares = [budget.random, budget.consistent] if kind in _RAYS else []
+            after = "".join(
+                f"{escape_share(radii[kind], drift):>{width}.0%}"
+                for drift, width in zip(shares, (12, 10), strict=False)
+            )
+            lines.append(f"{name:30}{numbers}{after}")
+    lines += [
+        f"quantiles over {count} tiles of {len(plan.layers)} layers; the last columns are the "
+        "tiles that such a",
+        "run carries out of their cells, along that direction",
+        "",
+        verdict_in_words(plan),
+    ]
+    return "\n".join(lines)
+
+
+def quantiles(radii: Tensor) -> list[float]:
+    """The radii at ``QUANTILES``, each one of the tiles'."""
+    ordered = radii.sort().values
+    return [float(ordered[round(level * (radii.numel() - 1))]) for level in QUANTILES]
+
+
+def plan_record(plan: Plan) -> dict[str, Any]:
+    """The plan for a JSON file; radii that are infinite are null."""
+    return {
+        "settings": asdict(plan.config),
+        "prediction": asdict(plan.prediction),
+        "verdict": verdict_in_words(plan),
+        "layers": {
+            name: {
+                kind: [r if r < math.inf else None for r in t.tolist()] for kind, t in radii.items()
+            }
+            for name, radii in plan.layers.items()
+        },
+    }
