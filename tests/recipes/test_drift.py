@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from softtrellis.recipes.drift import (
-    ADAM_BETAS,
     LearningRateSchedule,
     adam_bound,
     drift_budget,
@@ -17,12 +16,13 @@ from softtrellis.recipes.drift import (
     predicted_radius,
     verdict,
 )
+from softtrellis.recipes.optimizer import BETAS
 
 
 def travel(rates: list[float], gradients: torch.Tensor) -> torch.Tensor:
     """[n], what AdamW does to n weights with gradients [steps, n]."""
     weight = torch.nn.Parameter(torch.zeros(gradients.shape[1], dtype=torch.float64))
-    optimizer = torch.optim.AdamW([weight], lr=1.0, betas=ADAM_BETAS, eps=1e-30, weight_decay=0.0)
+    optimizer = torch.optim.AdamW([weight], lr=1.0, betas=BETAS, eps=1e-30, weight_decay=0.0)
     for rate, gradient in zip(rates, gradients, strict=True):
         optimizer.param_groups[0]["lr"] = rate
         weight.grad = gradient.clone()
@@ -49,7 +49,7 @@ def test_gradients_of_random_sign(schedule: LearningRateSchedule) -> None:
 
 def test_no_gradients_move_a_weight_further() -> None:
     rates = learning_rates(1e-2, 200, schedule="constant", warmup=0)
-    first, second = ADAM_BETAS
+    first, second = BETAS
     growing = (second / first) ** torch.arange(200).double()  # Cauchy-Schwarz as an equality
     gradients = torch.stack([growing, 1 / growing, torch.ones(200).double()], 1)
     moved, budget = travel(rates, gradients).abs(), drift_budget(rates)
@@ -63,12 +63,6 @@ def test_the_usual_betas_have_no_small_bound() -> None:
     assert adam_bound((0.9, 0.999)) == pytest.approx(0.1 / math.sqrt(0.001 * (1 - 0.81 / 0.999)))
     with pytest.raises(ValueError, match="betas"):
         adam_bound((0.9, 0.5))
-
-
-def test_the_trainer_has_these_betas() -> None:
-    from softtrellis.recipes.trainer import BETAS
-
-    assert BETAS == ADAM_BETAS
 
 
 def test_predictions() -> None:

@@ -17,14 +17,12 @@ from softtrellis.recipes.group import quantize_linear
 from softtrellis.recipes.plan import (
     Plan,
     PlanConfig,
-    describe,
     measure_radii,
     plan_layers,
-    plan_record,
     sample_tiles,
-    verdict_in_words,
-    warning_for,
+    short_run_warning,
 )
+from softtrellis.recipes.plan_text import describe, plan_record, verdict_in_words, warning_for
 from softtrellis.spec import TrellisSpec
 
 WEIGHT = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
@@ -48,7 +46,7 @@ def test_radii_are_in_sigma(layer: LatentLinear) -> None:
     radii = measure_radii(layer, ALL, PlanConfig(), target=WEIGHT)
     assert radii.keys() == {"nearest", "per_weight", *RAYS}
     bounds = boundary(layer.start, layer.codebook, layer.layer.code.spec)
-    sigma = layer.codebook_variance**0.5
+    sigma = layer.variance**0.5
     assert sigma > 1.05
     torch.testing.assert_close(radii["nearest"] * sigma, bounds.rms)
     torch.testing.assert_close(radii["per_weight"] * sigma, bounds.per_weight)
@@ -64,7 +62,7 @@ def test_soft_gradients_point_at_near_paths(layer: LatentLinear) -> None:
 
 
 def test_codes_change_where_the_radii_say(layer: LatentLinear) -> None:
-    sigma = layer.codebook_variance**0.5
+    sigma = layer.variance**0.5
     radii, start = measure_radii(layer, ALL, PlanConfig(), target=WEIGHT), layer.latent.clone()
     towards = layer.basis.to_latent(WEIGHT) - start
     rms = towards.reshape(2, 16, 4, 16).square().mean((1, 3), keepdim=True).sqrt()
@@ -77,7 +75,7 @@ def test_codes_change_where_the_radii_say(layer: LatentLinear) -> None:
 
 def test_bounds_of_latents_beside_their_codewords(layer: LatentLinear) -> None:
     """They stay bounds: every direction takes at least so much, from there too."""
-    sigma, before = layer.codebook_variance**0.5, measure_radii(layer, ALL, PlanConfig())
+    sigma, before = layer.variance**0.5, measure_radii(layer, ALL, PlanConfig())
     layer.latent.data += 0.01 * sigma * torch.randn(32, 64).sign()
     after = measure_radii(layer, ALL, PlanConfig())
     for kind in ("nearest", "per_weight"):
@@ -125,7 +123,7 @@ def test_the_bound_holds_for_adam(layer: LatentLinear) -> None:
     """The worst gradients there are change nothing in a run that is warned of."""
     plan = plan_of(layer, lr=1e-2, steps=4)
     assert str(warning_for(plan)).startswith("this run cannot")
-    sigma = layer.codebook_variance**0.5
+    sigma = layer.variance**0.5
     optimizer = torch.optim.AdamW([layer.latent], lr=1e-2 * sigma, betas=(0.9, 0.95))
     for _ in range(4):
         optimizer.zero_grad()
@@ -183,3 +181,12 @@ def test_codes_of_several_trellises(layer: LatentLinear) -> None:
     assert plan.prediction.radius == pytest.approx(0.01247, rel=1e-3)
     assert "teacher" not in plan.radii
     assert "towards the teacher" not in describe(plan)
+
+
+def test_the_warning_at_the_start_of_a_run(layer: LatentLinear) -> None:
+    layers, run = {"layer": layer}, {"warmup": 0, "temperature": 0.1}
+    text = short_run_warning(layers, lr=1e-4, steps=10, **run)  # type: ignore[arg-type]
+    assert text is not None
+    assert "cannot change a code" in text
+    assert short_run_warning(layers, lr=1e-2, steps=100, **run) is None  # type: ignore[arg-type]
+    assert short_run_warning(layers, lr=1e-2, steps=40, **run) is None  # type: ignore[arg-type]

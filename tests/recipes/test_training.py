@@ -19,7 +19,8 @@ from softtrellis.modules.replace import get_linear, quantized_layers
 from softtrellis.recipes import trainer
 from softtrellis.recipes.optimizer import load_optimizer_tensors, make_optimizer, optimizer_tensors
 from softtrellis.recipes.ptq import QuantizeConfig, quantize_model
-from softtrellis.recipes.qat import DistillConfig, DistillResult, distill
+from softtrellis.recipes.qat import DistillConfig, distill
+from softtrellis.recipes.stages import DistillResult
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast

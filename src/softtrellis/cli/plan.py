@@ -61,7 +61,8 @@ def add_parser(commands: Commands) -> None:
 def run(options: argparse.Namespace) -> int:
     """Measures, and prints a table with a verdict."""
     from softtrellis.io.files import write_json
-    from softtrellis.recipes.plan import PlanConfig, describe, plan_checkpoint, plan_record
+    from softtrellis.recipes.plan import PlanConfig, plan_checkpoint
+    from softtrellis.recipes.plan_text import describe, plan_record
 
     with usage_errors(options):
         config = PlanConfig(

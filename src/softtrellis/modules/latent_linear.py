@@ -219,16 +219,29 @@ def reencode(layers: Iterable[LatentLinear]) -> None:
             layer.pins = overlap_in(states[:, 0], layer.layer.code.spec)
 
 
-def _batches(layers: Iterable[LatentLinear]) -> Iterator[list[LatentLinear]]:
-    """Layers that one call of the trellis serves, in order, ``MOST_TILES`` of them at most."""
+def alike(layers: Iterable[LatentLinear]) -> Iterator[list[LatentLinear]]:
+    """Neighbours that one call of the trellis can serve: of one code, codebook and temperature."""
     batch: list[LatentLinear] = []
     for layer in layers:
-        tiles = sum(other.layer.tiles for other in batch) + layer.layer.tiles
-        if batch and (tiles > MOST_TILES or not _alike(batch[0], layer)):
+        if batch and not _alike(batch[0], layer):
             yield batch
             batch = []
         batch.append(layer)
     if batch:
+        yield batch
+
+
+def _batches(layers: Iterable[LatentLinear]) -> Iterator[list[LatentLinear]]:
+    """``alike`` layers with ``MOST_TILES`` at most, or a single larger one."""
+    for neighbours in alike(layers):
+        batch: list[LatentLinear] = []
+        tiles = 0
+        for layer in neighbours:
+            if batch and tiles + layer.layer.tiles > MOST_TILES:
+                yield batch
+                batch, tiles = [], 0
+            batch.append(layer)
+            tiles += layer.layer.tiles
         yield batch
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from softtrellis.modules.latent_linear import LatentLinear
+from softtrellis.modules.latent_linear import LatentLinear, alike
+from softtrellis.recipes.optimizer import BETAS
 from softtrellis.recipes.schedules import learning_rate_at
 from softtrellis.trellis.bcjr import bcjr
 from softtrellis.trellis.viterbi import viterbi
@@ -29,9 +31,6 @@ def predicted_radius(num_states: int) -> float:
 LearningRateSchedule = Literal["cosine", "constant"]
 Verdict = Literal["escapes", "escapes only if gradients agree", "cannot leave its basin"]
 
-ADAM_BETAS = (0.9, 0.95)
-"""The trainer's."""
-
 
 @dataclass(frozen=True)
 class Budget:
@@ -48,7 +47,7 @@ class Budget:
     most: float
 
 
-def adam_bound(betas: tuple[float, float] = ADAM_BETAS) -> float:
+def adam_bound(betas: tuple[float, float] = BETAS) -> float:
     """The largest step of Adam over its learning rate, for any sequence of gradients.
 
     By Cauchy and Schwarz on the two running means, m^2 <= v (1 - b1)^2 / (1 - b2) times the sum of
@@ -84,10 +83,11 @@ def learning_rates(
         raise ValueError(f"unknown schedule {schedule!r}; use 'cosine' or 'constant'")
     if schedule == "constant":
         return [lr * min(1.0, (step + 1) / (warmup + 1)) for step in range(steps)]
-    return [learning_rate_at(step, steps, lr=lr, warmup=warmup) for step in range(steps)]
+    shares = [step / (steps - 1) if steps > 1 else 1.0 for step in range(steps)]
+    return [learning_rate_at(s, i, lr=lr, warmup=warmup) for i, s in enumerate(shares)]
 
 
-def drift_budget(rates: list[float], betas: tuple[float, float] = ADAM_BETAS) -> Budget:
+def drift_budget(rates: list[float], betas: tuple[float, float] = BETAS) -> Budget:
     """What AdamW without weight decay can do with these learning rates (docs/drift.md).
 
     A gradient that never changes has m = g and v = g^2 once both are corrected for their start, so
@@ -183,36 +183,75 @@ class Drift:
     soft_hard_gap: float
 
 
-@torch.no_grad()
 def measure(layer: LatentLinear, tiles: int = SAMPLED_TILES) -> Drift:
     """Measures a layer; codes, entropy and gap on evenly spaced ``tiles`` of its tiles."""
-    code, sigma = layer.layer.code, math.sqrt(layer.variance)
+    return measure_all({"": layer}, tiles)[""]
+
+
+@torch.no_grad()
+def measure_all(layers: Mapping[str, LatentLinear], tiles: int) -> dict[str, Drift]:
+    """``measure`` of layers by name, which share calls of the trellis."""
+    names = {id(layer): name for name, layer in layers.items()}
+    found: dict[str, Drift] = {}
+    for batch in alike(layers.values()):
+        first, spec = batch[0], batch[0].layer.code.spec
+        samples = [_sample(layer, tiles) for layer in batch]
+        counts = [len(sample.latent) for sample in samples]
+        latent = torch.cat([sample.latent for sample in samples])
+        pins = torch.cat([sample.pins for sample in samples])
+        start = torch.cat([sample.start for sample in samples])
+        path = viterbi(latent, first.codebook, spec, ends=pins, backend=first.backend)
+        soft = bcjr(
+            latent,
+            first.codebook,
+            spec,
+            temperature=first.temperature * first.variance,
+            ends=pins,
+            return_entropy=True,
+            backend=first.backend,
+        )
+        assert soft.entropy is not None
+        gap = (soft.values - path.values).square().mean((1, 2))
+        parts = (
+            (path.states != start).split(counts),
+            soft.entropy.split(counts),
+            gap.split(counts),
+        )
+        for layer, sample, differs, entropy, squared in zip(batch, samples, *parts, strict=True):
+            found[names[id(layer)]] = Drift(
+                drift=math.sqrt(float(sample.moved) / layer.variance),
+                drift_max=float(sample.moved_most) / math.sqrt(layer.variance),
+                changed_codes=float(differs.double().mean()),
+                changed_tiles=float(differs.any(1).double().mean()),
+                entropy=float(entropy.mean()),
+                soft_hard_gap=math.sqrt(float(squared.mean()) / layer.variance),
+            )
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class _Sample:
+    """Some of a layer's tiles, and what all of them did.
+
+    Attributes:
+        latent, pins, start: [n, N, V], [n] and [n, N], of the sampled tiles.
+        moved: [], mean squared change of all latent weights.
+        moved_most: [], the largest change.
+    """
+
+    latent: Tensor
+    pins: Tensor
+    start: Tensor
+    moved: Tensor
+    moved_most: Tensor
+
+
+def _sample(layer: LatentLinear, tiles: int) -> _Sample:
     latent = layer.tiles()
-    start = layer.codebook[layer.start.to(torch.int64)]
-    moved = (latent - start) / sigma
-    chosen = evenly_spaced(latent.shape[0], tiles).to(latent.device)
-    sample, pins = latent[chosen], layer.pins[chosen]
-    states = viterbi(sample, layer.codebook, code.spec, ends=pins, backend=layer.backend).states
-    differs = states != layer.start[chosen]
-    soft = bcjr(
-        sample,
-        layer.codebook,
-        code.spec,
-        temperature=layer.temperature * layer.variance,
-        ends=pins,
-        return_entropy=True,
-        backend=layer.backend,
-    )
-    entropy = soft.entropy if soft.entropy is not None else sample.new_zeros(1)
-    gap = (soft.values - layer.codebook[states.to(torch.int64)]) / sigma
-    return Drift(
-        drift=float(moved.square().mean().sqrt()),
-        drift_max=float(moved.abs().max()),
-        changed_codes=float(differs.double().mean()),
-        changed_tiles=float(differs.any(1).double().mean()),
-        entropy=float(entropy.mean()),
-        soft_hard_gap=float(gap.square().mean().sqrt()),
-    )
+    moved = latent - layer.codebook[layer.start.to(torch.int64)]
+    rows = evenly_spaced(len(latent), tiles).to(latent.device)
+    pins, start = layer.pins[rows], layer.start[rows]
+    return _Sample(latent[rows], pins, start, moved.square().mean(), moved.abs().max())
 
 
 def combine(drifts: list[tuple[int, Drift]]) -> Drift:

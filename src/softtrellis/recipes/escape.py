@@ -155,3 +155,8 @@ def escape_share(radii: Tensor, drift: float) -> float:
     To be compared with ``changed_tiles`` of a training log at the same drift.
     """
     return float((radii <= drift).double().mean())
+
+
+def median(radii: Tensor) -> float:
+    """The radius that half of the tiles do not exceed; one of the tiles'."""
+    return float(radii.sort().values[(radii.numel() - 1) // 2])

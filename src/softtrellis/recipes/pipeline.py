@@ -36,7 +36,8 @@ from softtrellis.recipes.estimate import Estimate, estimate
 from softtrellis.recipes.finetune import FineTuneConfig
 from softtrellis.recipes.group import LayerReport
 from softtrellis.recipes.ptq import QuantizeConfig, quantize_model
-from softtrellis.recipes.qat import DistillConfig, DistillResult, distill
+from softtrellis.recipes.qat import DistillConfig, distill
+from softtrellis.recipes.stages import DistillResult
 
 DENSE_BITS = 32
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,17 +28,20 @@ from softtrellis.quantizers.tiling import to_tiles
 from softtrellis.recipes.drift import (
     LearningRateSchedule,
     Prediction,
+    drift_budget,
     evenly_spaced,
     learning_rates,
     predict,
 )
-from softtrellis.recipes.escape import boundary, escape_radius, escape_share
+from softtrellis.recipes.escape import boundary, escape_radius, median
+from softtrellis.recipes.plan_text import warning_for
 from softtrellis.trellis.bcjr import bcjr
 from softtrellis.trellis.viterbi import viterbi
 
-QUANTILES = (0.05, 0.5, 0.95)
-HARDLY_ANY = 0.01
-"""Share of tiles below which a run is warned of."""
+AMPLE = 0.5
+"""Sigma of travel, if gradients agree, beyond which a run is not warned of (docs/drift.md)."""
+
+_FEW_TILES = 16
 
 _Measured = tuple[str, LatentLinear, Tensor, Tensor | None]
 """A layer's name, itself, which tiles are measured, and its full-precision weight."""
@@ -131,7 +132,7 @@ def measure_radii(
         config: its ``temperature``, ``maximum``, ``seed`` and ``backend`` count.
         target: [out_features, in_features], the full-precision weight.
     """
-    code, codebook, sigma = layer.layer.code, layer.codebook, layer.codebook_variance**0.5
+    code, codebook, sigma = layer.layer.code, layer.codebook, layer.variance**0.5
     chosen = tiles.to(layer.latent.device)
     latent, pins = layer.tiles()[chosen], layer.pins[chosen]
     path = viterbi(latent, codebook, code.spec, ends=pins, backend=config.backend)
@@ -174,7 +175,7 @@ def _through_soft_code(
             latent,
             layer.codebook,
             layer.layer.code.spec,
-            temperature=config.temperature * layer.codebook_variance,
+            temperature=config.temperature * layer.variance,
             ends=layer.pins[tiles],
             backend=config.backend,
         )
@@ -264,124 +265,24 @@ def _plan(layers: Iterable[_Measured], config: PlanConfig) -> Plan:
         config.steps,
         warmup=config.warmup,
         schedule=config.schedule,
-        measured_radius=_median(soft),
+        measured_radius=median(soft),
     )
     return Plan(config, prediction, found)
 
 
-def _median(radii: Tensor) -> float:
-    return float(radii.sort().values[(radii.numel() - 1) // 2])
-
-
-def warning_for(plan: Plan) -> str | None:
-    """A sentence if the run cannot change codes, or hardly any; None if it can."""
-    budget, radii = plan.prediction.budget, plan.radii
-    count, bound = radii["sign"].numel(), float(radii["per_weight"].min())
-    half = _median(radii["soft"]) / budget.consistent
-    advice = (
-        ""
-        if math.isinf(half)
-        else (
-            f"; gradients that agree reach half of them with {half:.2g} times the lr, "
-            f"{plan.config.lr * half:.2g}, or as many times the steps"
-        )
+def short_run_warning(
+    layers: Mapping[str, LatentLinear],
+    *,
+    lr: float,
+    steps: int,
+    warmup: int,
+    temperature: float,
+    backend: Backend = "auto",
+) -> str | None:
+    """``warning_for`` a run that is about to start; measures a few tiles where it may be needed."""
+    if drift_budget(learning_rates(lr, steps, warmup=warmup)).consistent > AMPLE:
+        return None
+    config = PlanConfig(
+        lr, steps, warmup, tiles=_FEW_TILES, temperature=temperature, backend=backend
     )
-    if budget.most < bound:
-        return (
-            f"this run cannot change a code: AdamW moves no weight by more than "
-            f"{budget.most:.3g} sigma, and none of {count} sampled tiles changes before a weight "
-            f"has moved by {bound:.3g} sigma{advice}"
-        )
-    share = escape_share(radii["soft"], budget.consistent)
-    if share < HARDLY_ANY:
-        return (
-            f"this run will hardly change a code: gradients that agree at every step move weights "
-            f"by {budget.consistent:.3g} sigma, and that takes {share:.1%} of {count} sampled "
-            f"tiles out of their cells{advice}"
-        )
-    return None
-
-
-def verdict_in_words(plan: Plan) -> str:
-    """What the run is predicted to do, in a sentence or two."""
-    warning = warning_for(plan)
-    if warning is not None:
-        return f"{warning[0].upper()}{warning[1:]}."
-    budget, radii = plan.prediction.budget, plan.radii
-    agreeing = escape_share(radii["soft"], budget.consistent)
-    random = escape_share(radii["random"], budget.random)
-    if random < HARDLY_ANY:
-        return (
-            f"Codes change only where gradients agree over the run: in {agreeing:.0%} of the tiles "
-            f"if all of them do, in {random:.1%} with gradients of random sign."
-        )
-    return (
-        f"Codes will change: in {random:.0%} of the tiles with gradients of random sign, in "
-        f"{agreeing:.0%} with gradients that agree at every step."
-    )
-
-
-_ROWS = {
-    "nearest": "nearest boundary",
-    "per_weight": "nearest boundary, per weight",
-    "random": "random direction",
-    "sign": "random signs",
-    "soft": "signs of the soft gradient",
-    "teacher": "towards the teacher",
-}
-_RAYS = ("random", "sign", "soft", "teacher")
-
-
-def describe(plan: Plan) -> str:
-    """The plan as a small table with its verdict."""
-    config, budget, radii = plan.config, plan.prediction.budget, plan.radii
-    count = radii["sign"].numel()
-    lines = [
-        f"lr {config.lr:g}, {config.steps} steps, warm-up {config.warmup}, {config.schedule}: "
-        f"weights travel {budget.random:.3g} sigma (RMS) if gradients",
-        f"have random signs, {budget.consistent:.3g} if they agree at every step, and never more "
-        f"than {budget.most:.3g}",
-        "",
-        f"{'radius in sigma':30}"
-        + "".join(f"{level:>9.0%}" for level in QUANTILES)
-        + f"{'random':>12}{'agreeing':>10}",
-        f"{'predicted, 1 / sqrt(2 pi S)':30}{plan.prediction.radius:>18.5f}",
-    ]
-    for kind, name in _ROWS.items():
-        if kind in radii:
-            numbers = "".join(f"{value:>9.4f}" for value in quantiles(radii[kind]))
-            shares = [budget.random, budget.consistent] if kind in _RAYS else []
-            after = "".join(
-                f"{escape_share(radii[kind], drift):>{width}.0%}"
-                for drift, width in zip(shares, (12, 10), strict=False)
-            )
-            lines.append(f"{name:30}{numbers}{after}")
-    lines += [
-        f"quantiles over {count} tiles of {len(plan.layers)} layers; the last columns are the "
-        "tiles that such a",
-        "run carries out of their cells, along that direction",
-        "",
-        verdict_in_words(plan),
-    ]
-    return "\n".join(lines)
-
-
-def quantiles(radii: Tensor) -> list[float]:
-    """The radii at ``QUANTILES``, each one of the tiles'."""
-    ordered = radii.sort().values
-    return [float(ordered[round(level * (radii.numel() - 1))]) for level in QUANTILES]
-
-
-def plan_record(plan: Plan) -> dict[str, Any]:
-    """The plan for a JSON file; radii that are infinite are null."""
-    return {
-        "settings": asdict(plan.config),
-        "prediction": asdict(plan.prediction),
-        "verdict": verdict_in_words(plan),
-        "layers": {
-            name: {
-                kind: [r if r < math.inf else None for r in t.tolist()] for kind, t in radii.items()
-            }
-            for name, radii in plan.layers.items()
-        },
-    }
+    return warning_for(plan_layers(layers, config))

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
-from torch import Tensor, nn
+from torch import nn
 
 from softtrellis.backend import Backend, check_device
-from softtrellis.evaluation.tensorboard import TensorBoardLog
 from softtrellis.io.checkpoint import (
     check_base,
     load_full_precision,
@@ -20,7 +19,6 @@ from softtrellis.io.checkpoint import (
     load_tokenizer,
     read_manifest,
 )
-from softtrellis.io.progress import progress
 from softtrellis.modules.replace import (
     decoder_index,
     on_device,
@@ -32,15 +30,17 @@ from softtrellis.modules.replace import (
 from softtrellis.quantizers.soft import Estimator, check_estimator
 from softtrellis.recipes.calibration import check_finite
 from softtrellis.recipes.optimizer import OptimizerName, check_optimizer
-from softtrellis.recipes.run_state import RunLog, digest, load_state, save_state
-from softtrellis.recipes.schedules import Pace, TemperatureSchedule, check_schedule
+from softtrellis.recipes.run_state import digest
+from softtrellis.recipes.schedules import TemperatureSchedule, check_schedule
+from softtrellis.recipes.stages import DistillResult, Run
 from softtrellis.recipes.teacher_text import is_teacher_text
 from softtrellis.recipes.trainables import check_trainable
-from softtrellis.recipes.trainer import Trainer
 from softtrellis.recipes.training_text import training_windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_log = logging.getLogger(__name__)
 
 Mode = Literal["single", "greedy", "joint"]
 _FREE_TO_CHANGE = (
@@ -186,24 +186,6 @@ class DistillConfig:
                 raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
 
 
-@dataclass(frozen=True, eq=False)
-class DistillResult:
-    """What training gave.
-
-    Attributes:
-        model: with the trained layers hardened to ``QuantizedLinear``.
-        history: one record per step, as in ``log.jsonl``.
-        changed_codes: share of trellis steps whose state differs from the start's, by layer.
-        kept: for every stage the step whose code was kept, and its divergence on the held-out
-            windows in nats per token; None where the last one's was kept unseen.
-    """
-
-    model: PreTrainedModel
-    history: list[dict[str, Any]]
-    changed_codes: dict[str, float]
-    kept: list[tuple[int, float] | None]
-
-
 def distill(
     model: str | Path | PreTrainedModel,
     config: DistillConfig,
@@ -258,111 +240,12 @@ def distill(
     settings["checkpoint"] = digest(t for layer in quantized for t in (layer.codes, layer.scale))
     settings["text"] = digest([windows, held_out])
     with on_device(student, config.device), on_device(teacher, config.device):
-        run = _Run(
+        run = Run(
             student, teacher, (windows, held_out), config, settings, run_directory, resume=resume
         )
         result = run.train(stages)
     share_codebooks_(student)
     return result
-
-
-class _Run:
-    """The stages of a run, its log and its saved state."""
-
-    def __init__(
-        self,
-        student: PreTrainedModel,
-        teacher: PreTrainedModel,
-        text: tuple[Tensor, Tensor],
-        config: DistillConfig,
-        settings: dict[str, Any],
-        directory: Path | None,
-        *,
-        resume: bool,
-    ) -> None:
-        self.student, self.teacher, self.config = student, teacher, config
-        self.settings, self.directory = settings, directory
-        self.windows, self.held_out = text
-        self.done, self.state = 0, dict[str, Tensor]()
-        if resume and directory is not None:
-            self.done, self.state = load_state(directory, settings=settings)
-        self.log = RunLog(directory, resume_at=self.done)
-        self.board: TensorBoardLog | None = None
-        if config.tensorboard and directory is not None:
-            self.board = TensorBoardLog(directory, resume_at=self.done)
-        self.saved = time.monotonic()
-
-    def train(self, stages: Sequence[Sequence[str]]) -> DistillResult:
-        """All stages, one after the other."""
-        changed: dict[str, float] = {}
-        kept: list[tuple[int, float] | None] = []
-        steps = self.config.steps
-        total = 0 if steps is None else steps * len(stages)
-        with progress(total, "train", enabled=self.config.show_progress) as bar:
-            bar.update(self.done)
-            for index, names in enumerate(stages):
-                found, best = self._stage(index, names, len(stages), bar)
-                changed |= found
-                kept.append(None if best is None else (best[1], best[0]))
-        if self.board is not None:
-            self.board.close()
-        return DistillResult(self.student, self.log.records, changed, kept)
-
-    def _stage(
-        self, index: int, names: Sequence[str], stages: int, bar: Any
-    ) -> tuple[dict[str, float], tuple[float, int] | None]:
-        """One stage; the changed codes by layer, and the best divergence with its step."""
-        config = self.config
-        trainer = Trainer(self.student, self.teacher, names, self.windows, self.held_out, config)
-        prefix = f"{index}/"
-        saved = {k: t for k, t in self.state.items() if k.startswith(prefix)}
-        if saved:
-            trainer.restore({k.removeprefix(prefix): t for k, t in saved.items()})
-        before = [record["seconds"] for record in self.log.records if record["stage"] < index]
-        own = [record for record in self.log.records if record["stage"] == index]
-        start = before[-1] if before else 0.0
-        step, spent = len(own), own[-1]["seconds"] - start if own else 0.0
-        seconds = None if config.minutes is None else 60 * config.minutes / stages
-        pace = Pace(config.steps, seconds, step=step, elapsed=spent)
-        finished = bool(own) and own[-1]["share"] >= 1
-        while not finished:
-            share = pace.share(step)
-            record = {"step": len(self.log.records), "stage": index, "share": share}
-            record |= trainer.step(step, share)
-            record["seconds"] = start + pace.elapsed
-            self._append(record, bar)
-            step, finished = step + 1, share >= 1
-            if self._save_is_due():
-                self._save(index, trainer)
-        if stages > 1:  # the next stages' saved states hold this one's
-            self.state |= {prefix + k: t.detach().cpu().clone() for k, t in trainer.state().items()}
-        return trainer.harden(), trainer.best
-
-    def _append(self, record: dict[str, Any], bar: Any) -> None:
-        self.log.append(record)
-        if self.board is not None:
-            self.board.append(record)
-        shown = {"loss": f"{record['loss']:.4f}", "T": f"{record['temperature']:.3f}"}
-        for key, name in (("soft_hard_gap", "gap"), ("changed_codes", "changed")):
-            if key in record:
-                shown[name] = f"{record[key]:.3f}"
-        if "heldout_kl_hard" in record:
-            shown["held-out"] = f"{record['heldout_kl_hard']:.4f}"
-        bar.set_postfix(**shown)
-        bar.update()
-
-    def _save_is_due(self) -> bool:
-        if self.directory is None:
-            return False
-        every, minutes = self.config.save_every, self.config.save_minutes
-        by_steps = every > 0 and len(self.log.records) % every == 0
-        return by_steps or 0 < 60 * minutes <= time.monotonic() - self.saved
-
-    def _save(self, index: int, trainer: Trainer) -> None:
-        assert self.directory is not None
-        tensors = self.state | {f"{index}/{key}": t for key, t in trainer.state().items()}
-        save_state(self.directory, tensors, step=len(self.log.records), settings=self.settings)
-        self.saved = time.monotonic()
 
 
 def _trained_layers(model: nn.Module, patterns: Sequence[str] | None) -> list[str]:

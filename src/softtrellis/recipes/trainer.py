@@ -26,7 +26,7 @@ from softtrellis.modules.replace import (
     quantized_layers,
     replace_modules,
 )
-from softtrellis.recipes.drift import combine, measure
+from softtrellis.recipes.drift import combine, measure_all
 from softtrellis.recipes.losses import forward_kl
 from softtrellis.recipes.network import Network, checkpoint_layers_
 from softtrellis.recipes.optimizer import (
@@ -282,7 +282,7 @@ class Trainer:
 
     def _drift(self) -> dict[str, Any]:
         tiles = max(1, _MEASURED_TILES // len(self.layers))
-        measured = {name: measure(layer, tiles) for name, layer in self.layers.items()}
+        measured = measure_all(self.layers, tiles)
         counted = [(self.layers[name].layer.tiles, drift) for name, drift in measured.items()]
         layers = {name: asdict(drift) for name, drift in measured.items()}
         return asdict(combine(counted)) | {"layers": layers}
