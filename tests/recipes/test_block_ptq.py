@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,13 +12,12 @@ import torch
 from softtrellis.io.checkpoint import base_of, load_quantized, save_quantized
 from softtrellis.io.files import whole_directory
 from softtrellis.io.sources import Source
-from softtrellis.io.text import token_windows
 from softtrellis.modules.blocks import Blocks, _alike
 from softtrellis.modules.quantized_linear import QuantizedLinear
 from softtrellis.modules.replace import UnknownLayerError, quantized_layers
 from softtrellis.modules.scaled_linear import ScaledLinear, scale_, unscale_
 from softtrellis.recipes import block_ptq, ptq
-from softtrellis.recipes.calibration import paired_moments, watch_inputs
+from softtrellis.recipes.calibration import watch_inputs
 from softtrellis.recipes.end_to_end import EndToEndConfig
 from softtrellis.recipes.finetune import FineTuneConfig, TuneReport, tune_block
 from softtrellis.recipes.group import LayerReport
@@ -28,26 +26,8 @@ from softtrellis.recipes.ptq import QuantizeConfig, quantize_model
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-TEXT = "".join(f"Sphinx {i} of black quartz, judge my vow {i * i}. " for i in range(90))
 TUNE = FineTuneConfig(epochs=2, lr=1e-2, scale_lr=1e-2, batch=2, held_out=0.25)
 Quantize = Callable[..., "PreTrainedModel"]
-
-
-@pytest.fixture
-def quantize(
-    tmp_path: Path, tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
-) -> Quantize:
-    """Quantizes a copy of the tiny Llama."""
-    path = tmp_path / "text.txt"
-    path.write_text(TEXT, encoding="utf-8")
-
-    def run(changes: dict[str, Any] | None = None, **options: Any) -> PreTrainedModel:
-        settings = {"code": "gaussian", "L": 8, "ctx": 64, "windows": 8, "batch": 2}
-        config = QuantizeConfig(data=(str(path),), **(settings | (changes or {})))
-        model = copy.deepcopy(tiny_llama)
-        return quantize_model(model, config, tokenizer=tiny_tokenizer, **options)
-
-    return run
 
 
 def same(a: PreTrainedModel, b: PreTrainedModel) -> bool:
@@ -105,43 +85,6 @@ def test_layers_that_share_inputs_rotate_them_alike(quantize: Quantize) -> None:
     assert not torch.equal(q, signs["1.self_attn.q_proj"])
     alone = quantized_layers(quantize({"layers": ("0.self_attn.k_proj",)}))
     assert torch.equal(alone["model.layers.0.self_attn.k_proj"].in_signs, k)
-
-
-def test_moments_of_both_streams(tiny_llama: LlamaForCausalLM) -> None:
-    windows = torch.randint(128, (5, 16), generator=torch.Generator().manual_seed(0))
-    blocks = Blocks(tiny_llama, windows, device=torch.device("cpu"), batch=2)
-    original = copy.deepcopy(blocks.layers[0])
-    changed: Any = blocks.layers[0]
-    with torch.no_grad():
-        changed.mlp.gate_proj.weight.mul_(1.5)
-    states = blocks.states + 0.1 * torch.randn(blocks.states.shape)
-    seen: list[torch.Tensor] = []
-    handles = [
-        layer.mlp.down_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-        for layer in (changed, original)
-    ]
-    with torch.no_grad():
-        x, before = blocks.run(0, states), blocks.run(0, blocks.states, original)
-    for handle in handles:
-        handle.remove()
-    assert not torch.equal(x, before)
-    x, before = (part.flatten(0, 1) for part in seen)
-    hessian, cross = paired_moments(blocks, 0, states, original, blocks.states, "mlp.down_proj")
-    torch.testing.assert_close(hessian, x.T @ x / len(x))
-    torch.testing.assert_close(cross, before.T @ x / len(x))
-
-
-def test_corrected_weights_bring_the_model_nearer_to_the_original(
-    quantize: Quantize, tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
-) -> None:
-    ids = token_windows(tiny_tokenizer, [TEXT], 64, limit=8)
-    lost = {}
-    with torch.no_grad():
-        expected = tiny_llama.model(ids).last_hidden_state
-        for inputs in ("corrected", "quantized"):
-            found = quantize({"inputs": inputs}).model(ids).last_hidden_state
-            lost[inputs] = float((found - expected).square().sum() / expected.square().sum())
-    assert lost["corrected"] < 0.9 * lost["quantized"]
 
 
 @pytest.mark.parametrize("inputs", ["corrected", "quantized", "original"])
@@ -397,26 +340,3 @@ def test_states_do_not_outlive_the_run(tmp_path: Path) -> None:
 def test_tuning_that_makes_no_sense(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         FineTuneConfig(**change)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("fine_tune", [None, TUNE], ids=["plain", "tuned"])
-def test_a_gpu_does_what_the_cpu_does(
-    quantize: Quantize, tiny_llama: LlamaForCausalLM, fine_tune: FineTuneConfig | None
-) -> None:
-    found: dict[str, dict[str, LayerReport]] = {"cpu": {}, "cuda": {}}
-    models = {
-        device: quantize({"device": device}, reports=reports, fine_tune=fine_tune)
-        for device, reports in found.items()
-    }
-    for name, report in found["cpu"].items():
-        other = found["cuda"][name]
-        assert other.tokens == report.tokens
-        assert other.proxy_loss == pytest.approx(report.proxy_loss, rel=0.2)
-        assert other.error == pytest.approx(report.error, rel=0.1)
-    assert {p.device.type for p in models["cuda"].parameters()} == {"cpu"}
-    ids = torch.randint(128, (16, 32), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        expected = tiny_llama(ids).logits
-        lost = {device: (model(ids).logits - expected).norm() for device, model in models.items()}
-    assert float(lost["cuda"]) == pytest.approx(float(lost["cpu"]), rel=0.25)
