@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from softtrellis.cli.common import (
     Commands,
@@ -20,6 +21,9 @@ from softtrellis.cli.common import (
     temperature,
     usage_errors,
 )
+
+if TYPE_CHECKING:
+    from softtrellis.recipes.qat import DistillConfig
 
 
 def add_parser(commands: Commands) -> None:
@@ -136,53 +140,59 @@ def add_parser(commands: Commands) -> None:
     parser.set_defaults(run=run)
 
 
+def config_of(options: argparse.Namespace) -> DistillConfig:
+    """What the options ask for; ValueError for options that make no sense."""
+    from softtrellis.recipes.qat import DistillConfig
+
+    steps = options.steps
+    if steps is None and options.minutes is None:
+        steps = 100
+    return DistillConfig(
+        layers=layers_of(options.layers),
+        mode=options.mode,
+        estimator=options.estimator,
+        finish=options.finish,
+        finish_share=options.finish_share,
+        start=options.start,
+        train=tuple(part.strip() for part in options.train.split(",") if part.strip()),
+        t_init=options.t_init,
+        t_min=options.t_min,
+        schedule=options.schedule,
+        lr=options.lr,
+        scale_lr=options.scale_lr,
+        table_lr=options.table_lr,
+        optimizer=options.optimizer,
+        clip=options.clip,
+        steps=steps,
+        minutes=options.minutes,
+        warmup=options.warmup,
+        batch=options.batch,
+        micro_batch=options.micro_batch,
+        ctx=options.ctx,
+        data=tuple(options.data),
+        windows=options.windows,
+        held_out=options.held_out,
+        evaluate_every=options.evaluate_every,
+        checkpoint_layers=options.checkpoint_layers,
+        reencode_every=options.reencode_every,
+        measure_every=options.measure_every,
+        save_every=options.save_every,
+        save_minutes=options.save_minutes,
+        seed=options.seed,
+        device=options.device,
+        backend=options.backend,
+        tensorboard=options.tensorboard,
+        show_progress=True,
+    )
+
+
 def run(options: argparse.Namespace) -> int:
     """Trains and saves."""
     from softtrellis.io.checkpoint import describe_sizes
     from softtrellis.recipes.pipeline import train_to
-    from softtrellis.recipes.qat import DistillConfig
 
     with usage_errors(options):
-        steps = options.steps
-        if steps is None and options.minutes is None:
-            steps = 100
-        config = DistillConfig(
-            layers=layers_of(options.layers),
-            mode=options.mode,
-            estimator=options.estimator,
-            finish=options.finish,
-            finish_share=options.finish_share,
-            start=options.start,
-            train=tuple(part.strip() for part in options.train.split(",") if part.strip()),
-            t_init=options.t_init,
-            t_min=options.t_min,
-            schedule=options.schedule,
-            lr=options.lr,
-            scale_lr=options.scale_lr,
-            table_lr=options.table_lr,
-            optimizer=options.optimizer,
-            clip=options.clip,
-            steps=steps,
-            minutes=options.minutes,
-            warmup=options.warmup,
-            batch=options.batch,
-            micro_batch=options.micro_batch,
-            ctx=options.ctx,
-            data=tuple(options.data),
-            windows=options.windows,
-            held_out=options.held_out,
-            evaluate_every=options.evaluate_every,
-            checkpoint_layers=options.checkpoint_layers,
-            reencode_every=options.reencode_every,
-            measure_every=options.measure_every,
-            save_every=options.save_every,
-            save_minutes=options.save_minutes,
-            seed=options.seed,
-            device=options.device,
-            backend=options.backend,
-            tensorboard=options.tensorboard,
-            show_progress=True,
-        )
+        config = config_of(options)
     check_backend(options.backend, options.device)
     output = Path(options.output)
     check_inputs(output, options.checkpoint, options.teacher)

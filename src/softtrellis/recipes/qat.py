@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-from torch import nn
+from torch import Tensor, nn
 
 from softtrellis.backend import Backend, check_device
 from softtrellis.io.checkpoint import (
@@ -192,6 +192,7 @@ def distill(
     *,
     teacher: str | Path | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    text: tuple[Tensor, Tensor] | None = None,
     run_directory: Path | None = None,
     resume: bool = False,
 ) -> DistillResult:
@@ -203,7 +204,9 @@ def distill(
         teacher: the full-precision model it was made from: loaded, or what ``load_source`` takes.
             Of a loaded one, ``Conv1D`` layers and fused experts that are trained become plain
             linear layers, in place; its outputs stay the same to rounding.
-        tokenizer: needed when both models are loaded ones.
+        tokenizer: needed when both models are loaded ones, unless there is ``text``.
+        text: windows of tokens int64 [n, ctx] to train on, and [m, ctx] that choose the step whose
+            code is kept (m may be 0), in the place of ``config.data``.
         run_directory: where ``log.jsonl`` and the state for resuming go; None writes nothing.
         resume: go on from the state in ``run_directory``, to the weights that an uninterrupted
             run gives, unless ``minutes`` ends it.
@@ -228,21 +231,21 @@ def distill(
         check_base(manifest, teacher)
     if tokenizer is None and isinstance(model, str | Path):
         tokenizer = load_tokenizer(model)
-    if tokenizer is None:
+    if tokenizer is None and text is None:
         raise ValueError("loaded models need their tokenizer: distill(..., tokenizer=)")
     names = _trained_layers(student, config.layers)
     stages = _stages(student, names, config.mode)
     prepare_for_layers_(teacher, names)
-    windows, held_out = training_windows(config, teacher, tokenizer)
+    if text is None:
+        assert tokenizer is not None
+        text = training_windows(config, teacher, tokenizer)
     check_finite(teacher)
     settings = {k: v for k, v in asdict(config).items() if k not in _FREE_TO_CHANGE}
     quantized = quantized_layers(student).values()
     settings["checkpoint"] = digest(t for layer in quantized for t in (layer.codes, layer.scale))
-    settings["text"] = digest([windows, held_out])
+    settings["text"] = digest(text)
     with on_device(student, config.device), on_device(teacher, config.device):
-        run = Run(
-            student, teacher, (windows, held_out), config, settings, run_directory, resume=resume
-        )
+        run = Run(student, teacher, text, config, settings, run_directory, resume=resume)
         result = run.train(stages)
     share_codebooks_(student)
     return result

@@ -1,0 +1,160 @@
+"""What the experiments of docs/results.md share: one teacher, its texts, and runs that are scored.
+
+Everything stays in one process: the model and its texts are loaded once, models are quantized and
+trained as the commands do, with their options, and scored on all windows of the test text. Results
+are added to a file of JSON lines, one object per run: name, seed, options, seconds, the scores of
+every window, and the log of the training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import shlex
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from softtrellis.cli.main import build_parser
+from softtrellis.cli.quantize import configs
+from softtrellis.cli.train import config_of
+from softtrellis.evaluation.perplexity import WindowScores, score_many
+from softtrellis.io.sources import load_source
+from softtrellis.io.text import load_documents, token_windows, train_and_held_out_windows
+from softtrellis.modules.replace import dequantize_
+from softtrellis.recipes.ptq import quantize_model
+from softtrellis.recipes.qat import distill
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every experiment needs."""
+    parser.add_argument("model")
+    parser.add_argument("--calibration", required=True, help="text for the Hessians")
+    parser.add_argument("--train", required=True, help="text for training; documents:FILE")
+    parser.add_argument("--test", required=True, help="text that is reported")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--ctx", type=int, default=1024, help="tokens of a training window")
+    parser.add_argument("--windows", type=int, default=4096, help="training windows")
+    parser.add_argument("--held-out", type=int, default=32, help="windows that choose settings")
+    parser.add_argument("--calibration-windows", type=int, default=128)
+    parser.add_argument("--test-windows", type=int, help="by default all")
+    parser.add_argument("--test-ctx", type=int, default=2048)
+    parser.add_argument("--quantize", default="", help="more options of softtrellis quantize")
+    parser.add_argument("--json", type=Path, required=True, help="results are added to this file")
+
+
+class Experiment:
+    """A teacher, its texts, and the models that are made of it."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.device = options, options.device
+        source = load_source(options.model)
+        self.teacher, self.tokenizer = source.model, source.tokenizer
+        self.text = train_and_held_out_windows(
+            self.tokenizer,
+            [options.train],
+            options.ctx,
+            limit=options.windows,
+            held_out_windows=options.held_out,
+        )
+        test = load_documents([options.test], split="heldout")
+        self.test = token_windows(
+            self.tokenizer, test, options.test_ctx, limit=options.test_windows
+        )
+        self._quantized: dict[str, PreTrainedModel] = {}
+
+    def quantized(self, more: str = "", *, seed: int = 0) -> PreTrainedModel:
+        """A copy of the quantized model; each is made once."""
+        words = f"{self.options.quantize} {more} --seed {seed}"
+        if words not in self._quantized:
+            o = self.options
+            line = f"quantize x -o x --data {shlex.quote(o.calibration)} --ctx {o.test_ctx} "
+            line += f"--windows {o.calibration_windows} --batch 8 --device {o.device} {words}"
+            config, fine_tune, _ = configs(build_parser().parse_args(shlex.split(line)))
+            config = replace(config, show_progress=False)
+            model = copy.deepcopy(self.teacher)
+            began = time.perf_counter()
+            quantize_model(model, config, tokenizer=self.tokenizer, fine_tune=fine_tune)
+            print(f"quantized in {time.perf_counter() - began:.1f} s: {words}", flush=True)
+            self._quantized[words] = model
+        return copy.deepcopy(self._quantized[words])
+
+    def score(self, model: nn.Module) -> WindowScores:
+        """The hard model on the test text, with the KL divergence from the teacher."""
+        dequantize_(model)
+        models = {"teacher": self.teacher.to(self.device), "model": model.to(self.device)}
+        scores = score_many(models, self.test, "teacher", batch_size=4, chunk=2048)
+        model.cpu()
+        return scores["model"]
+
+    def run(
+        self, name: str, train: str | None, *, quantize: str = "", seed: int = 0
+    ) -> dict[str, Any]:
+        """Quantizes, trains with options of ``softtrellis train`` if there are some, and scores."""
+        model = self.quantized(quantize, seed=seed)
+        record: dict[str, Any] = {"name": name, "seed": seed, "train": train, "quantize": quantize}
+        began = time.perf_counter()
+        if train is not None:
+            o = self.options
+            line = f"train x --teacher x -o x --ctx {o.ctx} --device {o.device} --seed {seed} "
+            line += f"--held-out {o.held_out} --save-minutes 0 {train}"
+            config = replace(
+                config_of(build_parser().parse_args(shlex.split(line))), show_progress=False
+            )
+            if o.device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            result = distill(model, config, teacher=self.teacher, text=self.text)
+            if o.device == "cuda":
+                record["peak_bytes"] = torch.cuda.max_memory_allocated()
+            log = [{k: v for k, v in r.items() if k != "layers"} for r in result.history]
+            changed = list(result.changed_codes.values())
+            record |= {"log": log, "kept": result.kept, "changed": sum(changed) / len(changed)}
+        record["seconds"] = time.perf_counter() - began
+        scores = self.score(model)
+        assert scores.kl is not None
+        assert scores.kl_mean is not None
+        record |= {
+            "perplexity": scores.perplexity,
+            "kl": scores.kl_mean,
+            "windows": {
+                "nll": scores.nll.tolist(),
+                "kl": scores.kl.tolist(),
+                "tokens": scores.tokens.tolist(),
+            },
+        }
+        with self.options.json.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        steps = len(record.get("log", ()))
+        print(
+            f"{name:28} seed {seed}  perplexity {scores.perplexity:8.2f}  KL {scores.kl_mean:.4f}  "
+            f"{steps} steps  {record['seconds']:.0f} s  kept {record.get('kept')}  "
+            f"changed {record.get('changed', 0):.4f}",
+            flush=True,
+        )
+        return record
+
+
+def main() -> None:
+    """Runs given as NAME=OPTIONS of softtrellis train; NAME alone is the quantized model."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_arguments(parser)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("runs", nargs="+", metavar="NAME=OPTIONS")
+    options = parser.parse_args()
+    experiment = Experiment(options)
+    for text in options.runs:
+        name, given, train = text.partition("=")
+        for seed in options.seeds:
+            experiment.run(name, train if given else None, seed=seed)
+
+
+if __name__ == "__main__":
+    main()
