@@ -1,0 +1,151 @@
+"""Time and memory of a joint training step, with random weights of a model's shapes.
+
+    python benchmarks/bench_step.py [smollm2-135m | llama-3.2-1b | llama-3.1-8b] [--estimator soft]
+
+Prints the seconds of each part of a step over all linear layers, and the peak of the memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+import torch
+
+from softtrellis.modules.latent_linear import hold, release
+from softtrellis.modules.quantized_linear import LayerFormat, QuantizedLinear
+from softtrellis.modules.replace import get_linear, linear_names, replace_modules
+from softtrellis.quantizers.hard import TrellisCode
+from softtrellis.recipes.qat import DistillConfig
+from softtrellis.recipes.trainer import Trainer
+from softtrellis.spec import TrellisSpec
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "smollm2-135m": {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "tie_word_embeddings": True,
+    },
+    "llama-3.2-1b": {
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": True,
+    },
+    "llama-3.1-8b": {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": False,
+    },
+    "tiny": {
+        "vocab_size": 256,
+        "hidden_size": 64,
+        "intermediate_size": 112,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
+}
+
+
+def models(shape: str, L: int, device: str) -> tuple[Any, Any, list[str]]:
+    """A random teacher, a student of random codes, and the names of its quantized layers."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(**SHAPES[shape])
+    with torch.device(device):
+        teacher, student = LlamaForCausalLM(config).eval(), LlamaForCausalLM(config).eval()
+    code = TrellisCode(TrellisSpec(L, 2, 2))
+    codebook = code.codebook().to(device)
+    names = linear_names(student)
+
+    def random_codes(name: str, _: Any) -> QuantizedLinear:
+        linear = get_linear(student, name)
+        layer = LayerFormat(linear.in_features, linear.out_features, code)
+        made = QuantizedLinear(layer, codebook).to(device)
+        made.codes.random_(-(1 << 15), 1 << 15)
+        made.in_signs.random_(0, 256)
+        made.out_signs.random_(0, 256)
+        made.scale.fill_(float(linear.weight.detach().square().mean().sqrt()))
+        return made
+
+    replace_modules(student, names, random_codes)
+    return teacher, student, names
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--L", type=int, default=16)
+    parser.add_argument("--estimator", default="soft")
+    parser.add_argument("--temperature", type=float, default=0.05)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--ctx", type=int, default=1024)
+    parser.add_argument("--micro-batch", type=int, default=4)
+    parser.add_argument("--checkpoint-layers", action="store_true")
+    parser.add_argument("--optimizer", default="adamw")
+    parser.add_argument("--steps", type=int, default=3)
+    options = parser.parse_args()
+    cuda = options.device == "cuda"
+    teacher, student, names = models(options.shape, options.L, options.device)
+    vocabulary = SHAPES[options.shape]["vocab_size"]
+    generator = torch.Generator().manual_seed(0)
+    windows = torch.randint(vocabulary, (64, options.ctx), generator=generator)
+    config = DistillConfig(
+        estimator=options.estimator,
+        t_init=options.temperature,
+        t_min=options.temperature,
+        batch=options.batch,
+        micro_batch=options.micro_batch,
+        ctx=options.ctx,
+        checkpoint_layers=options.checkpoint_layers,
+        optimizer=options.optimizer,
+        measure_every=0,
+        held_out=0,
+        device=options.device,
+    )
+    trainer = Trainer(student, teacher, names, windows, windows[:0], config)
+    layers = list(trainer.layers.values())
+    weights = sum(layer.latent.numel() for layer in layers)
+    print(f"{options.shape}: {weights:,} weights, {len(layers)} layers, {options.estimator}")
+
+    def now() -> float:
+        if cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    for step in range(options.steps):
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        began = now()
+        trainer.step(step, 0.5)
+        seconds = now() - began
+        peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
+        print(f"step {step}: {seconds:.2f} s, {peak:.1f} GiB", flush=True)
+    began = now()
+    hold(layers)
+    held = now()
+    for layer in layers:
+        if layer.held is not None and layer.held.requires_grad:
+            layer.held.grad = torch.randn_like(layer.held)
+    filled = now()
+    release(layers)
+    print(f"weights {held - began:.2f} s, their gradients {now() - filled:.2f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
