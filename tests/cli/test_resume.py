@@ -132,9 +132,15 @@ def test_an_interruption_before_the_first_saved_state(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_signal_to_the_process(checkpoint: Path, model: Path, text: Path, tmp_path: Path) -> None:
-    """Control-C while training, in a process of its own."""
-    code = (
+@pytest.mark.parametrize(
+    ("number", "code", "word"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+)
+def test_a_signal_to_the_process(
+    checkpoint: Path, model: Path, text: Path, tmp_path: Path, number: int, code: int, word: str
+) -> None:
+    """Control-C, or SIGTERM, while training, in a process of its own: it saves before it ends."""
+    program = (
         "import signal, sys\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "import torch\n"
@@ -142,24 +148,27 @@ def test_a_signal_to_the_process(checkpoint: Path, model: Path, text: Path, tmp_
         "from softtrellis.cli.main import main\n"
         "sys.exit(main(sys.argv[1:]))"
     )
-    options = ["--steps", "10000", "--save-every", "1", "--data", text, *SMALL]
+    options = ["--steps", "10000", "--data", text, *SMALL]
     command = ["train", checkpoint, "--teacher", model, "-o", tmp_path / "out", *options]
     process = subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, command)],
+        [sys.executable, "-c", program, *map(str, command)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
     try:
         deadline = time.monotonic() + 120
-        while not (tmp_path / "out.partial" / STATE).exists() and time.monotonic() < deadline:
+        log = tmp_path / "out.partial" / "log.jsonl"
+        while not (log.is_file() and log.read_text()) and time.monotonic() < deadline:
             assert process.poll() is None
             time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
+        assert not (tmp_path / "out.partial" / STATE).exists()
+        process.send_signal(number)
         out, err = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert (process.returncode, out) == (130, "")
+    assert (process.returncode, out) == (code, "")
     assert "Traceback" not in err
+    assert f"softtrellis: {word}" in err
     assert "--resume goes on" in err.splitlines()[-1]
     assert (tmp_path / "out.partial" / STATE).exists()

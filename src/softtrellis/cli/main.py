@@ -13,8 +13,9 @@ from typing import NoReturn
 from softtrellis import __version__
 from softtrellis.cli import bench, env, evaluate, inspect, plan, quantize, quickstart, report, train
 from softtrellis.cli.common import UsageError
+from softtrellis.io.interrupts import Terminated, termination
 
-FAILURE, USAGE, INTERRUPTED = 1, 2, 130
+FAILURE, USAGE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 
 
 class _Parser(argparse.ArgumentParser):
@@ -44,12 +45,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = build_parser().parse_args(arguments)
         debug = options.debug
-        code: int = options.run(options)
+        with termination():
+            code: int = options.run(options)
         sys.stdout.flush()
         return code
     except KeyboardInterrupt as error:
-        print("; ".join(["softtrellis: interrupted", *_notes(error)]), file=sys.stderr)
-        return INTERRUPTED
+        terminated = isinstance(error, Terminated)
+        what = "terminated" if terminated else "interrupted"
+        print("; ".join([f"softtrellis: {what}", *_notes(error)]), file=sys.stderr)
+        return TERMINATED if terminated else INTERRUPTED
     except BrokenPipeError:  # whoever read the output has seen enough
         _abandon_output()
         return FAILURE

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from softtrellis.io.interrupts import exclusive
+
 STATE = "train_state.safetensors"
 """What an interrupted training run can go on from."""
 
@@ -66,11 +68,24 @@ def whole_directory(
         OutputExists: the output exists and ``force`` is off, or an interrupted run could go on
             and neither ``resume`` nor ``force`` is on.
         FileNotFoundError: ``resume`` without an interrupted run.
+        DirectoryInUse: another process is writing it.
     """
     check_output(directory, force=force)
     if directory.is_symlink():
         directory = directory.resolve()
     partial = partial_path(directory)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    with exclusive(partial.with_name(partial.name + ".lock")):
+        with _partial(partial, force=force, resume=resume):
+            yield partial
+        _exchange(partial, directory)
+        for path in directory.glob(STATES):
+            path.unlink()
+
+
+@contextmanager
+def _partial(partial: Path, *, force: bool, resume: bool) -> Iterator[None]:
+    """A partial directory, new or gone on with, which stays after an error if it has a state."""
     resumable = any(partial.glob(STATES))
     if resume and not resumable:
         raise FileNotFoundError(f"there is no interrupted run in {partial}; start without --resume")
@@ -80,18 +95,15 @@ def whole_directory(
         )
     if partial.exists() and not resume:
         shutil.rmtree(partial)
-    partial.mkdir(parents=True, exist_ok=True)
+    partial.mkdir(exist_ok=True)
     try:
-        yield partial
+        yield
     except BaseException as error:
         if not any(partial.glob(STATES)):
             shutil.rmtree(partial, ignore_errors=True)
         elif not isinstance(error, ValueError):
             error.add_note(f"{partial} keeps the run; the same command with --resume goes on")
         raise
-    _exchange(partial, directory)
-    for path in directory.glob(STATES):
-        path.unlink()
 
 
 def _exchange(partial: Path, directory: Path) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from softtrellis.evaluation.tensorboard import TensorBoardLog
+from softtrellis.io.interrupts import StopRequest
 from softtrellis.io.progress import progress
 from softtrellis.recipes.plan import short_run_warning
 from softtrellis.recipes.run_state import RunLog, load_state, save_state
@@ -115,15 +116,17 @@ class Run:
         seconds = None if config.minutes is None else 60 * config.minutes / stages
         pace = Pace(config.steps, seconds, step=step, elapsed=spent)
         finished = bool(own) and own[-1]["share"] >= 1
-        while not finished:
-            share = pace.share(step)
-            record = {"step": len(self.log.records), "stage": index, "share": share}
-            record |= trainer.step(step, share)
-            record["seconds"] = start + pace.elapsed
-            self._append(record, bar)
-            step, finished = step + 1, share >= 1
-            if self._save_is_due():
-                self._save(index, trainer)
+        with StopRequest() as stop:
+            while not finished:
+                share = pace.share(step)
+                record = {"step": len(self.log.records), "stage": index, "share": share}
+                record |= trainer.step(step, share)
+                record["seconds"] = start + pace.elapsed
+                self._append(record, bar)
+                step, finished = step + 1, share >= 1
+                if self._save_is_due() or (stop.number is not None and self.directory is not None):
+                    self._save(index, trainer)
+                stop.check()
         if stages > 1:  # the next stages' saved states hold this one's
             self.state |= {prefix + k: t.detach().cpu().clone() for k, t in trainer.state().items()}
         return trainer.harden(), trainer.best
