@@ -15,7 +15,10 @@ from softtrellis.modules.tail import Tail
 
 
 class Network:
-    """A causal language model as prefix, tail and head, see ``Tail``; matmuls in ``autocast``."""
+    """A causal language model as prefix, tail and head, see ``Tail``.
+
+    Matmuls are computed in ``autocast``, except the head's.
+    """
 
     def __init__(
         self, model: nn.Module, first: int, window: Tensor, *, autocast: torch.dtype | None = None
@@ -49,9 +52,8 @@ class Network:
             return self.tail.features(states)[:, :-1].flatten(0, 1)
 
     def head(self, features: Tensor) -> Tensor:
-        """Features [n, d] to logits [n, vocabulary]."""
-        with self._precision():
-            return self._head(features)
+        """Features [n, d] to float32 logits [n, vocabulary]; bfloat16 is too coarse for them."""
+        return self._head(features.float())
 
 
 def checkpoint_layers_(model: nn.Module) -> Callable[[], None]:
