@@ -120,6 +120,16 @@ def test_only_the_chosen_layers_change(
         assert torch.equal(parameter, before[name])
 
 
+def test_layers_narrower_than_a_tile_are_left_out_unless_named(
+    tiny_llama: LlamaForCausalLM,
+) -> None:
+    layer = tiny_llama.model.layers[1]
+    layer.mlp.gate = torch.nn.Linear(64, 1)
+    name = "model.layers.1.mlp.gate"
+    assert name not in QuantizeConfig(code="gaussian", L=8).names_of(tiny_llama)
+    assert QuantizeConfig(code="gaussian", L=8, layers=(name,)).names_of(tiny_llama) == [name]
+
+
 def test_exl3_profile(tiny_llama: LlamaForCausalLM) -> None:
     config = QuantizeConfig(profile="exl3", layers=("1.self_attn.v_proj",), error_feedback=False)
     layer = next(iter(quantized_layers(quantize_model(tiny_llama, config)).values()))

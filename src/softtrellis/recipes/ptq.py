@@ -36,7 +36,7 @@ from softtrellis.recipes.group import LayerReport
 from softtrellis.recipes.ptq_state import LayerStore
 from softtrellis.recipes.run_state import digest, sampled
 from softtrellis.recipes.teacher_text import is_teacher_text, sample_windows
-from softtrellis.spec import TrellisSpec
+from softtrellis.spec import TILE_SIDE, TrellisSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -163,11 +163,17 @@ class QuantizeConfig:
     def names_of(self, model: nn.Module) -> list[str]:
         """The layers that are to be quantized.
 
+        Where ``layers`` is None, those narrower than a tile stay as they are: gates of a few
+        outputs, whose padding would take more bits than they have.
+
         Raises:
             UnknownLayerError: a pattern that names no layer.
             ValueError: no layer is left, or one is quantized already.
         """
         names = select_layers(model, self.layers)
+        if self.layers is None:
+            narrow = _narrow_layers(model)
+            names = [name for name in names if name not in narrow]
         skipped = set(select_layers(model, self.skip)) if self.skip else set()
         names = [name for name in names if name not in skipped]
         if not names:
@@ -266,6 +272,15 @@ def quantize_model(
     if reports is not None:
         reports |= {name: quantizer.reports[name] for name in quantizer.names}
     return model
+
+
+def _narrow_layers(model: nn.Module) -> set[str]:
+    """Names of plain linear layers with fewer inputs or outputs than a tile."""
+    return {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and min(module.weight.shape) < TILE_SIDE
+    }
 
 
 def _calibration_windows(
