@@ -11,7 +11,18 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from softtrellis import __version__
-from softtrellis.cli import bench, env, evaluate, inspect, quantize, quickstart, report, train
+from softtrellis.cli import (
+    bench,
+    env,
+    evaluate,
+    export,
+    import_,
+    inspect,
+    quantize,
+    quickstart,
+    report,
+    train,
+)
 from softtrellis.cli.common import UsageError
 
 FAILURE, USAGE, INTERRUPTED = 1, 2, 130
@@ -33,7 +44,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"softtrellis {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (quickstart, quantize, train, evaluate, inspect, report, bench, env):
+    modules = (quickstart, quantize, train, evaluate, inspect, export, import_, report, bench, env)
+    for module in modules:
         module.add_parser(commands)
     return parser
 
