@@ -67,13 +67,14 @@ def save_dense(
     dense.generation_config = model.generation_config
     with quiet():
         dense.save_pretrained(directory)
-    write_companions(
-        dense, tokenizer, directory, config=config_of(dense), source_directory=source_directory
-    )
+    write_companions(dense, tokenizer, directory, config=None, source_directory=source_directory)
     form = f"dense weights in {dtype}, for transformers"
     card = export_card(base.name, base.licence, form, provenance or {})
     (directory / "README.md").write_text(card, encoding="utf-8")
-    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    files = list(directory.glob("*.safetensors"))
+    for path in files:
+        path.chmod(0o644)
+    return sum(path.stat().st_size for path in files)
 
 
 def _decoded(model: nn.Module, dense: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -49,7 +49,8 @@ def exl3_obstacle(layer: LayerFormat) -> str | None:
     code = layer.code
     if code.name not in CODES:
         return f"its code is {code.name}, and EXL3 has {', '.join(CODES)}"
-    if code != exl3_code(code.name, code.spec.k):
+    plain = replace(code, seed=0, flip="second")  # which these codes do not use
+    if plain != exl3_code(code.name, code.spec.k):
         return (
             f"its code has L={code.spec.L}, V={code.spec.V}, tile order {code.order!r} and "
             f"normalize={code.normalize}, and EXL3 has L=16, V=1, 'exl3' and False"

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MARK = ".trellis"
+MOST_BUFFERS = 1 << 26
+"""Numbers in tables that a small model computes for itself, of positions for instance."""
 
 _NOT_SETTINGS = ("quantization_config", "auto_map", "architectures", "torch_dtype", "dtype")
 _COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
@@ -174,6 +176,13 @@ class _Plan:
         missing = sorted(expected.keys() - set(dense) - tied)
         if missing:
             raise CheckpointError(f"the files lack {missing[0]}; copy the model again")
+        parameters = sum(parameter.numel() for parameter in skeleton.parameters())
+        buffers = sum(buffer.numel() for buffer in skeleton.buffers())
+        if buffers > MOST_BUFFERS + 4 * parameters:
+            raise CheckpointError(
+                f"config.json asks for tables of {buffers:,} numbers beside {parameters:,} "
+                "weights; do not use this model"
+            )
         return cls(layers, dense, untied)
 
 

@@ -33,11 +33,12 @@ def write_companions(
     tokenizer: PreTrainedTokenizerBase,
     directory: Path,
     *,
-    config: Mapping[str, Any],
+    config: Mapping[str, Any] | None,
     source_directory: Path | None,
 ) -> None:
-    """Writes config.json, the tokenizer, generation_config.json and licence files."""
-    write_json(directory / "config.json", dict(config))
+    """Writes config.json if it is given, the tokenizer, generation_config.json and licences."""
+    if config is not None:
+        write_json(directory / "config.json", dict(config))
     with quiet():
         tokenizer.save_pretrained(directory)
         if model.can_generate() and model.generation_config is not None:
