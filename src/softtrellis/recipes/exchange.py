@@ -126,8 +126,8 @@ def import_from(
         record, correlations = found.base, dict[str, float]()
         if base is not None:
             full = load_full_precision(base)
-            correlations = correlate(found.model, full.model)
             record = base_of(full)
+            correlations = correlate(found.model, full.model)
         save_quantized(
             found.model,
             found.tokenizer,
