@@ -46,6 +46,17 @@ def exl3_layer_format(
 
 def exl3_obstacle(layer: LayerFormat) -> str | None:
     """Why EXL3 cannot hold a layer, or None if it can."""
+    if (reason := _other_profile(layer)) is not None:
+        return f"{reason}; quantize the model again with 'softtrellis quantize --profile exl3'"
+    if layer.bias and layer.padded[0] != layer.out_features:
+        return (
+            f"it has a bias and {layer.out_features} output channels, no multiple of 128, and how "
+            "EXL3 pads a bias is not known"
+        )
+    return None
+
+
+def _other_profile(layer: LayerFormat) -> str | None:
     code = layer.code
     if code.name not in CODES:
         return f"its code is {code.name}, and EXL3 has {', '.join(CODES)}"
@@ -58,11 +69,6 @@ def exl3_obstacle(layer: LayerFormat) -> str | None:
     if (layer.multiple, layer.block) != (BLOCK, BLOCK):
         width = "full width" if layer.block is None else f"blocks of {layer.block}"
         return f"it is rotated in {width} and padded to multiples of {layer.multiple}, not of 128"
-    if layer.bias and layer.padded[0] != layer.out_features:
-        return (
-            f"it has a bias and {layer.out_features} output channels, no multiple of 128, and how "
-            "EXL3 pads a bias is not known"
-        )
     return None
 
 

@@ -121,8 +121,7 @@ def _check(
         obstacle = exl3_obstacle(layer.layer)
         if obstacle is not None:
             raise ValueError(
-                f"{name} cannot be written as EXL3: {obstacle}; quantize the model again with "
-                "'softtrellis quantize --profile exl3', or export it with --format dense"
+                f"{name} cannot be written as EXL3: {obstacle}, or export it with --format dense"
             )
     for name, module in model.named_modules():
         if isinstance(module, UnfusedExperts) or expert_layout(module) is not None:
