@@ -11,7 +11,19 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from softtrellis import __version__
-from softtrellis.cli import bench, env, evaluate, inspect, plan, quantize, quickstart, report, train
+from softtrellis.cli import (
+    bench,
+    env,
+    evaluate,
+    export,
+    import_,
+    inspect,
+    plan,
+    quantize,
+    quickstart,
+    report,
+    train,
+)
 from softtrellis.cli.common import UsageError
 from softtrellis.io.interrupts import Terminated, termination
 
@@ -34,7 +46,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"softtrellis {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (quickstart, quantize, plan, train, evaluate, inspect, report, bench, env):
+    work = quickstart, quantize, plan, train, evaluate
+    for module in (*work, inspect, export, import_, report, bench, env):
         module.add_parser(commands)
     return parser
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,14 @@ from softtrellis.io.manifest import (
     verify_files,
 )
 from softtrellis.io.model_card import model_card
+from softtrellis.io.model_files import (
+    assign_tensors,
+    config_of,
+    empty_model,
+    freeze_,
+    stored_tensors,
+    write_companions,
+)
 from softtrellis.io.sources import Source, fingerprint, load_source, quiet
 from softtrellis.modules.quantized_linear import QuantizedLinear
 from softtrellis.modules.replace import prepare_for_layers_, quantized_layers, replace_modules
@@ -110,25 +117,16 @@ def save_quantized(
         raise ValueError("the model has no quantized layer to save")
     formats = {name: layer.layer for name, layer in layers.items()}
     codes = codes_of(formats)
-    tensors = _stored_tensors(model)
+    tensors = stored_tensors(model)
     for layer in layers.values():
         table, key = _table(layer.layer.code, layer.codebook), _table_name(codes, layer.layer.code)
         if table is not None and not torch.equal(tensors.setdefault(key, table), table):
             raise ValueError(f"layers of the same code {layer.layer.code} have different tables")
     save_file(tensors, str(directory / WEIGHTS), metadata={"format": "pt"})
     (directory / WEIGHTS).chmod(0o644)
-    config = model.config.to_dict()
+    config = config_of(model)
     config["quantization_config"] = {"quant_method": FORMAT, "format_version": FORMAT_VERSION}
-    config["architectures"] = [type(model).__name__]
-    config.pop("_name_or_path", None)
-    write_json(directory / "config.json", json.loads(json.dumps(config, default=str)))
-    with quiet():
-        tokenizer.save_pretrained(directory)
-        if model.can_generate() and model.generation_config is not None:
-            model.generation_config.save_pretrained(directory)
-    if source_directory is not None:
-        for path in sorted(source_directory.glob("LICENSE*")):
-            shutil.copy2(path, directory / path.name)
+    write_companions(model, tokenizer, directory, config=config, source_directory=source_directory)
     card = model_card(base.name, base.licence, formats, provenance or {})
     (directory / "README.md").write_text(card, encoding="utf-8")
     files = {
@@ -139,18 +137,6 @@ def save_quantized(
     manifest = Manifest(base, formats, files, provenance or {})
     write_json(directory / MANIFEST, manifest_json(manifest))
     return manifest
-
-
-def _stored_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The state dictionary with tied tensors once, as contiguous CPU tensors."""
-    seen: set[int] = set()
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        if tensor.numel() and tensor.data_ptr() in seen:
-            continue
-        seen.add(tensor.data_ptr())
-        tensors[name] = tensor.detach().cpu().contiguous()
-    return tensors
 
 
 def _table_name(codes: list[TrellisCode], code: TrellisCode) -> str:
@@ -208,8 +194,6 @@ def load_quantized(path: str | Path, config: LoadConfig | None = None) -> PreTra
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
 
     config = config or LoadConfig()
     directory = Path(path)
@@ -225,11 +209,7 @@ def load_quantized(path: str | Path, config: LoadConfig | None = None) -> PreTra
         code: _codebook(code, tensors.pop(_table_name(codes, code), None)) for code in codes
     }
     settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    settings.pop("quantization_config", None)
-    model_type = settings.pop("model_type")
-    with quiet(), no_init_weights():
-        model_config = AutoConfig.for_model(model_type, **settings)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(model_config)  # type: ignore[no-untyped-call]
+    model = empty_model(settings)
     layers = manifest.layers
     try:
         prepare_for_layers_(model, layers)
@@ -238,7 +218,7 @@ def load_quantized(path: str | Path, config: LoadConfig | None = None) -> PreTra
             layers,
             lambda name, _: QuantizedLinear(layers[name], codebooks[layers[name].code]),
         )
-        missing = _assign(model, tensors)
+        missing = assign_tensors(model, tensors)
     except (AttributeError, RuntimeError) as error:
         reason = "".join(str(error).splitlines()[:2])
         raise CheckpointError(
@@ -249,21 +229,9 @@ def load_quantized(path: str | Path, config: LoadConfig | None = None) -> PreTra
         raise CheckpointError(
             f"{directory / WEIGHTS} lacks {missing[0]}; copy the checkpoint again"
         )
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
+    freeze_(model)
     model.to(torch.device(config.device))  # type: ignore[arg-type]
-    model.eval()  # type: ignore[no-untyped-call]
     return model
-
-
-def _assign(model: PreTrainedModel, tensors: dict[str, Tensor]) -> list[str]:
-    """Puts stored tensors in place; returns what the file lacks, ties aside."""
-    result = model.load_state_dict(tensors, strict=False, assign=True)
-    if result.unexpected_keys:
-        raise CheckpointError(f"the checkpoint holds an unknown tensor {result.unexpected_keys[0]}")
-    model.tie_weights()
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    return [name for name in result.missing_keys if name not in tied]
 
 
 def load_any(name: str, *, device: str = "cpu") -> Source:
@@ -307,7 +275,9 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     with quiet():
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            path, trust_remote_code=False
+        )
     return tokenizer
 
 

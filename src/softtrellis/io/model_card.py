@@ -59,3 +59,24 @@ def plain(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{k}={v}" for k, v in value.items())
     return str(value)
+
+
+def export_card(base: str, licence: str, form: str, provenance: Mapping[str, Any]) -> str:
+    """README.md of a model that was exported to another format."""
+    steps = "".join(f"- {name}: {plain(value)}\n" for name, value in provenance.items())
+    return f"""---
+license: {licence}
+base_model: {base}
+tags:
+- quantization
+- trellis-coded-quantization
+---
+
+# {base}, quantized
+
+{base} quantized with softtrellis (trellis-coded quantization) and exported: {form}. The licence
+of the base model ({licence}) applies.
+
+## How it was made
+
+{steps or "Not recorded."}"""

@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import torch
 from torch import nn
 
+from softtrellis.io.errors import first_line
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -196,7 +198,7 @@ def _load_directory(
         raise ValueError(f"'{directory}' is not a model in Hugging Face form: no config.json.")
     model, tokenizer = _from_pretrained(name, directory, dtype, {}, {})
     model.to(device)  # type: ignore[arg-type]
-    return Source(name, model, tokenizer, directory, _card_licence(directory))
+    return Source(name, model, tokenizer, directory, card_licence(directory))
 
 
 def _load_gguf(name: str, path: Path, dtype: torch.dtype, device: str | torch.device) -> Source:
@@ -235,7 +237,7 @@ def _from_pretrained(
                 directory, dtype=dtype, output_loading_info=True, **model_options
             )
     except Exception as error:  # the readers of damaged files raise errors of every kind
-        raise ValueError(f"Cannot load '{name}': {_first_line(error)}") from error
+        raise ValueError(f"Cannot load '{name}': {first_line(error)}") from error
     model, info = loaded
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
@@ -266,11 +268,12 @@ def _download(name: str) -> Path:
         ) from error
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise FileNotFoundError(
-            f"'{name}' is no local directory and cannot be had from the hub: {_first_line(error)}"
+            f"'{name}' is no local directory and cannot be had from the hub: {first_line(error)}"
         ) from error
 
 
-def _card_licence(directory: Path) -> str:
+def card_licence(directory: Path) -> str:
+    """The licence in the model card's front matter, or "unknown"."""
     card = directory / "README.md"
     if not card.is_file():
         return "unknown"
@@ -370,11 +373,6 @@ def _check(path: Path, sha256: str, by_hand: str) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 @contextmanager

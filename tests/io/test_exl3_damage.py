@@ -1,0 +1,248 @@
+"""EXL3 files from strangers: whatever is in them, they load, or a ValueError says why not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from softtrellis.io.checkpoint import WEIGHTS, base_of
+from softtrellis.io.exl3 import exl3_code, exl3_layer_format
+from softtrellis.io.exl3_export import RECORD, save_exl3
+from softtrellis.io.exl3_import import load_exl3
+from softtrellis.io.manifest import CheckpointError
+from softtrellis.io.sources import load_source
+from softtrellis.io.tensor_files import INDEX
+from softtrellis.modules.quantized_linear import QuantizedLinear
+from softtrellis.modules.replace import linear_names, replace_modules
+from softtrellis.recipes.exchange import import_from
+
+LAYER = "model.layers.0.mlp.down_proj"
+FILES = [WEIGHTS, "config.json", "tokenizer.json", "tokenizer_config.json", RECORD]
+FUZZ = settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+ODD: list[Any] = [
+    None,
+    True,
+    -1,
+    0,
+    1,
+    7,
+    10**6,
+    10**12,
+    2.5,
+    float("nan"),
+    "",
+    "x",
+    "../x",
+    [],
+    {},
+]
+ODD += [[1], {"a": 1}, "mul1", [None] * 3, {"rope_type": "yarn"}, 10**30]
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("exl3")
+
+
+@pytest.fixture
+def whole(shelf: Path, request: pytest.FixtureRequest) -> Path:
+    """A good model; copy it before changing it."""
+    if not (shelf / "whole").exists():
+        source = load_source(str(request.getfixturevalue("tiny_directory")))
+        base, code = base_of(source), exl3_code("mul1", 2)
+        codebook = code.codebook()
+
+        def make(_: str, linear: torch.nn.Module) -> QuantizedLinear:
+            size = linear.in_features, linear.out_features
+            return QuantizedLinear(exl3_layer_format(*size, code, bias=False), codebook)
+
+        replace_modules(source.model, linear_names(source.model), make)
+        (shelf / "whole").mkdir()
+        save_exl3(source.model, source.tokenizer, shelf / "whole", base=base)
+    return shelf / "whole"
+
+
+@contextmanager
+def copy_of(whole: Path) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as folder:
+        yield shutil.copytree(whole, Path(folder) / "model")
+
+
+def loads_or_says_why(directory: Path) -> None:
+    with suppress(ValueError):
+        load_exl3(directory)
+
+
+def edit(path: Path, **changes: Any) -> None:
+    value = json.loads(path.read_text("utf-8"))
+    path.write_text(json.dumps(value | changes), "utf-8")
+
+
+@FUZZ
+@given(file=st.sampled_from(FILES), data=st.data())
+def test_bytes(whole: Path, file: str, data: st.DataObject) -> None:
+    with copy_of(whole) as directory:
+        path = directory / file
+        content = bytearray(path.read_bytes())
+        # The start of a file is where its structure is.
+        where = data.draw(st.integers(0, len(content) - 1) | st.integers(0, 2000)) % len(content)
+        how = data.draw(st.sampled_from(["cut", "overwrite", "insert", "remove"]))
+        new = data.draw(st.binary(min_size=1, max_size=16))
+        if how == "cut":
+            content = content[:where]
+        elif how == "overwrite":
+            content[where : where + len(new)] = new
+        elif how == "insert":
+            content[where:where] = new
+        else:
+            del content[where : where + len(new)]
+        path.write_bytes(content)
+        loads_or_says_why(directory)
+
+
+@FUZZ
+@given(data=st.data())
+def test_tensors(whole: Path, data: st.DataObject) -> None:
+    tensors = load_file(whole / WEIGHTS)
+    name = data.draw(st.sampled_from(sorted(tensors)))
+    tensor = tensors.pop(name)
+    dtypes = [torch.float16, torch.float64, torch.int16, torch.int32, torch.bool, torch.float8_e5m2]
+    change = data.draw(
+        st.sampled_from(["remove", "rename", "shape", "dtype", "flat", "nan", "empty", "bits"])
+    )
+    if change == "rename":
+        other = data.draw(st.sampled_from([*tensors, "", "x", ".trellis", "lm_head.trellis"]))
+        tensors[other] = tensor
+    elif change == "shape":
+        shape = data.draw(st.lists(st.integers(0, 40), max_size=4))
+        tensors[name] = torch.zeros(shape, dtype=tensor.dtype)
+    elif change == "dtype":
+        tensors[name] = tensor.float().to(data.draw(st.sampled_from(dtypes)))
+    elif change == "flat":
+        tensors[name] = tensor.flatten()
+    elif change == "nan" and tensor.is_floating_point():
+        tensors[name] = torch.full_like(tensor, float(data.draw(st.sampled_from(["nan", "inf"]))))
+    elif change == "empty":
+        tensors[name] = tensor.new_zeros(0)
+    elif change == "bits" and tensor.ndim:
+        last = data.draw(st.integers(0, 200))
+        tensors[name] = torch.zeros(*tensor.shape[:-1], last, dtype=tensor.dtype)
+    with copy_of(whole) as directory:
+        save_file(tensors, directory / WEIGHTS)
+        loads_or_says_why(directory)
+
+
+@FUZZ
+@given(data=st.data(), value=st.sampled_from(ODD))
+def test_settings(whole: Path, data: st.DataObject, value: Any) -> None:
+    file = data.draw(st.sampled_from(["config.json", "config.json", RECORD]))
+    known = json.loads((whole / file).read_text("utf-8"))
+    keys = [*known, "partial_rotary_factor", "attn_implementation", "rope_scaling"]
+    key = data.draw(st.sampled_from(keys))
+    if isinstance(known.get(key), dict) and known[key] and data.draw(st.booleans()):
+        inner = data.draw(st.sampled_from(sorted(known[key])))
+        value = known[key] | {inner: value}
+    with copy_of(whole) as directory:
+        edit(directory / file, **{key: value})
+        loads_or_says_why(directory)
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["../model.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", 7, None, "x\\y", []],
+)
+def test_an_index_that_leads_elsewhere(whole: Path, tmp_path: Path, file: Any) -> None:
+    directory = shutil.copytree(whole, tmp_path / "model")
+    shutil.copy(whole / WEIGHTS, tmp_path / WEIGHTS)
+    (directory / INDEX).write_text(json.dumps({"weight_map": {f"{LAYER}.trellis": file}}), "utf-8")
+    with pytest.raises(CheckpointError, match="no safetensors file beside"):
+        load_exl3(directory)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ("[]", "holds no JSON object"),
+        ("{", "damaged"),
+        ("{}", "lists no tensors"),
+        ('{"weight_map": {"x": "model.safetensors"}}', "lacks x"),
+        ('{"weight_map": {"x": "other.safetensors"}}', r"other\.safetensors is missing"),
+        ("[" * 100_000, "damaged"),
+    ],
+)
+def test_a_damaged_index(whole: Path, tmp_path: Path, index: str, message: str) -> None:
+    directory = shutil.copytree(whole, tmp_path / "model")
+    (directory / INDEX).write_text(index, "utf-8")
+    with pytest.raises(CheckpointError, match=message):
+        load_exl3(directory)
+
+
+def test_weights_in_several_files(whole: Path, tmp_path: Path) -> None:
+    directory = shutil.copytree(whole, tmp_path / "model")
+    tensors = load_file(directory / WEIGHTS)
+    (directory / WEIGHTS).unlink()
+    names = sorted(tensors)
+    parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, listed in parts.items():
+        save_file({name: tensors[name] for name in listed}, directory / file)
+    index = {name: file for file, listed in parts.items() for name in listed}
+    (directory / INDEX).write_text(json.dumps({"weight_map": index}), "utf-8")
+    expected, found = load_exl3(whole).model, load_exl3(directory).model
+    assert all(map(torch.equal, found.state_dict().values(), expected.state_dict().values()))
+    save_file(tensors, directory / "b.safetensors")
+    with pytest.raises(CheckpointError, match="in two files"):
+        load_exl3(directory)
+
+
+@pytest.mark.parametrize("damage", ["template", "trellis", "record", "licence"])
+def test_nothing_is_written_elsewhere(whole: Path, tmp_path: Path, damage: str) -> None:
+    directory = shutil.copytree(whole, tmp_path / "model")
+    (tmp_path / "secret").write_text("secret", "utf-8")
+    if damage == "template":
+        (directory / "chat_template.jinja").unlink()
+        templates = [{"name": name, "template": "x"} for name in ("default", "../../../../evil")]
+        edit(directory / "tokenizer_config.json", chat_template=templates)
+    elif damage == "trellis":
+        tensors = load_file(directory / WEIGHTS)
+        tensors["../../evil.trellis"] = tensors.pop(f"{LAYER}.trellis")
+        save_file(tensors, directory / WEIGHTS)
+    elif damage == "record":
+        edit(directory / RECORD, base={"name": "../evil\n", "fingerprint": "", "licence": ""})
+    else:
+        (directory / "LICENSE").symlink_to(tmp_path / "secret")
+        (directory / "LICENSES").mkdir()
+    before = {path for path in tmp_path.rglob("*") if "out" not in path.parts}
+    if damage == "licence":
+        import_from(directory, tmp_path / "in" / "out")
+        assert not (tmp_path / "in" / "out" / "LICENSE").exists(), "the link is not followed"
+        return
+    with pytest.raises(CheckpointError):
+        import_from(directory, tmp_path / "in" / "out")
+    assert set(tmp_path.rglob("*")) - {tmp_path / "in"} == before
+
+
+def test_code_in_a_model_is_not_run(whole: Path, tmp_path: Path) -> None:
+    directory = shutil.copytree(whole, tmp_path / "model")
+    (directory / "evil.py").write_text("raise SystemExit('run')", "utf-8")
+    names = {"AutoConfig": "evil.X", "AutoModelForCausalLM": "evil.X"}
+    edit(directory / "config.json", auto_map=names, _attn_implementation="someone/kernel")
+    edit(directory / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.X", None]})
+    with suppress(CheckpointError):  # the tokenizer may be refused
+        found = load_exl3(directory)
+        assert found.model.config._attn_implementation != "someone/kernel"
