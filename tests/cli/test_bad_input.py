@@ -349,7 +349,10 @@ def test_texts(
         ["train", checkpoint, "--teacher", model, "-o", tmp_path / "out", *TRAIN],
         ["eval", model, "--ctx", "32"],
     ):
-        assert refused(*command, "--data", path, code=1).startswith(message.format(path))
+        expected = message.format(path)
+        if command[0] == "train" and content == b"short":
+            expected = "Of the part that is trained on: The text has 4 tokens, less than"
+        assert refused(*command, "--data", path, code=1).startswith(expected)
     assert contents(tmp_path) == before
     assert not (tmp_path / "out").exists()
 

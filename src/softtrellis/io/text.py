@@ -187,11 +187,13 @@ def train_and_held_out_windows(
         ours, others = hold_out(documents, held_out_documents)
         training += ours
         held_out += others
-    windows = token_windows(tokenizer, training, ctx, limit=limit)
+    part = "trained on"
     try:
+        windows = token_windows(tokenizer, training, ctx, limit=limit)
+        part = "held out"
         return windows, token_windows(tokenizer, held_out, ctx, limit=held_out_windows)
     except ValueError as error:
-        raise ValueError(f"Of the part that is held out: {error}") from error
+        raise ValueError(f"Of the part that is {part}: {error}") from error
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, document: str, wanted: int | None) -> list[int]:
