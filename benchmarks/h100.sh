@@ -13,3 +13,5 @@ bench default
 bench encode_v2 --code hyb --operation viterbi --tiles 36,108,512,10000
 bench encode_v1 --code mul1 --operation viterbi --tiles 36,108,512,10000
 bench layers --code hyb --operation forward-backward --temperature 0.05 --tiles 237568,414720
+bench L14 --code hyb --L 14 --operation forward-backward
+bench L12 --code hyb --L 12 --operation forward-backward
