@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 from cuda_graph import capture
 from torch import Tensor
 
-from softtrellis.modules import decode_triton
+from softtrellis.modules import decode_cuda, decode_triton
 from softtrellis.modules.decode import CodeValues, decode, decode_matmul
 from softtrellis.modules.quantized_linear import LayerFormat, QuantizedLinear
 from softtrellis.quantizers.hard import TrellisCode
@@ -192,8 +192,24 @@ def test_who_computes() -> None:
         with_backend(module, "triton")(x.requires_grad_())
     with pytest.raises(ValueError, match="float16, bfloat16 or float32"):
         module(x.detach().double())
-    with pytest.raises(ValueError, match="unknown backend 'cuda'"):
-        with_backend(module, "cuda")(x.detach())
+    with pytest.raises(ValueError, match="unknown backend 'fast'"):
+        with_backend(module, "fast")(x.detach())
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="says what is missing without a GPU")
+def test_cuda_without_a_gpu() -> None:
+    module = with_backend(random_layer(LAYERS["padded"]), "cuda")
+    with pytest.raises(ValueError, match="needs a CUDA device"):
+        module(torch.zeros(1, 172))
+
+
+def test_every_unit_of_work_has_its_share() -> None:
+    for octets, groups, grid in ((1, 1, 1), (3, 5, 4), (86, 64, 132), (16, 128, 132), (5, 2, 10)):
+        units = octets * groups
+        owner = [b for b in range(grid) for _ in range(b * units // grid, (b + 1) * units // grid)]
+        rows = [owner[i * groups : (i + 1) * groups] for i in range(octets)]
+        most = max(row[-1] - row[0] + 1 for row in rows)
+        assert decode_cuda.shares(octets, groups, grid) == most
 
 
 def test_codes_of_another_shape() -> None:
@@ -214,7 +230,21 @@ def test_layer_at_full_size(shape: tuple[int, int], rows: int) -> None:
     exact = with_backend(module, "torch")(x.float())
     ours = with_backend(module, "auto")(x)
     assert relative(ours.float(), exact) < 5e-3
-    assert torch.equal(with_backend(module, "triton")(x), ours)
+    again = with_backend(module, "auto")(x)
+    assert torch.equal(again, ours)
+    assert relative(with_backend(module, "triton")(x).float(), exact) < 5e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", range(1, 17))
+@pytest.mark.parametrize("code", [CODES[1], CODES[7]], ids=name_of)
+def test_product_in_cuda(code: TrellisCode, rows: int) -> None:
+    for out, inputs in ((16, 16), (48, 80), (272, 320), (1536, 576)):
+        codes, values = random_codes(out, inputs, 2), values_of(code)
+        x = torch.randn(rows, inputs, device=DEVICE).half()
+        exact = decode_matmul(x, codes, values, code, out, backend="torch")
+        ours = decode_matmul(x, codes, values, code, out, backend="cuda")
+        assert relative(ours, exact) < 1e-3
 
 
 @pytest.mark.gpu
@@ -223,8 +253,8 @@ def test_product_at_full_size(code: TrellisCode) -> None:
     codes, values = random_codes(2048, 8192, code.spec.k), values_of(code)
     x = torch.randn(16, 8192, device=DEVICE).half()
     exact = decode_matmul(x, codes, values, code, 2048, backend="torch")
-    for rows in (1, 16):
-        ours = decode_matmul(x[:rows], codes, values, code, 2048, backend="triton")
+    for backend, rows in ((b, r) for b in ("triton", "cuda") for r in (1, 8, 16)):
+        ours = decode_matmul(x[:rows], codes, values, code, 2048, backend=backend)  # type: ignore[arg-type]
         assert relative(ours, exact[:rows]) < 1e-3
 
 

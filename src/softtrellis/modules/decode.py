@@ -11,6 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from softtrellis.backend import why_no_cuda
 from softtrellis.codes.codebook import codebook
 from softtrellis.codes.hybrid import TABLE_ROWS, Flip
 from softtrellis.quantizers.hard import TrellisCode
@@ -18,7 +19,8 @@ from softtrellis.quantizers.tiling import TileOrder
 from softtrellis.spec import TrellisSpec
 from softtrellis.trellis.packing import unpack, words_per_tile
 
-DecodeBackend = Literal["auto", "torch", "triton"]
+DecodeBackend = Literal["auto", "torch", "triton", "cuda"]
+ResolvedDecodeBackend = Literal["torch", "triton", "cuda"]
 
 FUSED_ROWS = 16
 """Most rows of x that the fused kernel takes; for more, the matrix is decoded to memory first."""
@@ -26,35 +28,44 @@ FUSED_ROWS = 16
 _ONE_MAD_STEP = 147.800537109375
 
 
-def resolve_decode_backend(backend: DecodeBackend, x: Tensor) -> Literal["torch", "triton"]:
+def resolve_decode_backend(backend: DecodeBackend, x: Tensor) -> ResolvedDecodeBackend:
     """Who multiplies these activations, or why the one asked for cannot.
 
-    ``"auto"`` is ``"triton"`` for float16 and bfloat16 activations on a CUDA device, ``"torch"``
-    elsewhere: the fused kernels multiply in float16 and add in float32.
+    For float16 and bfloat16 activations on a CUDA device ``"auto"`` is ``"cuda"`` where that can
+    run and ``"triton"`` elsewhere; it is ``"torch"`` for all others, as the kernels multiply in
+    float16 and add in float32. ``"cuda"`` is CUDA C++ for HYB and EXL3's mul1 at L = 16 and k = 2,
+    and Triton for what that leaves.
 
     Raises:
         ValueError: an unknown name, or activations that the backend does not take.
-        RuntimeError: Triton is not installed.
+        RuntimeError: a backend whose package is not installed, or that this GPU cannot run.
     """
     if backend not in get_args(DecodeBackend):
         names = ", ".join(get_args(DecodeBackend))
         raise ValueError(f"unknown backend {backend!r}; use one of {names}")
-    half = x.dtype in (torch.float16, torch.bfloat16)
-    if backend == "torch" or (backend == "auto" and not (x.is_cuda and half)):
-        return "torch"
+    if backend == "auto":
+        if not x.is_cuda or x.dtype not in (torch.float16, torch.bfloat16):
+            return "torch"
+        backend = "triton" if _why_no_cuda(x.device) else "cuda"
+    if backend == "torch":
+        return backend
     if x.dtype == torch.float64 or not x.is_floating_point():
         raise ValueError(
-            f"backend 'triton' takes float16, bfloat16 or float32 activations, got {x.dtype}; "
+            f"backend {backend!r} takes float16, bfloat16 or float32 activations, got {x.dtype}; "
             "use backend='torch'"
         )
     if find_spec("triton") is None:
-        raise RuntimeError("backend 'triton' needs triton: pip install 'softtrellis[triton]'")
-    if not x.is_cuda and not _interpreted():
+        raise RuntimeError(
+            f"backend {backend!r} needs triton: pip install 'softtrellis[{backend}]'"
+        )
+    if not x.is_cuda and not (backend == "triton" and _interpreted()):
         raise ValueError(
-            f"backend 'triton' needs a CUDA device, and the activations are on {x.device}; move "
+            f"backend {backend!r} needs a CUDA device, and the activations are on {x.device}; move "
             "them and the layer to one, or use backend='torch'"
         )
-    return "triton"
+    if backend == "cuda" and (reason := _why_no_cuda(x.device)):
+        raise RuntimeError(f"backend 'cuda' {reason}")
+    return backend
 
 
 def _read_interpreted() -> bool:
@@ -65,6 +76,10 @@ def _read_interpreted() -> bool:
 
 _interpreted: Callable[[], bool] = torch.compiler.assume_constant_result(_read_interpreted)
 """Whether Triton runs its kernels in its interpreter, on the CPU (TRITON_INTERPRET=1)."""
+
+_why_no_cuda: Callable[[torch.device], str | None] = torch.compiler.assume_constant_result(
+    why_no_cuda
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,8 +148,8 @@ def decode_matmul(
 ) -> Tensor:
     """Multiplies with the latent matrix of packed codes: ``x @ decode(codes).T``.
 
-    The reference decodes the matrix in float32. "triton" rounds x and the values to float16 and
-    adds in float32; up to 16 rows of x it never writes the matrix to memory. Runs under
+    The reference decodes the matrix in float32. The kernels round x and the values to float16 and
+    add in float32; up to 16 rows of x they never write the matrix to memory. Runs under
     ``torch.compile``, and inside a CUDA graph once it has run before it. Not differentiable.
 
     Args:
@@ -143,7 +158,7 @@ def decode_matmul(
         values: of the code.
         code: how the matrix was written.
         out_features: rows of the matrix, a multiple of 16.
-        backend: "auto", "torch" or "triton"; see ``resolve_decode_backend``.
+        backend: "auto", "torch", "triton" or "cuda"; see ``resolve_decode_backend``.
 
     Returns:
         float32 [..., out].
@@ -158,12 +173,14 @@ def decode_matmul(
             f"{list(codes.shape)} codes do not hold a matrix {out_features}x{inputs} of "
             f"k={code.spec.k}; both dimensions must be multiples of 16"
         )
-    if resolve_decode_backend(backend, x) == "torch":
+    resolved = resolve_decode_backend(backend, x)
+    if resolved == "torch":
         matrix = decode(codes, values.codebook, code, out_features, inputs)
         return torch.nn.functional.linear(x.to(matrix.dtype), matrix)
     y: Tensor = torch.ops.softtrellis.decode_matmul(
-        x.reshape(-1, inputs), codes, values.table, values.factor, out_features, *_fields(code)
-    )
+        x.reshape(-1, inputs), codes, values.table, values.factor, out_features,
+        *_fields(code), resolved,
+    )  # fmt: skip
     return y.reshape(*x.shape[:-1], out_features)
 
 
@@ -182,6 +199,7 @@ def quantized_linear(
     out_features: int,
     multiple: int,
     block: int | None,
+    backend: ResolvedDecodeBackend,
 ) -> Tensor:
     """A whole quantized layer on a GPU: the activations are rotated, not the weight.
 
@@ -195,6 +213,7 @@ def quantized_linear(
         scale, in_signs, out_signs, in_scale, out_scale, bias: buffers of ``QuantizedLinear``.
         out_features: outputs, before padding.
         multiple, block: of the rotation, see ``Incoherence``.
+        backend: "triton" or "cuda", which multiplies.
 
     Returns:
         [..., out_features], x's dtype.
@@ -202,6 +221,7 @@ def quantized_linear(
     y: Tensor = torch.ops.softtrellis.quantized_linear(
         x.reshape(-1, x.shape[-1]), codes, values.table, scale, in_signs, out_signs, in_scale,
         out_scale, bias, values.factor, out_features, multiple, block, *_fields(code),
+        backend,
     )  # fmt: skip
     return y.reshape(*x.shape[:-1], out_features)
 
@@ -217,7 +237,7 @@ def _code(
     return TrellisCode(TrellisSpec(L, k, V), name, flip, order=order)
 
 
-_CODE = "str name, int L, int k, int V, str order"
+_CODE = "str name, int L, int k, int V, str order, str backend"
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 torch.library.define(
     "softtrellis::decode_matmul",
@@ -233,14 +253,23 @@ torch.library.define(
 )
 
 
-def _partial(x: Tensor, codes: Tensor, table: Tensor, code: TrellisCode, out: int) -> Tensor:
+def _partial(
+    x: Tensor,
+    codes: Tensor,
+    table: Tensor,
+    code: TrellisCode,
+    out: int,
+    backend: ResolvedDecodeBackend,
+) -> Tensor:
     """float32 [splits, B, out]; see ``decode_triton.multiply``."""
-    from softtrellis.modules import decode_triton
+    from softtrellis.modules import decode_cuda, decode_triton
 
-    if x.shape[0] <= FUSED_ROWS:
-        return decode_triton.multiply(x, codes, table, code, out)
-    matrix = decode_triton.decode(codes, table, code, out, x.shape[1], torch.float16)
-    return torch.matmul(x, matrix.T).float().unsqueeze(0)
+    if x.shape[0] > FUSED_ROWS:
+        matrix = decode_triton.decode(codes, table, code, out, x.shape[1], torch.float16)
+        return torch.matmul(x, matrix.T).float().unsqueeze(0)
+    if backend == "cuda" and decode_cuda.runs(code):
+        return decode_cuda.multiply(x, codes, table, code, out)
+    return decode_triton.multiply(x, codes, table, code, out)
 
 
 @torch.library.impl("softtrellis::decode_matmul", "default")
@@ -255,12 +284,13 @@ def _decode_matmul_op(
     k: int,
     V: int,
     order: TileOrder,
+    backend: ResolvedDecodeBackend,
 ) -> Tensor:
     code = _code(name, L, k, V, order)
     if x.shape[0] == 0:
         return x.new_empty(0, out, dtype=torch.float32)
     halves = x.to(torch.float16).contiguous()
-    return _partial(halves, codes.contiguous(), table, code, out).sum(0) * factor
+    return _partial(halves, codes.contiguous(), table, code, out, backend).sum(0) * factor
 
 
 @torch.library.impl("softtrellis::quantized_linear", "default")
@@ -283,6 +313,7 @@ def _quantized_linear_op(
     k: int,
     V: int,
     order: TileOrder,
+    backend: ResolvedDecodeBackend,
 ) -> Tensor:
     from softtrellis.transforms import rotation_triton
     from softtrellis.transforms.incoherence import padded_size
@@ -293,7 +324,8 @@ def _quantized_linear_op(
         x.contiguous(), in_signs, in_scale, multiple=multiple, block=block
     )
     code = _code(name, L, k, V, order)
-    partial = _partial(rotated, codes.contiguous(), table, code, padded_size(out, multiple))
+    width = padded_size(out, multiple)
+    partial = _partial(rotated, codes.contiguous(), table, code, width, backend)
     return rotation_triton.unrotate_output(
         partial, norms, out_signs, scale, out_scale, bias,
         features=out, factor=factor, dtype=x.dtype, block=block,

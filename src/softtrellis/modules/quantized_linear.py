@@ -11,6 +11,7 @@ from torch.nn import functional
 from softtrellis.modules.decode import (
     CodeValues,
     DecodeBackend,
+    ResolvedDecodeBackend,
     code_factor,
     decode_table,
     quantized_linear,
@@ -75,11 +76,11 @@ class QuantizedLinear(nn.Module):
 
     The buffers are all that a checkpoint stores of the layer. ``forward`` decodes the weight and
     multiplies with it ("torch"), or leaves the weight packed and rotates the activations instead
-    ("triton", ``decode.quantized_linear``).
+    ("triton" and "cuda", ``decode.quantized_linear``).
 
     Attributes:
         layer: the layer's format.
-        backend: who computes ``forward``: "torch", "triton", or "auto", which takes "triton" for
+        backend: who computes ``forward``, see ``resolve_decode_backend``; "auto" takes a kernel for
             float16 and bfloat16 activations on a CUDA device that need no gradient.
 
     Buffers:
@@ -199,7 +200,8 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]; see ``resolve_decode_backend`` for errors."""
-        if self._backend_for(x) == "torch":
+        backend = self._backend_for(x)
+        if backend == "torch":
             return functional.linear(x, self.weight().to(x.dtype), self.bias)
         return quantized_linear(
             x,
@@ -215,14 +217,15 @@ class QuantizedLinear(nn.Module):
             out_features=self.layer.out_features,
             multiple=self.layer.multiple,
             block=self.layer.block,
+            backend=backend,
         )
 
-    def _backend_for(self, x: Tensor) -> DecodeBackend:
+    def _backend_for(self, x: Tensor) -> ResolvedDecodeBackend:
         if not (torch.is_grad_enabled() and x.requires_grad):
             return resolve_decode_backend(self.backend, x)
-        if self.backend == "triton":
+        if self.backend in ("triton", "cuda"):
             raise ValueError(
-                "backend 'triton' has no gradient for the activations; "
+                f"backend {self.backend!r} has no gradient for the activations; "
                 "run it under torch.no_grad(), or use backend='torch'"
             )
         return "torch"

@@ -21,6 +21,7 @@ from softtrellis.transforms.incoherence import padded_size
 
 _LEFT_ROWS = 16
 _LEFT_COLUMNS = 64
+_WARPS = 4
 _NORM_CHANNELS = 8192
 
 
@@ -183,7 +184,7 @@ def _launch(
             CHANNELS=min(_NORM_CHANNELS, triton.next_power_of_2(features)),
             SCALES=scales is not None,
             BIAS=bias is not None,
-            num_warps=4,
+            num_warps=_WARPS,
         )
 
 
