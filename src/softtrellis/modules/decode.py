@@ -260,6 +260,8 @@ def _partial(
     code: TrellisCode,
     out: int,
     backend: ResolvedDecodeBackend,
+    *,
+    overlap: bool = False,
 ) -> Tensor:
     """float32 [splits, B, out]; see ``decode_triton.multiply``."""
     from softtrellis.modules import decode_cuda, decode_triton
@@ -268,7 +270,7 @@ def _partial(
         matrix = decode_triton.decode(codes, table, code, out, x.shape[1], torch.float16)
         return torch.matmul(x, matrix.T).float().unsqueeze(0)
     if backend == "cuda" and decode_cuda.runs(code):
-        return decode_cuda.multiply(x, codes, table, code, out)
+        return decode_cuda.multiply(x, codes, table, code, out, overlap=overlap)
     return decode_triton.multiply(x, codes, table, code, out)
 
 
@@ -320,12 +322,13 @@ def _quantized_linear_op(
 
     if x.shape[0] == 0:
         return x.new_empty(0, out)
+    codes = codes.contiguous()  # before the rotation, which the product may overlap
     rotated, norms = rotation_triton.rotate_input(
         x.contiguous(), in_signs, in_scale, multiple=multiple, block=block
     )
     code = _code(name, L, k, V, order)
     width = padded_size(out, multiple)
-    partial = _partial(rotated, codes.contiguous(), table, code, width, backend)
+    partial = _partial(rotated, codes, table, code, width, backend, overlap=True)
     return rotation_triton.unrotate_output(
         partial, norms, out_signs, scale, out_scale, bias,
         features=out, factor=factor, dtype=x.dtype, block=block,

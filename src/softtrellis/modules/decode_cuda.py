@@ -41,7 +41,9 @@ def shares(octets: int, groups: int, grid: int) -> int:
     return max(block_of(first + groups - 1) - block_of(first) + 1 for first in firsts)
 
 
-def multiply(x: Tensor, codes: Tensor, table: Tensor, code: TrellisCode, out: int) -> Tensor:
+def multiply(
+    x: Tensor, codes: Tensor, table: Tensor, code: TrellisCode, out: int, *, overlap: bool = False
+) -> Tensor:
     """``decode_triton.multiply`` for the codes that ``runs`` names.
 
     Args:
@@ -50,6 +52,7 @@ def multiply(x: Tensor, codes: Tensor, table: Tensor, code: TrellisCode, out: in
         table: int32, as ``decode_table`` makes it.
         code: how the matrix was written.
         out: rows of the matrix, a multiple of 16.
+        overlap: start while the kernel before it ends; only where that kernel makes nothing but x.
 
     Returns:
         float32 [shares, B, out], to be summed over the first dimension.
@@ -68,5 +71,6 @@ def multiply(x: Tensor, codes: Tensor, table: Tensor, code: TrellisCode, out: in
         x.device,
         [*aligned, table, partial],
         [batch, out // 16, inputs // 16, count],
+        overlap=overlap and aligned[1] is codes,  # a copy of the codes would be the kernel before
     )
     return partial

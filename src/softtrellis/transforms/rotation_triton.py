@@ -9,12 +9,13 @@ one row of activations and a few rows of A: two small matrix products, whose oth
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from softtrellis.transforms.hadamard import hadamard_blocks, kronecker_factors
 from softtrellis.transforms.incoherence import padded_size
@@ -72,9 +73,18 @@ def _rotate(
     features, width, first, splits, factor,
     A: tl.constexpr, B: tl.constexpr, INPUT: tl.constexpr, LEFT: tl.constexpr,
     ROWS: tl.constexpr, STEP: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
-    SCALES: tl.constexpr, BIAS: tl.constexpr,
+    SCALES: tl.constexpr, BIAS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Channels first .. first + A B of one row: into the rotated basis (INPUT) or out of it."""
+    """Channels first .. first + A B of one row: into the rotated basis (INPUT) or out of it.
+
+    With OVERLAP the kernel after the first rotation may begin early, and the last rotation begins
+    before the product has ended and waits for it.
+    """
+    if OVERLAP:
+        if INPUT:
+            gdc_launch_dependents()
+        else:
+            gdc_wait()
     row, batch = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     out_row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
     column, step = tl.arange(0, COLUMNS)[None, :], tl.arange(0, STEP)
@@ -153,7 +163,9 @@ def _launch(
     splits: int,
     factor: float,
 ) -> None:
-    for first, order, count, full in _parts(width, block):
+    parts = _parts(width, block)
+    overlap = len(parts) == 1 and _can_overlap(source.device)
+    for first, order, count, full in parts:
         left, right = _factors(order, source.device)
         if not full:  # I (x) H_block, whose factors are small: one matrix
             right = _whole(order, source.device)
@@ -184,8 +196,18 @@ def _launch(
             CHANNELS=min(_NORM_CHANNELS, triton.next_power_of_2(features)),
             SCALES=scales is not None,
             BIAS=bias is not None,
+            OVERLAP=overlap,
             num_warps=_WARPS,
+            **({"launch_pdl": True} if overlap and splits > 0 else {}),
         )
+
+
+@cache
+def _can_overlap(device: torch.device) -> bool:
+    """Whether the GPU has programmatic dependent launches: NVIDIA's from Hopper on."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @lru_cache(maxsize=16)

@@ -89,6 +89,8 @@ __device__ __forceinline__ void multiply(const Parameters &p) {
         }
         __syncthreads();
     }
+    wait_for_the_kernel_before();  // which writes x; codes and table were there
+    let_the_next_kernel_begin();
     while (first < end) {
         const int octet = first / groups;
         float total[ROWS8][8][4] = {};
@@ -99,8 +101,8 @@ __device__ __forceinline__ void multiply(const Parameters &p) {
             for (int r = 0; r < ROWS8; ++r) {
                 const bool valid = in_block < p.in_blocks && r * 8 + g < p.batch;
                 const uint4 *from = p.x + ((long long)(r * 8 + g) * p.in_blocks + in_block) * 2;
-                x[r][0] = valid ? __ldg(from) : make_uint4(0, 0, 0, 0);
-                x[r][1] = valid ? __ldg(from + 1) : make_uint4(0, 0, 0, 0);
+                x[r][0] = valid ? from[0] : make_uint4(0, 0, 0, 0);
+                x[r][1] = valid ? from[1] : make_uint4(0, 0, 0, 0);
             }
             u32 words[WORDS];
 #pragma unroll
