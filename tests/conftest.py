@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
+
 from softtrellis.io.sources import EMBEDDED, Source, fetch_smollm2, load_source
 
 if TYPE_CHECKING:

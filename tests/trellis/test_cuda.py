@@ -25,7 +25,7 @@ CODES = [
     ("1mad", SCALAR),
     ("gaussian", SCALAR),
 ]
-SOURCES = ("bcjr_hyb.cu", "bcjr_scalar.cu", "viterbi_hyb.cu", "viterbi_scalar.cu")
+SOURCES = ("bcjr_hyb.cu", "bcjr_scalar.cu", "viterbi_hyb.cu", "viterbi_scalar.cu", "decode.cu")
 
 
 def table_of(code: str, spec: TrellisSpec) -> Tensor:

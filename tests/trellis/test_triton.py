@@ -6,14 +6,11 @@ Every uninitialised tensor is filled with NaN first, so that what a kernel forge
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
 pytest.importorskip("triton")
 
 from softtrellis.codes.codebook import codebook

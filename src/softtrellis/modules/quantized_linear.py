@@ -8,6 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from softtrellis.modules.decode import (
+    CodeValues,
+    DecodeBackend,
+    ResolvedDecodeBackend,
+    code_factor,
+    decode_table,
+    quantized_linear,
+    resolve_decode_backend,
+)
 from softtrellis.quantizers.basis import WeightBasis
 from softtrellis.quantizers.hard import TrellisCode
 from softtrellis.transforms.incoherence import Incoherence, pack_signs, padded_size, unpack_signs
@@ -65,7 +74,14 @@ class LayerFormat:
 class QuantizedLinear(nn.Module):
     """A linear layer whose weight is stored as tail-biting trellis paths.
 
-    ``forward`` decodes the weight; the buffers are all that a checkpoint stores of the layer.
+    The buffers are all that a checkpoint stores of the layer. ``forward`` decodes the weight and
+    multiplies with it ("torch"), or leaves the weight packed and rotates the activations instead
+    ("triton" and "cuda", ``decode.quantized_linear``).
+
+    Attributes:
+        layer: the layer's format.
+        backend: who computes ``forward``, see ``resolve_decode_backend``; "auto" takes a kernel for
+            float16 and bfloat16 activations on a CUDA device that need no gradient.
 
     Buffers:
         codes: int16 [tiles, words], see ``pack``.
@@ -75,6 +91,7 @@ class QuantizedLinear(nn.Module):
         in_scale: float16 [in_features], with input scales only.
         bias: [out_features], where the layer has one.
         codebook: float32 [S, V]; shared between layers and not stored with each.
+        table: int32, the codebook as the kernels read it, see ``CodeValues``; not stored.
     """
 
     codes: Tensor
@@ -85,10 +102,15 @@ class QuantizedLinear(nn.Module):
     in_scale: Tensor | None
     bias: Tensor | None
     codebook: Tensor
+    table: Tensor
 
-    def __init__(self, layer: LayerFormat, codebook: Tensor) -> None:
+    def __init__(
+        self, layer: LayerFormat, codebook: Tensor, backend: DecodeBackend = "auto"
+    ) -> None:
         super().__init__()
         self.layer = layer
+        self.backend: DecodeBackend = backend
+        self._factor = code_factor(layer.code)
         spec, (rows, columns) = layer.code.spec, layer.padded
         words = words_per_tile(spec, spec.steps())
         self.register_buffer("codes", torch.zeros(layer.tiles, words, dtype=torch.int16))
@@ -101,6 +123,7 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("in_scale", inputs if layer.in_scales else None)
         self.register_buffer("bias", torch.zeros(layer.out_features) if layer.bias else None)
         self.register_buffer("codebook", codebook, persistent=False)
+        self.register_buffer("table", decode_table(layer.code, codebook), persistent=False)
 
     @classmethod
     def from_states(
@@ -167,12 +190,45 @@ class QuantizedLinear(nn.Module):
         self.in_scale = in_scale.detach().to(torch.float16)
         self.out_scale = out_scale.detach().to(torch.float16)
 
+    def set_codebook(self, codebook: Tensor) -> None:
+        """Gives the layer other values, float32 [S, V], such as those of a table after training."""
+        self.codebook = codebook
+        self.table = decode_table(self.layer.code, codebook)
+
     def _latent(self) -> Tensor:
         return self.layer.code.decode(self.states(), self.codebook, *self.layer.padded)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in_features] to [..., out_features]."""
-        return functional.linear(x, self.weight().to(x.dtype), self.bias)
+        """[..., in_features] to [..., out_features]; see ``resolve_decode_backend`` for errors."""
+        backend = self._backend_for(x)
+        if backend == "torch":
+            return functional.linear(x, self.weight().to(x.dtype), self.bias)
+        return quantized_linear(
+            x,
+            self.codes,
+            CodeValues(self.codebook, self.table, self._factor),
+            self.layer.code,
+            scale=self.scale,
+            in_signs=self.in_signs,
+            out_signs=self.out_signs,
+            in_scale=self.in_scale,
+            out_scale=self.out_scale,
+            bias=self.bias,
+            out_features=self.layer.out_features,
+            multiple=self.layer.multiple,
+            block=self.layer.block,
+            backend=backend,
+        )
+
+    def _backend_for(self, x: Tensor) -> ResolvedDecodeBackend:
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return resolve_decode_backend(self.backend, x)
+        if self.backend in ("triton", "cuda"):
+            raise ValueError(
+                f"backend {self.backend!r} has no gradient for the activations; "
+                "run it under torch.no_grad(), or use backend='torch'"
+            )
+        return "torch"
 
     def dequantize(self) -> nn.Linear:
         """A plain linear layer with the decoded weight."""

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from itertools import pairwise
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from softtrellis.modules.experts import expert_layout, fused_weights, unfuse_experts_
 from softtrellis.modules.quantized_linear import QuantizedLinear
@@ -183,10 +183,10 @@ def replace_modules(
 
 def share_codebooks_(model: nn.Module) -> None:
     """Lets quantized layers of one code on one device use one codebook, as they do when made."""
-    known: dict[tuple[object, object], Tensor] = {}
+    known: dict[tuple[object, object], QuantizedLinear] = {}
     for module in quantized_layers(model).values():
-        key = module.layer.code, module.codebook.device
-        module.codebook = known.setdefault(key, module.codebook)
+        first = known.setdefault((module.layer.code, module.codebook.device), module)
+        module.codebook, module.table = first.codebook, first.table
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:

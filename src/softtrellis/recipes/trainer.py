@@ -379,7 +379,7 @@ class Trainer:
             for name, layer in hardened.items():
                 own = {key: self._kept[f"{name}.{key}"] for key in layer.state_dict()}
                 layer.load_state_dict(own)
-                layer.codebook = self.layers[name].codebook
+                layer.set_codebook(self.layers[name].codebook)
         for parameter in self.parameters.values():
             parameter.requires_grad_(False)
         changed: dict[str, float] = {}

@@ -235,6 +235,34 @@ def hadamard_matrix(n: int) -> Tensor:
     return torch.from_numpy(reduce(np.kron, factors).astype(np.float32))
 
 
+@cache
+def kronecker_factors(n: int) -> tuple[Tensor, Tensor]:
+    """int8 [a, a] and [b, b] of +-1, about square, with H_n = left (x) right.
+
+    Shared: never change them. H_n x of a vector x, seen as a matrix [a, b], is left x right^T.
+    b costs more than a, as kernels pad it to a power of two.
+
+    Raises:
+        ValueError: no construction is known for n.
+    """
+    _check_order(n, "n")
+    paley = _paley_factors(n) or ()
+    orders = [*paley, *[2] * ((n // math.prod(paley)).bit_length() - 1)]
+
+    def cost(cut: int) -> tuple[int, int]:
+        left, right = math.prod(orders[:cut]), math.prod(orders[cut:])
+        return left + 2 * max(16, 1 << (right - 1).bit_length()), -cut
+
+    cut = min(range(len(orders) + 1), key=cost)
+
+    def product(part: list[int]) -> Tensor:
+        signs = reduce(np.kron, map(_base_matrix, part), np.ones((1, 1), dtype=np.int8))
+        with torch.inference_mode(False):
+            return torch.from_numpy(signs.astype(np.int8))
+
+    return product(orders[:cut]), product(orders[cut:])
+
+
 # ---------------------------------------------------------------------- transform
 
 

@@ -86,6 +86,8 @@ class Kernel:
         device: torch.device,
         addresses: Sequence[Tensor | None],
         numbers: Sequence[int],
+        *,
+        overlap: bool = False,
     ) -> None:
         """Starts it on PyTorch's current stream; compiles it the first time.
 
@@ -95,6 +97,8 @@ class Kernel:
             device: the CUDA device.
             addresses: contiguous tensors, or None, in the order of the structure's pointers.
             numbers: 32-bit ints, which follow the pointers.
+            overlap: start while the kernel before it ends (programmatic dependent launch); the
+                kernel itself must wait before it touches memory that others write.
         """
         from cuda.bindings import driver
 
@@ -107,18 +111,18 @@ class Kernel:
         with torch.cuda.device(device):
             stream = torch.cuda.current_stream()
             function = _function(self.source, self.name, stream.device_index, shared_bytes)
-            grid, block = (blocks, 1, 1), (self.threads, 1, 1)
-            _checked(
-                driver.cuLaunchKernel(
-                    function,
-                    *grid,
-                    *block,
-                    shared_bytes,
-                    stream.cuda_stream,
-                    ctypes.addressof(parameters),
-                    0,
+            config = driver.CUlaunchConfig()
+            config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
+            config.blockDimX, config.blockDimY, config.blockDimZ = self.threads, 1, 1
+            config.sharedMemBytes, config.hStream = shared_bytes, stream.cuda_stream
+            if overlap:
+                attribute = driver.CUlaunchAttribute()
+                attribute.id = (
+                    driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
                 )
-            )
+                attribute.value.programmaticStreamSerializationAllowed = 1
+                config.attrs, config.numAttrs = [attribute], 1
+            _checked(driver.cuLaunchKernelEx(config, function, ctypes.addressof(parameters), 0))
 
 
 def multiprocessors(device: torch.device) -> int:

@@ -55,3 +55,13 @@ template <int THREADS>
 __device__ __forceinline__ void group_barrier(int group) {
     asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"(THREADS) : "memory");
 }
+
+// With an overlapping launch: until this returns, kernels before this one may still write memory.
+__device__ __forceinline__ void wait_for_the_kernel_before() {
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
+// Lets an overlapping launch of the next kernel begin.
+__device__ __forceinline__ void let_the_next_kernel_begin() {
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}

@@ -1,0 +1,362 @@
+"""Products with packed weights: the readable reference, and who computes them on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from softtrellis.backend import why_no_cuda
+from softtrellis.codes.codebook import codebook
+from softtrellis.codes.hybrid import TABLE_ROWS, Flip
+from softtrellis.quantizers.hard import TrellisCode
+from softtrellis.quantizers.tiling import TileOrder
+from softtrellis.spec import TrellisSpec
+from softtrellis.trellis.packing import unpack, words_per_tile
+
+DecodeBackend = Literal["auto", "torch", "triton", "cuda"]
+ResolvedDecodeBackend = Literal["torch", "triton", "cuda"]
+
+FUSED_ROWS = 16
+"""Most rows of x that the fused kernel takes; for more, the matrix is decoded to memory first."""
+
+_ONE_MAD_STEP = 147.800537109375
+
+
+def resolve_decode_backend(backend: DecodeBackend, x: Tensor) -> ResolvedDecodeBackend:
+    """Who multiplies these activations, or why the one asked for cannot.
+
+    For float16 and bfloat16 activations on a CUDA device ``"auto"`` is ``"cuda"`` where that can
+    run and ``"triton"`` elsewhere; it is ``"torch"`` for all others, as the kernels multiply in
+    float16 and add in float32. ``"cuda"`` is CUDA C++ for HYB and EXL3's mul1 at L = 16 and k = 2,
+    and Triton for what that leaves.
+
+    Raises:
+        ValueError: an unknown name, or activations that the backend does not take.
+        RuntimeError: a backend whose package is not installed, or that this GPU cannot run.
+    """
+    if backend not in get_args(DecodeBackend):
+        names = ", ".join(get_args(DecodeBackend))
+        raise ValueError(f"unknown backend {backend!r}; use one of {names}")
+    if backend == "auto":
+        if not x.is_cuda or x.dtype not in (torch.float16, torch.bfloat16):
+            return "torch"
+        backend = "triton" if _why_no_cuda(x.device) else "cuda"
+    if backend == "torch":
+        return backend
+    if x.dtype == torch.float64 or not x.is_floating_point():
+        raise ValueError(
+            f"backend {backend!r} takes float16, bfloat16 or float32 activations, got {x.dtype}; "
+            "use backend='torch'"
+        )
+    if find_spec("triton") is None:
+        raise RuntimeError(
+            f"backend {backend!r} needs triton: pip install 'softtrellis[{backend}]'"
+        )
+    if not x.is_cuda and not (backend == "triton" and _interpreted()):
+        raise ValueError(
+            f"backend {backend!r} needs a CUDA device, and the activations are on {x.device}; move "
+            "them and the layer to one, or use backend='torch'"
+        )
+    if backend == "cuda" and (reason := _why_no_cuda(x.device)):
+        raise RuntimeError(f"backend 'cuda' {reason}")
+    return backend
+
+
+def _read_interpreted() -> bool:
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+_interpreted: Callable[[], bool] = torch.compiler.assume_constant_result(_read_interpreted)
+"""Whether Triton runs its kernels in its interpreter, on the CPU (TRITON_INTERPRET=1)."""
+
+_why_no_cuda: Callable[[torch.device], str | None] = torch.compiler.assume_constant_result(
+    why_no_cuda
+)
+
+
+@dataclass(frozen=True, eq=False)
+class CodeValues:
+    """A code's values in the forms that decoding reads.
+
+    Attributes:
+        codebook: float32 [S, V].
+        table: int32, two float16 components in each (the first in the low bits): of "hyb" [1024],
+            by bits 6 to 15 of the hash, signs included; of "gaussian" [S]; of other codes [0].
+        factor: the codebook is ``factor`` times what the table or the code's formula gives.
+    """
+
+    codebook: Tensor
+    table: Tensor
+    factor: float
+
+    @classmethod
+    def of(cls, code: TrellisCode, codebook: Tensor) -> CodeValues:
+        """The values of a code whose codebook is ``codebook``, float32 [S, V]."""
+        return cls(codebook, decode_table(code, codebook), code_factor(code))
+
+
+def decode_table(code: TrellisCode, codebook: Tensor) -> Tensor:
+    """int32 table of a code, see ``CodeValues``; values are rounded to float16."""
+    if code.name not in ("hyb", "gaussian"):
+        return torch.zeros(0, dtype=torch.int32, device=codebook.device)
+    halves = codebook.detach().to(torch.float16)
+    if code.spec.V == 1:
+        halves = torch.cat([halves, torch.zeros_like(halves)], 1)
+    packed = halves.contiguous().view(torch.int32).flatten()
+    if code.name == "gaussian":
+        return packed
+    states = torch.arange(code.spec.num_states, device=codebook.device)
+    table = torch.zeros(2 * TABLE_ROWS, dtype=torch.int32, device=codebook.device)
+    table[((states * states + states) >> 6) & (2 * TABLE_ROWS - 1)] = packed
+    return table
+
+
+@cache
+def code_factor(code: TrellisCode) -> float:
+    """What the float16 values of a computed code are multiplied by; 1 for codes with a table."""
+    if code.name in ("hyb", "gaussian"):
+        return 1.0
+    step = _ONE_MAD_STEP if code.name == "1mad" else 1.0
+    if not code.normalize:
+        return 1.0 / step
+    values = codebook(code.name, code.spec, normalize=False)
+    return 1.0 / step / float(values.double().square().mean().sqrt())
+
+
+def decode(codes: Tensor, codebook: Tensor, code: TrellisCode, out: int, inputs: int) -> Tensor:
+    """float32 [out, in]: the latent matrix of packed codes int16 [tiles, words]."""
+    states = unpack(codes, code.spec, steps=code.spec.steps())
+    return code.decode(states, codebook, out, inputs)
+
+
+def decode_matmul(
+    x: Tensor,
+    codes: Tensor,
+    values: CodeValues,
+    code: TrellisCode,
+    out_features: int,
+    *,
+    backend: DecodeBackend = "auto",
+) -> Tensor:
+    """Multiplies with the latent matrix of packed codes: ``x @ decode(codes).T``.
+
+    The reference decodes the matrix in float32. The kernels round x and the values to float16 and
+    add in float32; up to 16 rows of x they never write the matrix to memory. Runs under
+    ``torch.compile``, and inside a CUDA graph once it has run before it. Not differentiable.
+
+    Args:
+        x: [..., in], in a multiple of 16.
+        codes: int16 [out * in / 256, 16 k], see ``pack``.
+        values: of the code.
+        code: how the matrix was written.
+        out_features: rows of the matrix, a multiple of 16.
+        backend: "auto", "torch", "triton" or "cuda"; see ``resolve_decode_backend``.
+
+    Returns:
+        float32 [..., out].
+
+    Raises:
+        ValueError: shapes that do not fit, or a backend that does not take x.
+        RuntimeError: a backend that is not installed.
+    """
+    inputs, words = x.shape[-1], words_per_tile(code.spec, code.spec.steps())
+    if inputs % 16 or out_features % 16 or codes.shape != (inputs * out_features // 256, words):
+        raise ValueError(
+            f"{list(codes.shape)} codes do not hold a matrix {out_features}x{inputs} of "
+            f"k={code.spec.k}; both dimensions must be multiples of 16"
+        )
+    resolved = resolve_decode_backend(backend, x)
+    if resolved == "torch":
+        matrix = decode(codes, values.codebook, code, out_features, inputs)
+        return torch.nn.functional.linear(x.to(matrix.dtype), matrix)
+    y: Tensor = torch.ops.softtrellis.decode_matmul(
+        x.reshape(-1, inputs), codes, values.table, values.factor, out_features,
+        *_fields(code), resolved,
+    )  # fmt: skip
+    return y.reshape(*x.shape[:-1], out_features)
+
+
+def quantized_linear(
+    x: Tensor,
+    codes: Tensor,
+    values: CodeValues,
+    code: TrellisCode,
+    *,
+    scale: Tensor,
+    in_signs: Tensor,
+    out_signs: Tensor,
+    in_scale: Tensor | None,
+    out_scale: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    multiple: int,
+    block: int | None,
+    backend: ResolvedDecodeBackend,
+) -> Tensor:
+    """A whole quantized layer on a GPU: the activations are rotated, not the weight.
+
+    ``y = out_scale R_out^T (scale M (R_in (in_scale x))) + bias`` with the latent matrix M of the
+    codes, in three kernels for up to 16 rows. The rotated activations are rounded to float16 after
+    a division by the row's largest, sums are float32.
+
+    Args:
+        x: [..., in] on a CUDA device, any floating dtype of at most 32 bits.
+        codes, values, code: as in ``decode_matmul``.
+        scale, in_signs, out_signs, in_scale, out_scale, bias: buffers of ``QuantizedLinear``.
+        out_features: outputs, before padding.
+        multiple, block: of the rotation, see ``Incoherence``.
+        backend: "triton" or "cuda", which multiplies.
+
+    Returns:
+        [..., out_features], x's dtype.
+    """
+    y: Tensor = torch.ops.softtrellis.quantized_linear(
+        x.reshape(-1, x.shape[-1]), codes, values.table, scale, in_signs, out_signs, in_scale,
+        out_scale, bias, values.factor, out_features, multiple, block, *_fields(code),
+        backend,
+    )  # fmt: skip
+    return y.reshape(*x.shape[:-1], out_features)
+
+
+def _fields(code: TrellisCode) -> tuple[str, int, int, int, str]:
+    return code.name, code.spec.L, code.spec.k, code.spec.V, code.order
+
+
+def _code(
+    name: str, L: int, k: int, V: int, order: TileOrder, flip: Flip = "second"
+) -> TrellisCode:
+    """What the kernels need to know of a code: the table has the flips, the factor the norm."""
+    return TrellisCode(TrellisSpec(L, k, V), name, flip, order=order)
+
+
+_CODE = "str name, int L, int k, int V, str order, str backend"
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+torch.library.define(
+    "softtrellis::decode_matmul",
+    f"(Tensor x, Tensor codes, Tensor table, float factor, int out, {_CODE}) -> Tensor",
+    tags=_TAGS,
+)
+torch.library.define(
+    "softtrellis::quantized_linear",
+    "(Tensor x, Tensor codes, Tensor table, Tensor scale, Tensor in_signs, Tensor out_signs, "
+    "Tensor? in_scale, Tensor? out_scale, Tensor? bias, float factor, int out, int multiple, "
+    f"int? block, {_CODE}) -> Tensor",
+    tags=_TAGS,
+)
+
+
+def _partial(
+    x: Tensor,
+    codes: Tensor,
+    table: Tensor,
+    code: TrellisCode,
+    out: int,
+    backend: ResolvedDecodeBackend,
+    *,
+    overlap: bool = False,
+) -> Tensor:
+    """float32 [splits, B, out]; see ``decode_triton.multiply``."""
+    from softtrellis.modules import decode_cuda, decode_triton
+
+    if x.shape[0] > FUSED_ROWS:
+        matrix = decode_triton.decode(codes, table, code, out, x.shape[1], torch.float16)
+        return torch.matmul(x, matrix.T).float().unsqueeze(0)
+    if backend == "cuda" and decode_cuda.runs(code):
+        return decode_cuda.multiply(x, codes, table, code, out, overlap=overlap)
+    return decode_triton.multiply(x, codes, table, code, out)
+
+
+@torch.library.impl("softtrellis::decode_matmul", "default")
+def _decode_matmul_op(
+    x: Tensor,
+    codes: Tensor,
+    table: Tensor,
+    factor: float,
+    out: int,
+    name: str,
+    L: int,
+    k: int,
+    V: int,
+    order: TileOrder,
+    backend: ResolvedDecodeBackend,
+) -> Tensor:
+    code = _code(name, L, k, V, order)
+    if x.shape[0] == 0:
+        return x.new_empty(0, out, dtype=torch.float32)
+    halves = x.to(torch.float16).contiguous()
+    return _partial(halves, codes.contiguous(), table, code, out, backend).sum(0) * factor
+
+
+@torch.library.impl("softtrellis::quantized_linear", "default")
+def _quantized_linear_op(
+    x: Tensor,
+    codes: Tensor,
+    table: Tensor,
+    scale: Tensor,
+    in_signs: Tensor,
+    out_signs: Tensor,
+    in_scale: Tensor | None,
+    out_scale: Tensor | None,
+    bias: Tensor | None,
+    factor: float,
+    out: int,
+    multiple: int,
+    block: int | None,
+    name: str,
+    L: int,
+    k: int,
+    V: int,
+    order: TileOrder,
+    backend: ResolvedDecodeBackend,
+) -> Tensor:
+    from softtrellis.transforms import rotation_triton
+    from softtrellis.transforms.incoherence import padded_size
+
+    if x.shape[0] == 0:
+        return x.new_empty(0, out)
+    codes = codes.contiguous()  # before the rotation, which the product may overlap
+    rotated, norms = rotation_triton.rotate_input(
+        x.contiguous(), in_signs, in_scale, multiple=multiple, block=block
+    )
+    code = _code(name, L, k, V, order)
+    width = padded_size(out, multiple)
+    partial = _partial(rotated, codes, table, code, width, backend, overlap=True)
+    return rotation_triton.unrotate_output(
+        partial, norms, out_signs, scale, out_scale, bias,
+        features=out, factor=factor, dtype=x.dtype, block=block,
+    )  # fmt: skip
+
+
+def _decode_matmul_shape(
+    x: Tensor, codes: Tensor, table: Tensor, factor: float, out: int, *code: str | int
+) -> Tensor:
+    return x.new_empty(x.shape[0], out, dtype=torch.float32)
+
+
+def _quantized_linear_shape(
+    x: Tensor,
+    codes: Tensor,
+    table: Tensor,
+    scale: Tensor,
+    in_signs: Tensor,
+    out_signs: Tensor,
+    in_scale: Tensor | None,
+    out_scale: Tensor | None,
+    bias: Tensor | None,
+    factor: float,
+    out: int,
+    *rest: str | int | None,
+) -> Tensor:
+    return x.new_empty(x.shape[0], out)
+
+
+torch.library.register_fake("softtrellis::decode_matmul", _decode_matmul_shape)
+torch.library.register_fake("softtrellis::quantized_linear", _quantized_linear_shape)
