@@ -26,7 +26,7 @@ from softtrellis.modules.replace import (
     quantized_layers,
     replace_modules,
 )
-from softtrellis.recipes.drift import combine, measure_all
+from softtrellis.recipes.drift import SAMPLED_TILES, combine, measure_all
 from softtrellis.recipes.losses import forward_kl
 from softtrellis.recipes.network import Network, checkpoint_layers_
 from softtrellis.recipes.optimizer import (
@@ -281,7 +281,7 @@ class Trainer:
                     parameter.grad.mul_(self.config.clip / norm)
 
     def _drift(self) -> dict[str, Any]:
-        tiles = max(1, _MEASURED_TILES // len(self.layers))
+        tiles = max(1, min(SAMPLED_TILES, _MEASURED_TILES // len(self.layers)))
         measured = measure_all(self.layers, tiles)
         counted = [(self.layers[name].layer.tiles, drift) for name, drift in measured.items()]
         layers = {name: asdict(drift) for name, drift in measured.items()}
