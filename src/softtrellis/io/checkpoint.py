@@ -12,10 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from softtrellis.codes.hybrid import table_of
 from softtrellis.io.files import sha256_of, write_json
 from softtrellis.io.manifest import (
-    FORMAT,
     FORMAT_VERSION,
     MANIFEST,
     WEIGHTS,
@@ -25,14 +23,20 @@ from softtrellis.io.manifest import (
     codes_of,
     is_checkpoint,
     manifest_json,
+    quantization_config,
     read_manifest,
     verify_files,
 )
 from softtrellis.io.model_card import model_card
 from softtrellis.io.sources import Source, fingerprint, load_source, quiet
+from softtrellis.io.tables import TABLE, codebooks_of, stored_tables
 from softtrellis.modules.quantized_linear import QuantizedLinear
-from softtrellis.modules.replace import prepare_for_layers_, quantized_layers, replace_modules
-from softtrellis.quantizers.hard import TrellisCode
+from softtrellis.modules.replace import (
+    prepare_for_layers_,
+    quantized_layers,
+    replace_modules,
+    share_codebooks_,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -59,7 +63,6 @@ __all__ = [
     "verify_files",
 ]
 
-TABLE = "softtrellis.table"
 _NOT_LISTED = ("train_", "quantize_", "log")  # files of the runs
 
 
@@ -108,16 +111,12 @@ def save_quantized(
     if not layers:
         raise ValueError("the model has no quantized layer to save")
     formats = {name: layer.layer for name, layer in layers.items()}
-    codes = codes_of(formats)
-    tensors = _stored_tensors(model)
-    for layer in layers.values():
-        table, key = _table(layer.layer.code, layer.codebook), _table_name(codes, layer.layer.code)
-        if table is not None and not torch.equal(tensors.setdefault(key, table), table):
-            raise ValueError(f"layers of the same code {layer.layer.code} have different tables")
+    tensors = _stored_tensors(model) | stored_tables(layers)
     save_file(tensors, str(directory / WEIGHTS), metadata={"format": "pt"})
     (directory / WEIGHTS).chmod(0o644)
     config = model.config.to_dict()
-    config["quantization_config"] = {"quant_method": FORMAT, "format_version": FORMAT_VERSION}
+    config["quantization_config"] = quantization_config(formats)
+    config["dtype"] = str(model.dtype).removeprefix("torch.")
     config["architectures"] = [type(model).__name__]
     config.pop("_name_or_path", None)
     write_json(directory / "config.json", json.loads(json.dumps(config, default=str)))
@@ -150,32 +149,6 @@ def _stored_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
         seen.add(tensor.data_ptr())
         tensors[name] = tensor.detach().cpu().contiguous()
     return tensors
-
-
-def _table_name(codes: list[TrellisCode], code: TrellisCode) -> str:
-    """The name of a code's table: that of the first code has no number."""
-    index = codes.index(code)
-    return f"{TABLE}.{index}" if index else TABLE
-
-
-def _table(code: TrellisCode, codebook: Tensor) -> Tensor | None:
-    """What of a codebook is not computed: [512, 2] of "hyb", [S, V] of "gaussian"."""
-    if code.name == "gaussian":
-        return codebook.detach().cpu().clone()
-    if code.name != "hyb":
-        return None
-    return table_of(codebook.detach().cpu(), code.spec, code.flip)
-
-
-def _codebook(code: TrellisCode, table: Tensor | None) -> Tensor:
-    """The codebook that ``_table`` was taken from, bit for bit."""
-    if code.name in ("hyb", "gaussian"):
-        if table is None:
-            raise CheckpointError(f"{WEIGHTS} lacks the table of code {code.name!r}")
-        if code.name == "gaussian":
-            return table
-        return TrellisCode(code.spec, code.name, code.flip, normalize=False).codebook(table)
-    return code.codebook()
 
 
 @dataclass(frozen=True)
@@ -219,10 +192,8 @@ def load_quantized(path: str | Path, config: LoadConfig | None = None) -> PreTra
         tensors = load_file(str(directory / WEIGHTS))
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{directory / WEIGHTS} cannot be read: {error}") from error
-    codes = codes_of(manifest.layers)
-    codebooks = {
-        code: _codebook(code, tensors.pop(_table_name(codes, code), None)) for code in codes
-    }
+    tables = {name: tensors.pop(name) for name in list(tensors) if name.startswith(TABLE)}
+    codebooks = codebooks_of(codes_of(manifest.layers), tables)
     settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     settings.pop("quantization_config", None)
     model_type = settings.pop("model_type")
@@ -251,6 +222,7 @@ def load_quantized(path: str | Path, config: LoadConfig | None = None) -> PreTra
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     model.to(torch.device(config.device))  # type: ignore[arg-type]
+    share_codebooks_(model)
     model.eval()  # type: ignore[no-untyped-call]
     return model
 
