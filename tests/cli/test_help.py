@@ -14,7 +14,8 @@ from cli.support import Command, Refused
 from softtrellis import __version__
 from softtrellis.cli.main import build_parser, main
 
-COMMANDS = ["quickstart", "quantize", "train", "eval", "inspect", "report", "bench", "env"]
+COMMANDS = ["quickstart", "quantize", "train", "eval", "generate", "chat"]
+COMMANDS += ["inspect", "report", "bench", "env"]
 
 
 @pytest.fixture(autouse=True)

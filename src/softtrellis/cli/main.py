@@ -11,7 +11,17 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from softtrellis import __version__
-from softtrellis.cli import bench, env, evaluate, inspect, quantize, quickstart, report, train
+from softtrellis.cli import (
+    bench,
+    env,
+    evaluate,
+    generate,
+    inspect,
+    quantize,
+    quickstart,
+    report,
+    train,
+)
 from softtrellis.cli.common import UsageError
 
 FAILURE, USAGE, INTERRUPTED = 1, 2, 130
@@ -33,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"softtrellis {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (quickstart, quantize, train, evaluate, inspect, report, bench, env):
+    for module in (quickstart, quantize, train, evaluate, generate, inspect, report, bench, env):
         module.add_parser(commands)
     return parser
 

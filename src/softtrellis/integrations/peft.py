@@ -29,6 +29,14 @@ class LoraQuantizedLinear(nn.Module, LoraLayer):
     cannot be merged: their sum with W has no codes.
     """
 
+    base_layer: nn.Module
+    lora_A: nn.ModuleDict
+    lora_B: nn.ModuleDict
+    lora_dropout: nn.ModuleDict
+    scaling: dict[str, float]
+    active_adapters: list[str]
+    disable_adapters: bool
+
     def __init__(
         self,
         base_layer: nn.Module,
@@ -45,9 +53,7 @@ class LoraQuantizedLinear(nn.Module, LoraLayer):
         """
         if config.use_dora:
             raise ValueError("use_dora must be off: it needs a dense weight; dequantize_ gives one")
-        if not isinstance(config.init_lora_weights, bool) and config.init_lora_weights not in (
-            "gaussian",
-        ):
+        if config.init_lora_weights not in (True, False, "gaussian"):
             raise ValueError(
                 "init_lora_weights must be True, False or 'gaussian' on quantized layers, got "
                 f"{config.init_lora_weights!r}"
@@ -55,7 +61,7 @@ class LoraQuantizedLinear(nn.Module, LoraLayer):
         super().__init__()
         LoraLayer.__init__(self, base_layer)
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config)
+        LoraLayer.update_layer(self, adapter_name, r, lora_alpha=lora_alpha, config=config)
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
         assert isinstance(module, QuantizedLinear)
@@ -75,7 +81,7 @@ class LoraQuantizedLinear(nn.Module, LoraLayer):
         for adapter in self.active_adapters:
             if adapter in self.lora_A:
                 down, up = self.lora_A[adapter], self.lora_B[adapter]
-                inputs = self.lora_dropout[adapter](x.to(down.weight.dtype))
+                inputs = self.lora_dropout[adapter](x.to(next(down.parameters()).dtype))
                 result = result + (self.scaling[adapter] * up(down(inputs))).to(result.dtype)
         return result
 
