@@ -26,12 +26,12 @@ from softtrellis.io.manifest import (
     CheckpointError,
     check_version,
     codes_of,
-    formats_of,
+    in_order_of_codes,
     is_checkpoint,
     quantization_config,
     read_manifest,
 )
-from softtrellis.io.tables import TABLE, codebooks_of, stored_tables
+from softtrellis.io.tables import TABLE, codebooks_of, read_tables, stored_tables
 from softtrellis.modules.experts import UnfusedExperts
 from softtrellis.modules.quantized_linear import LayerFormat, QuantizedLinear
 from softtrellis.modules.replace import (
@@ -72,9 +72,7 @@ class SofttrellisConfig(QuantizationConfigMixin):
 
     @property
     def formats(self) -> dict[str, LayerFormat] | None:
-        """The shapes of the quantized layers, if they are here, in the order of their codes.
-
-        ``save_pretrained`` sorts the layers by name; the tables' names count the codes.
+        """The shapes of the quantized layers, if they are here.
 
         Raises:
             CheckpointError: they are damaged.
@@ -82,8 +80,7 @@ class SofttrellisConfig(QuantizationConfigMixin):
         if self.layers is None:
             return None
         try:
-            by_code = dict(sorted(self.layers.items(), key=lambda item: int(item[1]["code"])))
-            return formats_of({"codes": self.codes, "layers": by_code})
+            return in_order_of_codes({"codes": self.codes, "layers": self.layers})
         except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
             raise CheckpointError(
                 f"quantization_config in config.json is damaged ({type(error).__name__}: "
@@ -137,7 +134,7 @@ class SofttrellisQuantizer(HfQuantizer):
                 "directory or a hub id"
             )
         layers = self._formats(files[0].parent)
-        tables, names = _read_tables(files)
+        tables, names = read_tables(files)
         with torch.device("cpu"):  # the model itself is on the meta device by default
             self._codebooks = codebooks_of(codes_of(layers), tables)
         with _plain_errors(model):
@@ -199,20 +196,6 @@ def _empty_layer(layer: LayerFormat) -> QuantizedLinear:
     spec = layer.code.spec
     with torch.device("meta"):
         return QuantizedLinear(layer, torch.empty(spec.num_states, spec.V, dtype=torch.float32))
-
-
-def _read_tables(files: Sequence[Path]) -> tuple[dict[str, Tensor], set[str]]:
-    """The codes' tables, and the names of all tensors."""
-    from safetensors import safe_open
-
-    tables: dict[str, Tensor] = {}
-    names: set[str] = set()
-    for path in files:
-        with safe_open(str(path), "pt") as file, torch.device("cpu"):
-            stored = set(file.keys())
-            names |= stored
-            tables |= {key: file.get_tensor(key) for key in stored if key.startswith(TABLE)}
-    return tables, names
 
 
 def _check_complete(layers: Mapping[str, QuantizedLinear], names: set[str]) -> None:

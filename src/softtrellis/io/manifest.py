@@ -93,6 +93,16 @@ def formats_of(value: Mapping[str, Any], version: int = FORMAT_VERSION) -> dict[
     return layers
 
 
+def in_order_of_codes(value: Mapping[str, Any]) -> dict[str, LayerFormat]:
+    """``formats_of`` of config.json, where transformers sorts the layers by name.
+
+    The layers come in the order of their codes, so that ``codes_of`` them counts the codes as the
+    names of the tables do.
+    """
+    layers = sorted(value["layers"].items(), key=lambda item: int(item[1]["code"]))
+    return formats_of({"codes": value["codes"], "layers": dict(layers)})
+
+
 def quantization_config(layers: Mapping[str, LayerFormat]) -> dict[str, Any]:
     """What config.json says, so that other libraries can load the model without the manifest."""
     return {"quant_method": FORMAT, "format_version": FORMAT_VERSION, **formats_json(layers)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -46,6 +47,20 @@ def codebooks_of(
         CheckpointError: a table is missing.
     """
     return {code: _codebook(code, tables.get(table_name(i))) for i, code in enumerate(codes)}
+
+
+def read_tables(files: Sequence[Path]) -> tuple[dict[str, Tensor], set[str]]:
+    """The codes' tables in safetensors files, on the CPU, and the names of all tensors there."""
+    from safetensors import safe_open
+
+    tables: dict[str, Tensor] = {}
+    names: set[str] = set()
+    for path in files:
+        with safe_open(str(path), "pt") as file, torch.device("cpu"):
+            stored = set(file.keys())
+            names |= stored
+            tables |= {key: file.get_tensor(key) for key in stored if key.startswith(TABLE)}
+    return tables, names
 
 
 def _table(code: TrellisCode, codebook: Tensor) -> Tensor | None:
