@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import runpy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -180,3 +182,27 @@ def test_merging_is_refused(model: LlamaForCausalLM) -> None:
 def test_a_dense_model_is_refused(tiny_llama: LlamaForCausalLM) -> None:
     with pytest.raises(ValueError, match="no quantized layer"):
         add_lora(tiny_llama, lora())
+
+
+def test_the_example(
+    tiny_directory: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from softtrellis.io.checkpoint import base_of, save_quantized
+    from softtrellis.io.sources import load_source
+
+    source = load_source(str(tiny_directory))
+    base = base_of(source)
+    (tmp_path / "checkpoint").mkdir()
+    model = packed(source.model)
+    save_quantized(model, source.tokenizer, tmp_path / "checkpoint", base=base)
+    options = "--steps 8 --lr 0.01 --ctx 64 --windows 4"
+    arguments = [str(tmp_path / "checkpoint"), str(tmp_path / "adapter"), *options.split()]
+    monkeypatch.setattr("sys.argv", ["lora.py", *arguments])
+    example = Path(__file__).resolve().parents[2] / "examples" / "lora.py"
+    runpy.run_path(str(example), run_name="__main__")
+    last = capsys.readouterr().out.splitlines()[-1]
+    before, after = map(float, re.findall(r"[\d.]+\d", last))
+    assert after < before
