@@ -156,6 +156,22 @@ def test_saved_and_loaded(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
     steps(further, 1)
 
 
+@pytest.mark.gpu
+def test_training_on_a_gpu(model: LlamaForCausalLM) -> None:
+    ids = IDS.cuda()
+    adapted = add_lora(model.to("cuda", torch.bfloat16), lora(), dtype=torch.bfloat16)
+    assert {p.device.type for _, p in lora_of(adapted)} == {"cuda"}
+    optimizer = torch.optim.AdamW([p for _, p in lora_of(adapted)], lr=0.02)
+    losses = []
+    for _ in range(12):
+        loss = adapted(input_ids=ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.5
+
+
 def test_generation_with_adapters(model: LlamaForCausalLM) -> None:
     adapted = add_lora(model, lora())
     steps(adapted, 4)

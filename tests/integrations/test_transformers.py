@@ -174,6 +174,15 @@ def test_the_packed_model_generates_what_the_dense_one_does(checkpoint: Path) ->
     assert generate(model) == expected
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_packed_and_dense_generation_on_a_gpu(checkpoint: Path, dtype: torch.dtype) -> None:
+    model = load(checkpoint, device_map="cuda", dtype=dtype)
+    packed = generate(model, IDS.cuda())
+    hold_weights_(model, dtype)
+    assert generate(model, IDS.cuda()) == packed
+
+
 def test_batches_with_left_padding(checkpoint: Path) -> None:
     model = load(checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, padding_side="left", pad_token="</s>")
