@@ -8,6 +8,7 @@ import inspect
 import re
 import runpy
 import shlex
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -256,6 +257,26 @@ def test_the_model_example_of_the_readme(
     assert list(loaded) == ["model.layers.1.mlp.down_proj"]
     for name, module in loaded.items():
         assert torch.equal(module.weight(), trained[name].weight())
+
+
+def test_the_loading_in_three_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(ROOT / "tests/io/checkpoint_v2", tmp_path / "smollm2-2bit")
+    monkeypatch.chdir(tmp_path)
+    loaded = run(blocks("README.md")[2])["model"]
+    ids = torch.arange(8)[None]
+    page = blocks("docs/huggingface.md")
+    model = run(page[0] + page[1])["model"]
+    assert len(quantized_layers(loaded)) == 5
+    assert not quantized_layers(model)
+    assert torch.equal(model(ids).logits, loaded(ids).logits)
+
+
+def test_lora_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("peft", reason="needs peft (pip install 'softtrellis[lora]')")
+    shutil.copytree(ROOT / "tests/io/checkpoint_v2", tmp_path / "smollm2-2bit")
+    monkeypatch.chdir(tmp_path)
+    model = run(blocks("docs/huggingface.md")[2])["model"]
+    assert model.active_adapters == ["default"]
 
 
 def test_soft_quantize(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

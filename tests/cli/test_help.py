@@ -14,8 +14,8 @@ from cli.support import Command, Refused
 from softtrellis import __version__
 from softtrellis.cli.main import build_parser, main
 
-COMMANDS = ["quickstart", "quantize", "plan", "train", "eval", "inspect", "export", "import"]
-COMMANDS += ["report", "bench", "env"]
+COMMANDS = ["quickstart", "quantize", "plan", "train", "eval", "generate", "chat"]
+COMMANDS += ["inspect", "export", "import", "report", "bench", "env"]
 
 
 @pytest.fixture(autouse=True)

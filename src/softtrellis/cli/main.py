@@ -16,6 +16,7 @@ from softtrellis.cli import (
     env,
     evaluate,
     export,
+    generate,
     import_,
     inspect,
     plan,
@@ -46,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"softtrellis {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    work = quickstart, quantize, plan, train, evaluate
+    work = quickstart, quantize, plan, train, evaluate, generate
     for module in (*work, inspect, export, import_, report, bench, env):
         module.add_parser(commands)
     return parser

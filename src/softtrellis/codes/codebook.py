@@ -15,6 +15,8 @@ from softtrellis.spec import TrellisSpec
 CodeName = Literal["1mad", "3inst", "mul1", "mcg", "hyb", "gaussian", "scalar"]
 CODE_NAMES: tuple[str, ...] = get_args(CodeName)
 HYBRID_MIN_STATE_BITS = 10
+WHOLE_CODES = ("gaussian", "scalar")
+"""Codes whose codebook is stored as it is, state by state."""
 
 _COMPUTED = {"1mad": one_mad, "3inst": three_inst, "mul1": mul1, "mcg": mcg}
 

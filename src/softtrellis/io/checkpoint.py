@@ -9,12 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from softtrellis.codes.hybrid import table_of
 from softtrellis.io.files import sha256_of, write_json
 from softtrellis.io.manifest import (
-    FORMAT,
     FORMAT_VERSION,
     MANIFEST,
     WEIGHTS,
@@ -24,6 +21,7 @@ from softtrellis.io.manifest import (
     codes_of,
     is_checkpoint,
     manifest_json,
+    quantization_config,
     read_manifest,
     verify_files,
 )
@@ -37,9 +35,14 @@ from softtrellis.io.model_files import (
     write_companions,
 )
 from softtrellis.io.sources import Source, fingerprint, load_source, quiet
+from softtrellis.io.tables import TABLE, codebooks_of, stored_tables
 from softtrellis.modules.quantized_linear import QuantizedLinear
-from softtrellis.modules.replace import prepare_for_layers_, quantized_layers, replace_modules
-from softtrellis.quantizers.hard import TrellisCode
+from softtrellis.modules.replace import (
+    prepare_for_layers_,
+    quantized_layers,
+    replace_modules,
+    share_codebooks_,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -66,8 +69,6 @@ __all__ = [
     "verify_files",
 ]
 
-TABLE = "softtrellis.table"
-_WHOLE = ("gaussian", "scalar")  # codes whose codebook is stored as it is
 _NOT_LISTED = ("train_", "quantize_", "log")  # files of the runs
 
 
@@ -116,16 +117,12 @@ def save_quantized(
     if not layers:
         raise ValueError("the model has no quantized layer to save")
     formats = {name: layer.layer for name, layer in layers.items()}
-    codes = codes_of(formats)
-    tensors = stored_tensors(model)
-    for layer in layers.values():
-        table, key = _table(layer.layer.code, layer.codebook), _table_name(codes, layer.layer.code)
-        if table is not None and not torch.equal(tensors.setdefault(key, table), table):
-            raise ValueError(f"layers of the same code {layer.layer.code} have different tables")
+    tensors = stored_tensors(model) | stored_tables(layers)
     save_file(tensors, str(directory / WEIGHTS), metadata={"format": "pt"})
     (directory / WEIGHTS).chmod(0o644)
     config = config_of(model)
-    config["quantization_config"] = {"quant_method": FORMAT, "format_version": FORMAT_VERSION}
+    config["quantization_config"] = quantization_config(formats)
+    config["dtype"] = str(model.dtype).removeprefix("torch.")
     write_companions(model, tokenizer, directory, config=config, source_directory=source_directory)
     card = model_card(base.name, base.licence, formats, provenance or {})
     (directory / "README.md").write_text(card, encoding="utf-8")
@@ -137,32 +134,6 @@ def save_quantized(
     manifest = Manifest(base, formats, files, provenance or {})
     write_json(directory / MANIFEST, manifest_json(manifest))
     return manifest
-
-
-def _table_name(codes: list[TrellisCode], code: TrellisCode) -> str:
-    """The name of a code's table: that of the first code has no number."""
-    index = codes.index(code)
-    return f"{TABLE}.{index}" if index else TABLE
-
-
-def _table(code: TrellisCode, codebook: Tensor) -> Tensor | None:
-    """What of a codebook is not computed: [512, 2] of "hyb", [S, V] of the codes in ``_WHOLE``."""
-    if code.name in _WHOLE:
-        return codebook.detach().cpu().clone()
-    if code.name != "hyb":
-        return None
-    return table_of(codebook.detach().cpu(), code.spec, code.flip)
-
-
-def _codebook(code: TrellisCode, table: Tensor | None) -> Tensor:
-    """The codebook that ``_table`` was taken from, bit for bit."""
-    if code.name in ("hyb", *_WHOLE):
-        if table is None:
-            raise CheckpointError(f"{WEIGHTS} lacks the table of code {code.name!r}")
-        if code.name in _WHOLE:
-            return table
-        return TrellisCode(code.spec, code.name, code.flip, normalize=False).codebook(table)
-    return code.codebook()
 
 
 @dataclass(frozen=True)
@@ -204,10 +175,8 @@ def load_quantized(path: str | Path, config: LoadConfig | None = None) -> PreTra
         tensors = load_file(str(directory / WEIGHTS))
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{directory / WEIGHTS} cannot be read: {error}") from error
-    codes = codes_of(manifest.layers)
-    codebooks = {
-        code: _codebook(code, tensors.pop(_table_name(codes, code), None)) for code in codes
-    }
+    tables = {name: tensors.pop(name) for name in list(tensors) if name.startswith(TABLE)}
+    codebooks = codebooks_of(codes_of(manifest.layers), tables)
     settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     model = empty_model(settings)
     layers = manifest.layers
@@ -231,6 +200,7 @@ def load_quantized(path: str | Path, config: LoadConfig | None = None) -> PreTra
         )
     freeze_(model)
     model.to(torch.device(config.device))  # type: ignore[arg-type]
+    share_codebooks_(model)
     return model
 
 

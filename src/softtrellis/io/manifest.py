@@ -61,18 +61,70 @@ def codes_of(layers: Mapping[str, LayerFormat]) -> list[TrellisCode]:
     return list(dict.fromkeys(layer.code for layer in layers.values()))
 
 
+def formats_json(layers: Mapping[str, LayerFormat]) -> dict[str, Any]:
+    """The shapes of layers as "codes" and "layers"; ``formats_of`` reads them."""
+    codes = codes_of(layers)
+    return {
+        "codes": [asdict(code) for code in codes],
+        "layers": {
+            name: {**asdict(layer), "code": codes.index(layer.code)}
+            for name, layer in layers.items()
+        },
+    }
+
+
+def formats_of(value: Mapping[str, Any], version: int = FORMAT_VERSION) -> dict[str, LayerFormat]:
+    """The shapes of layers in JSON of a format version.
+
+    Raises:
+        KeyError, IndexError, TypeError, AttributeError, ValueError: a damaged value.
+    """
+    if version == 1:  # one code for all layers
+        codes = [_code(value["code"])]
+        shapes = {name: {"code": 0, **layer} for name, layer in value["layers"].items()}
+    else:
+        codes, shapes = [_code(code) for code in value["codes"]], value["layers"]
+    layers = {
+        name: LayerFormat(**{**layer, "code": codes[layer["code"]]})
+        for name, layer in shapes.items()
+    }
+    if not layers or min(layer.tiles for layer in layers.values()) < 1:
+        raise ValueError("a layer without weights, or no layer")
+    return layers
+
+
+def in_order_of_codes(value: Mapping[str, Any]) -> dict[str, LayerFormat]:
+    """``formats_of`` of config.json, where transformers sorts the layers by name.
+
+    The layers come in the order of their codes, so that ``codes_of`` them counts the codes as the
+    names of the tables do.
+    """
+    layers = sorted(value["layers"].items(), key=lambda item: int(item[1]["code"]))
+    return formats_of({"codes": value["codes"], "layers": dict(layers)})
+
+
+def quantization_config(layers: Mapping[str, LayerFormat]) -> dict[str, Any]:
+    """What config.json says, so that other libraries can load the model without the manifest."""
+    return {"quant_method": FORMAT, "format_version": FORMAT_VERSION, **formats_json(layers)}
+
+
+def check_version(version: object, where: str) -> None:
+    """CheckpointError if a checkpoint is of a version that this release cannot read."""
+    if version not in READABLE_VERSIONS:
+        raise CheckpointError(
+            f"{where} has checkpoint version {version}, this release reads "
+            f"{' and '.join(map(str, READABLE_VERSIONS))}; use the release of softtrellis that "
+            "wrote it"
+        )
+
+
 def manifest_json(manifest: Manifest) -> dict[str, Any]:
     """What ``read_manifest`` reads."""
-    codes = codes_of(manifest.layers)
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "base": asdict(manifest.base),
-        "codes": [asdict(code) for code in codes],
-        "layers": {
-            name: {**asdict(layer), "code": codes.index(layer.code)}
-            for name, layer in manifest.layers.items()
-        },
+        **formats_json(manifest.layers),
         "files": dict(manifest.files),
         "provenance": dict(manifest.provenance),
     }
@@ -102,23 +154,8 @@ def read_manifest(directory: Path) -> Manifest:
                 f"{path} is of format {value['format']!r}; give a checkpoint of {FORMAT!r}"
             )
         version = value["format_version"]
-        if version not in READABLE_VERSIONS:
-            raise CheckpointError(
-                f"{directory} has checkpoint version {version}, this release reads "
-                f"{' and '.join(map(str, READABLE_VERSIONS))}; use the release of softtrellis that "
-                "wrote it"
-            )
-        if version == 1:  # one code for all layers
-            codes = [_code(value["code"])]
-            shapes = {name: {"code": 0, **layer} for name, layer in value["layers"].items()}
-        else:
-            codes, shapes = [_code(code) for code in value["codes"]], value["layers"]
-        layers = {
-            name: LayerFormat(**{**layer, "code": codes[layer["code"]]})
-            for name, layer in shapes.items()
-        }
-        if not layers or min(layer.tiles for layer in layers.values()) < 1:
-            raise ValueError("a layer without weights, or no layer")
+        check_version(version, str(directory))
+        layers = formats_of(value, version)
         files = {
             name: {"sha256": str(file["sha256"]), "bytes": int(file["bytes"])}
             for name, file in value["files"].items()

@@ -40,10 +40,10 @@ tail-biting paths through a bitshift trellis: {codes}. All other weights are tho
 model, and its licence ({licence}) applies.
 
 ```python
-from softtrellis import load_quantized
-from transformers import AutoTokenizer
+import softtrellis.integrations.transformers  # without it the layers are random
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = load_quantized("PATH")
+model = AutoModelForCausalLM.from_pretrained("PATH")
 tokenizer = AutoTokenizer.from_pretrained("PATH")
 ```
 

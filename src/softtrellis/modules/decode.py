@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from softtrellis.backend import why_no_cuda
-from softtrellis.codes.codebook import codebook
+from softtrellis.codes.codebook import WHOLE_CODES, codebook
 from softtrellis.codes.hybrid import TABLE_ROWS, Flip
 from softtrellis.quantizers.hard import TrellisCode
 from softtrellis.quantizers.tiling import TileOrder
@@ -89,7 +89,7 @@ class CodeValues:
     Attributes:
         codebook: float32 [S, V].
         table: int32, two float16 components in each (the first in the low bits): of "hyb" [1024],
-            by bits 6 to 15 of the hash, signs included; of "gaussian" [S]; of other codes [0].
+            by bits 6 to 15 of the hash, signs included; of ``WHOLE_CODES`` [S]; of others [0].
         factor: the codebook is ``factor`` times what the table or the code's formula gives.
     """
 
@@ -105,13 +105,13 @@ class CodeValues:
 
 def decode_table(code: TrellisCode, codebook: Tensor) -> Tensor:
     """int32 table of a code, see ``CodeValues``; values are rounded to float16."""
-    if code.name not in ("hyb", "gaussian"):
+    if code.name not in ("hyb", *WHOLE_CODES):
         return torch.zeros(0, dtype=torch.int32, device=codebook.device)
     halves = codebook.detach().to(torch.float16)
     if code.spec.V == 1:
         halves = torch.cat([halves, torch.zeros_like(halves)], 1)
     packed = halves.contiguous().view(torch.int32).flatten()
-    if code.name == "gaussian":
+    if code.name in WHOLE_CODES:
         return packed
     states = torch.arange(code.spec.num_states, device=codebook.device)
     table = torch.zeros(2 * TABLE_ROWS, dtype=torch.int32, device=codebook.device)
@@ -122,12 +122,13 @@ def decode_table(code: TrellisCode, codebook: Tensor) -> Tensor:
 @cache
 def code_factor(code: TrellisCode) -> float:
     """What the float16 values of a computed code are multiplied by; 1 for codes with a table."""
-    if code.name in ("hyb", "gaussian"):
+    if code.name in ("hyb", *WHOLE_CODES):
         return 1.0
     step = _ONE_MAD_STEP if code.name == "1mad" else 1.0
     if not code.normalize:
         return 1.0 / step
-    values = codebook(code.name, code.spec, normalize=False)
+    with torch.device("cpu"):
+        values = codebook(code.name, code.spec, normalize=False)
     return 1.0 / step / float(values.double().square().mean().sqrt())
 
 

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from softtrellis.codes.codebook import WHOLE_CODES
 from softtrellis.quantizers.hard import TrellisCode
 from softtrellis.trellis.launch_triton import processors
 
@@ -219,7 +220,7 @@ def default_launch(batch: int, code: TrellisCode, out: int, inputs: int, n: int)
 
 def _constants(code: TrellisCode, device: torch.device) -> dict[str, object]:
     return {
-        "CODE": code.name,
+        "CODE": "gaussian" if code.name in WHOLE_CODES else code.name,
         "ORDER": code.order,
         "L": code.spec.L,
         "K": code.spec.k,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from softtrellis.modules.decode import (
     quantized_linear,
     resolve_decode_backend,
 )
+from softtrellis.modules.decoded_linear import decoded_linear
 from softtrellis.quantizers.basis import WeightBasis
 from softtrellis.quantizers.hard import TrellisCode
 from softtrellis.transforms.incoherence import Incoherence, pack_signs, padded_size, unpack_signs
@@ -74,9 +77,11 @@ class LayerFormat:
 class QuantizedLinear(nn.Module):
     """A linear layer whose weight is stored as tail-biting trellis paths.
 
-    The buffers are all that a checkpoint stores of the layer. ``forward`` decodes the weight and
-    multiplies with it ("torch"), or leaves the weight packed and rotates the activations instead
-    ("triton" and "cuda", ``decode.quantized_linear``).
+    The buffers are all that a checkpoint stores of the layer. ``forward`` decodes the weight each
+    time and keeps it for nothing, not even for the backward pass ("torch"), or leaves it packed and
+    rotates the activations instead ("triton" and "cuda", ``decode.quantized_linear``); between
+    ``hold`` and ``release`` it uses the weight that ``hold`` decoded. ``to`` changes the dtype of
+    the bias and of a held weight only: codes, scales and codebook keep theirs.
 
     Attributes:
         layer: the layer's format.
@@ -92,6 +97,7 @@ class QuantizedLinear(nn.Module):
         bias: [out_features], where the layer has one.
         codebook: float32 [S, V]; shared between layers and not stored with each.
         table: int32, the codebook as the kernels read it, see ``CodeValues``; not stored.
+        held_weight: [out_features, in_features] between ``hold`` and ``release``; not stored.
     """
 
     codes: Tensor
@@ -103,6 +109,7 @@ class QuantizedLinear(nn.Module):
     bias: Tensor | None
     codebook: Tensor
     table: Tensor
+    held_weight: Tensor | None
 
     def __init__(
         self, layer: LayerFormat, codebook: Tensor, backend: DecodeBackend = "auto"
@@ -124,6 +131,7 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("bias", torch.zeros(layer.out_features) if layer.bias else None)
         self.register_buffer("codebook", codebook, persistent=False)
         self.register_buffer("table", decode_table(layer.code, codebook), persistent=False)
+        self.register_buffer("held_weight", None, persistent=False)
 
     @classmethod
     def from_states(
@@ -199,10 +207,15 @@ class QuantizedLinear(nn.Module):
         return self.layer.code.decode(self.states(), self.codebook, *self.layer.padded)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in_features] to [..., out_features]; see ``resolve_decode_backend`` for errors."""
+        """[..., in_features] to [..., out_features], in the dtype of ``x``.
+
+        See ``resolve_decode_backend`` for errors.
+        """
+        if self.held_weight is not None:
+            return functional.linear(x, self.held_weight.to(x.dtype), self.bias)
         backend = self._backend_for(x)
         if backend == "torch":
-            return functional.linear(x, self.weight().to(x.dtype), self.bias)
+            return decoded_linear(x, self.weight, self.bias)
         return quantized_linear(
             x,
             self.codes,
@@ -230,6 +243,31 @@ class QuantizedLinear(nn.Module):
             )
         return "torch"
 
+    def hold(self, dtype: torch.dtype = torch.float32) -> None:
+        """Decodes the weight once, for all forward passes until ``release``.
+
+        Call it again after changing codes or scales. ``state_dict`` leaves the weight out.
+        """
+        self.held_weight = self.weight().to(dtype)
+
+    def release(self) -> None:
+        """Drops the weight that ``hold`` decoded."""
+        self.held_weight = None
+
+    @property
+    def qweight(self) -> Tensor:
+        """``codes``, under the name at which peft looks for a quantized layer's device."""
+        return self.codes
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        exact = {name: getattr(self, name) for name in _EXACT}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in exact.items():
+            moved = getattr(self, name)
+            if buffer is not None and moved.dtype != buffer.dtype:
+                setattr(self, name, buffer.to(moved.device))
+        return self
+
     def dequantize(self) -> nn.Linear:
         """A plain linear layer with the decoded weight."""
         linear = nn.Linear(
@@ -256,6 +294,10 @@ class QuantizedLinear(nn.Module):
             f"bias={self.bias is not None}, code={code.name}, L={code.spec.L}, k={code.spec.k}, "
             f"V={code.spec.V}"
         )
+
+
+_EXACT = ("scale", "out_scale", "in_scale", "codebook")
+"""Buffers that a change of dtype would make other weights of."""
 
 
 def _bits(buffer: Tensor) -> int:

@@ -194,6 +194,18 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
 
 
+def hold_weights_(model: nn.Module, dtype: torch.dtype) -> None:
+    """Decodes every quantized layer once: as much memory as the dense model, and its speed."""
+    for layer in quantized_layers(model).values():
+        layer.hold(dtype)
+
+
+def release_weights_(model: nn.Module) -> None:
+    """Undoes ``hold_weights_``."""
+    for layer in quantized_layers(model).values():
+        layer.release()
+
+
 def dequantize_(model: nn.Module) -> None:
     """Exchanges every quantized layer for a dense one with the same weight, in place."""
     layers = quantized_layers(model)

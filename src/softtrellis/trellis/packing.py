@@ -65,6 +65,8 @@ def unpack(words: Tensor, spec: TrellisSpec, *, steps: int) -> Tensor:
             f"{steps} steps of {spec} take {words_per_tile(spec, steps)} words per tile, "
             f"got {words.shape[1]}"
         )
+    if steps * spec.shift % _WORD == 0:
+        return _windows(words, spec, steps)
     batch = words.shape[0]
     place = torch.arange(_WORD - 1, -1, -1, device=words.device)
     bits = ((words.to(torch.int32).unsqueeze(-1) >> place) & 1).reshape(batch, -1)
@@ -76,3 +78,11 @@ def unpack(words: Tensor, spec: TrellisSpec, *, steps: int) -> Tensor:
     for ahead in range(count):
         states = (states << spec.shift) | symbols.roll(-ahead, dims=1)
     return states >> (count * spec.shift - spec.L)
+
+
+def _windows(words: Tensor, spec: TrellisSpec, steps: int) -> Tensor:
+    """``unpack`` of whole words: a state is L <= 16 bits of two neighbouring ones."""
+    pairs = (words.to(torch.int32) << _WORD) | (words.roll(-1, dims=1).to(torch.int32) & 0xFFFF)
+    first = spec.shift * torch.arange(steps, dtype=torch.int32, device=words.device)
+    right = 2 * _WORD - spec.L - first % _WORD
+    return (pairs.index_select(1, first // _WORD) >> right) & (spec.num_states - 1)

@@ -1,0 +1,1 @@
+"""Other libraries' ways to load, run and fine-tune the quantized models."""

@@ -1,0 +1,217 @@
+"""Loading checkpoints with transformers: importing this module registers the quantization method.
+
+import softtrellis.integrations.transformers
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("smollm2-2bit")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from softtrellis.io.manifest import (
+    FORMAT,
+    FORMAT_VERSION,
+    MANIFEST,
+    CheckpointError,
+    check_version,
+    codes_of,
+    in_order_of_codes,
+    is_checkpoint,
+    quantization_config,
+    read_manifest,
+)
+from softtrellis.io.tables import TABLE, codebooks_of, read_tables, stored_tables
+from softtrellis.modules.experts import UnfusedExperts
+from softtrellis.modules.quantized_linear import LayerFormat, QuantizedLinear
+from softtrellis.modules.replace import (
+    dequantize_,
+    prepare_for_layers_,
+    quantized_layers,
+    replace_modules,
+)
+from softtrellis.quantizers.hard import TrellisCode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@register_quantization_config(FORMAT)
+class SofttrellisConfig(QuantizationConfigMixin):
+    """``quantization_config`` of a checkpoint's config.json.
+
+    Attributes:
+        quant_method: "softtrellis".
+        format_version: of the checkpoint.
+        codes, layers: as in the manifest, see docs/checkpoint.md. None in checkpoints written
+            before they were kept here, which are loaded by the manifest beside them.
+    """
+
+    def __init__(
+        self,
+        *,
+        quant_method: str = FORMAT,
+        format_version: int = FORMAT_VERSION,
+        codes: Sequence[Mapping[str, Any]] | None = None,
+        layers: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        check_version(format_version, "config.json")
+        self.quant_method = quant_method  # type: ignore[assignment]
+        self.format_version = format_version
+        self.codes, self.layers = codes, layers
+
+    @property
+    def formats(self) -> dict[str, LayerFormat] | None:
+        """The shapes of the quantized layers, if they are here.
+
+        Raises:
+            CheckpointError: they are damaged.
+        """
+        if self.layers is None:
+            return None
+        try:
+            return in_order_of_codes({"codes": self.codes, "layers": self.layers})
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+            raise CheckpointError(
+                f"quantization_config in config.json is damaged ({type(error).__name__}: "
+                f"{error}); copy the checkpoint again"
+            ) from error
+
+    def describe(self, layers: Mapping[str, LayerFormat]) -> None:
+        """Takes the shapes of these layers, in the current format version."""
+        self.__dict__.update(quantization_config(layers))
+
+
+@register_quantizer(FORMAT)
+class SofttrellisQuantizer(HfQuantizer):
+    """Lets ``from_pretrained`` and ``save_pretrained`` read and write our tensors.
+
+    It puts ``QuantizedLinear`` layers into the empty model, to which transformers then loads the
+    stored tensors by name and on the devices of the ``device_map``; codebooks follow. Checksums
+    are not compared: ``load_quantized`` does that.
+    """
+
+    requires_calibration = True  # only models that are quantized already
+    quantization_config: SofttrellisConfig
+
+    def is_serializable(self) -> bool:
+        """``save_pretrained`` works."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters can be trained on top; the codes stay as they are."""
+        return True
+
+    def update_weight_conversions(
+        self,
+        weight_conversions: list[Any],
+        model: PreTrainedModel,
+    ) -> list[Any]:
+        """None: our checkpoints name tensors as the model itself does."""
+        return []
+
+    def _process_model_before_weight_loading(
+        self,
+        model: PreTrainedModel,
+        checkpoint_files: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        files = [Path(name) for name in checkpoint_files or ()]
+        if not files or any(file.suffix != ".safetensors" for file in files):
+            raise CheckpointError(
+                "softtrellis checkpoints are loaded from safetensors files; give from_pretrained a "
+                "directory or a hub id"
+            )
+        layers = self._formats(files[0].parent)
+        tables, names = read_tables(files)
+        with torch.device("cpu"):  # the model itself is on the meta device by default
+            self._codebooks = codebooks_of(codes_of(layers), tables)
+        with _plain_errors(model):
+            prepare_for_layers_(model, layers)
+            replace_modules(model, layers, lambda name, _: _empty_layer(layers[name]))
+        _check_complete(quantized_layers(model), names)
+        for module in model.modules():
+            if isinstance(module, UnfusedExperts):  # nothing in the shell is to be initialised
+                module.shell._is_hf_initialized = True  # type: ignore[assignment]
+        ignored = set(model._keys_to_ignore_on_load_unexpected or ())
+        model._keys_to_ignore_on_load_unexpected = ignored | {rf"^{TABLE}"}
+
+    def _formats(self, directory: Path) -> dict[str, LayerFormat]:
+        layers = self.quantization_config.formats
+        if layers is None:
+            if not is_checkpoint(directory):
+                raise CheckpointError(
+                    f"config.json does not describe the quantized layers and {MANIFEST} is not "
+                    f"beside the weights in {directory}; download the whole checkpoint"
+                )
+            layers = dict(read_manifest(directory).layers)
+            self.quantization_config.describe(layers)
+        return layers
+
+    def _process_model_after_weight_loading(
+        self,
+        model: PreTrainedModel,
+        **kwargs: Any,
+    ) -> PreTrainedModel:
+        placed: dict[tuple[TrellisCode, torch.device], Tensor] = {}
+        for layer in quantized_layers(model).values():
+            code, device = layer.layer.code, layer.codes.device
+            if (code, device) not in placed:
+                placed[code, device] = self._codebooks[code].to(device)
+            layer.set_codebook(placed[code, device])
+        self._codebooks = {}
+        return model
+
+    def get_state_dict_and_metadata(
+        self, model: PreTrainedModel
+    ) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        """All tensors and the codes' tables; of a model with adapters, what transformers takes."""
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}
+        layers = quantized_layers(model)
+        self.quantization_config.describe({name: layer.layer for name, layer in layers.items()})
+        model.config.quantization_config = self.quantization_config
+        return model.state_dict() | stored_tables(layers), {}
+
+    def _dequantize(
+        self, model: PreTrainedModel, dtype: torch.dtype | None = None
+    ) -> PreTrainedModel:
+        dequantize_(model)
+        model.to(dtype=dtype)  # type: ignore[call-arg]
+        return model
+
+
+def _empty_layer(layer: LayerFormat) -> QuantizedLinear:
+    spec = layer.code.spec
+    with torch.device("meta"):
+        return QuantizedLinear(layer, torch.empty(spec.num_states, spec.V, dtype=torch.float32))
+
+
+def _check_complete(layers: Mapping[str, QuantizedLinear], names: set[str]) -> None:
+    """CheckpointError for a missing tensor of ours, which transformers would only warn of."""
+    wanted = [f"{name}.{key}" for name, layer in layers.items() for key in layer.state_dict()]
+    missing = [key for key in wanted if key not in names]
+    if missing:
+        raise CheckpointError(f"the checkpoint lacks {missing[0]}; copy it again")
+
+
+@contextmanager
+def _plain_errors(model: PreTrainedModel) -> Iterator[None]:
+    try:
+        yield
+    except AttributeError as error:
+        raise CheckpointError(
+            f"the quantized layers of config.json do not fit a {type(model).__name__} ({error}); "
+            "load it with AutoModelForCausalLM"
+        ) from error

@@ -1,0 +1,224 @@
+"""LoRA on quantized layers: gradients, memory, training, and adapters on disk."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from softtrellis.modules.replace import dequantize_, quantized_layers
+from softtrellis.recipes.ptq import QuantizeConfig, quantize_model
+
+pytest.importorskip("peft", reason="needs peft (pip install 'softtrellis[lora]')")
+
+from peft import LoraConfig, get_peft_model
+
+from softtrellis.integrations.peft import (
+    LoraQuantizedLinear,
+    add_lora,
+    load_lora,
+)
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+IDS = torch.arange(3, 35).reshape(2, 16)
+
+
+def packed(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    config = QuantizeConfig(code="gaussian", L=8, layers=None, error_feedback=False)
+    quantize_model(model, config)
+    return model
+
+
+@pytest.fixture
+def model(tiny_llama: LlamaForCausalLM) -> LlamaForCausalLM:
+    """`tiny_llama` with all layers quantized."""
+    return packed(tiny_llama)
+
+
+def lora(**settings: Any) -> LoraConfig:
+    return LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **settings)
+
+
+def steps(model: Any, count: int, lr: float = 0.02) -> list[float]:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr)
+    losses = []
+    for _ in range(count):
+        loss = model(input_ids=IDS, labels=IDS).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_a_new_adapter_changes_nothing_and_trains_alone(model: LlamaForCausalLM) -> None:
+    before = model(IDS).logits
+    adapted = add_lora(model, lora())
+    assert torch.equal(adapted(IDS).logits, before)
+    assert sum(isinstance(m, LoraQuantizedLinear) for m in adapted.modules()) == 14
+    trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
+    assert len(trained) == 28
+    assert all("lora_" in name for name in trained)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_are_those_of_the_dense_model(
+    model: LlamaForCausalLM, checkpointing: bool
+) -> None:
+    import copy
+
+    dense = copy.deepcopy(model)
+    dequantize_(dense)
+    targets = sorted(quantized_layers(model))
+    a = add_lora(model, lora())
+    b = get_peft_model(dense, lora(target_modules=targets))
+    with torch.no_grad():
+        for (name, p), (other, q) in zip(lora_of(a), lora_of(b), strict=True):
+            assert name == other
+            q.copy_(p.normal_(std=0.1))
+    if checkpointing:
+        a.enable_input_require_grads()
+        a.gradient_checkpointing_enable()
+        a.train()
+    for each in (a, b):
+        each(input_ids=IDS, labels=IDS).loss.backward()
+    for (_, p), (_, q) in zip(lora_of(a), lora_of(b), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-7)
+
+
+def lora_of(model: Any) -> list[tuple[str, torch.nn.Parameter]]:
+    return sorted((n, p) for n, p in model.named_parameters() if "lora_" in n)
+
+
+def test_decoded_weights_are_not_kept_for_the_backward_pass(model: LlamaForCausalLM) -> None:
+    adapted = add_lora(model, lora())
+    shapes = {(m.out_features, m.in_features) for m in quantized_layers(adapted).values()}
+    shapes |= {shape[::-1] for shape in shapes}
+    kept: list[tuple[int, ...]] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = adapted(input_ids=IDS[:, :15], labels=IDS[:, :15]).loss  # 30 tokens: no layer's size
+    assert kept
+    assert not shapes & set(kept)
+    loss.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_training_lowers_the_loss_and_leaves_the_codes(
+    model: LlamaForCausalLM, dtype: torch.dtype
+) -> None:
+    model = model.to(dtype)
+    before = {name: layer.weight() for name, layer in quantized_layers(model).items()}
+    adapted = add_lora(model, lora(), dtype=dtype)
+    assert {p.dtype for _, p in lora_of(adapted)} == {dtype}
+    losses = steps(adapted, 12)
+    assert losses[-1] < losses[0] - 0.5
+    after = quantized_layers(adapted.base_model.model)
+    for name, weight in before.items():
+        assert torch.equal(after[f"{name}.base_layer"].weight(), weight)
+
+
+def test_adapters_in_float32_on_a_bfloat16_model(model: LlamaForCausalLM) -> None:
+    adapted = add_lora(model.to(torch.bfloat16), lora())
+    assert adapted(IDS).logits.dtype == torch.bfloat16
+    assert {p.dtype for _, p in lora_of(adapted)} == {torch.float32}
+    assert steps(adapted, 6)[-1] < steps(adapted, 1)[0] + 1.0
+
+
+def test_saved_and_loaded(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    import copy
+
+    model = packed(tiny_llama)
+    fresh, again = copy.deepcopy(model), copy.deepcopy(model)
+    adapted = add_lora(model, lora(target_modules=["q_proj", "down_proj"]))
+    steps(adapted, 4)
+    adapted.save_pretrained(tmp_path / "adapter")
+    names = {path.name for path in (tmp_path / "adapter").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= names
+    loaded = load_lora(fresh, tmp_path / "adapter")
+    assert torch.equal(loaded(IDS).logits, adapted(IDS).logits)
+    assert not [p for p in loaded.parameters() if p.requires_grad]
+    with loaded.disable_adapter():
+        assert not torch.equal(loaded(IDS).logits, adapted(IDS).logits)
+    further = load_lora(again, tmp_path / "adapter", trainable=True)
+    assert len([p for p in further.parameters() if p.requires_grad]) == 8
+    steps(further, 1)
+
+
+@pytest.mark.gpu
+def test_training_on_a_gpu(model: LlamaForCausalLM) -> None:
+    ids = IDS.cuda()
+    adapted = add_lora(model.to("cuda", torch.bfloat16), lora(), dtype=torch.bfloat16)
+    assert {p.device.type for _, p in lora_of(adapted)} == {"cuda"}
+    optimizer = torch.optim.AdamW([p for _, p in lora_of(adapted)], lr=0.02)
+    losses = []
+    for _ in range(12):
+        loss = adapted(input_ids=ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_generation_with_adapters(model: LlamaForCausalLM) -> None:
+    adapted = add_lora(model, lora())
+    steps(adapted, 4)
+    tokens = adapted.generate(input_ids=IDS[:1], max_new_tokens=4, do_sample=False)
+    assert tokens.shape == (1, 20)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"use_dora": True}, "use_dora"), ({"init_lora_weights": "pissa"}, "init_lora_weights")],
+)
+def test_what_needs_a_dense_weight_is_refused(
+    model: LlamaForCausalLM, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        add_lora(model, lora(**settings))
+
+
+def test_merging_is_refused(model: LlamaForCausalLM) -> None:
+    with pytest.raises(ValueError, match="cannot be merged"):
+        add_lora(model, lora()).merge_and_unload()
+
+
+def test_a_dense_model_is_refused(tiny_llama: LlamaForCausalLM) -> None:
+    with pytest.raises(ValueError, match="no quantized layer"):
+        add_lora(tiny_llama, lora())
+
+
+def test_the_example(
+    tiny_directory: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from softtrellis.io.checkpoint import base_of, save_quantized
+    from softtrellis.io.sources import load_source
+
+    source = load_source(str(tiny_directory))
+    base = base_of(source)
+    (tmp_path / "checkpoint").mkdir()
+    model = packed(source.model)
+    save_quantized(model, source.tokenizer, tmp_path / "checkpoint", base=base)
+    options = "--steps 8 --lr 0.01 --ctx 64 --windows 4"
+    arguments = [str(tmp_path / "checkpoint"), str(tmp_path / "adapter"), *options.split()]
+    monkeypatch.setattr("sys.argv", ["lora.py", *arguments])
+    example = Path(__file__).resolve().parents[2] / "examples" / "lora.py"
+    runpy.run_path(str(example), run_name="__main__")
+    last = capsys.readouterr().out.splitlines()[-1]
+    before, after = map(float, re.findall(r"[\d.]+\d", last))
+    assert after < before
