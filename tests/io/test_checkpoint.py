@@ -77,14 +77,14 @@ def test_reload_gives_the_same_bits(tiny_directory: Path, tmp_path: Path, name: 
 
 @pytest.mark.parametrize(
     ("version", "expected"),
-    [(1, [0.744292, 0.801097, 1.420848, 0.761336]), (2, [-0.3126, 0.3794, -0.2761, 0.1970])],
+    [(1, [0.744292, 0.801097, 1.420848, 0.761336]), (2, [-0.312585, 0.3794, -0.27607, 0.197022])],
 )
 def test_checkpoints_of_before_still_load(version: int, expected: list[float]) -> None:
     """Version 2 as it was before config.json described the layers."""
     folder = Path(__file__).parent / f"checkpoint_v{version}"
     assert read_manifest(folder).version == version
     logits = load_quantized(folder)(torch.arange(16)[None]).logits[0, -1, :4]
-    torch.testing.assert_close(logits, torch.tensor(expected), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits, torch.tensor(expected), rtol=1e-4, atol=1e-5)
 
 
 def test_layers_of_several_codes_and_scales_of_channels(

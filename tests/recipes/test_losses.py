@@ -47,10 +47,9 @@ def test_temperature_goes_from_start_to_end(schedule: str) -> None:
 
 def test_learning_rate_warms_up_and_decays() -> None:
     found = [learning_rate_at(step / 49, step, lr=1.0, warmup=5) for step in range(50)]
-    assert found[0] == pytest.approx(1 / 6)
-    assert found[:6] == sorted(found[:6])
+    first = [0.166667, 0.333025, 0.498153, 0.661134, 0.821069, 0.977075]
+    assert found[:6] == pytest.approx(first, abs=1e-6)
     assert found[5:] == sorted(found[5:], reverse=True)
-    assert found[5] > 0.95
     assert found[-1] == pytest.approx(0.1)
 
 
