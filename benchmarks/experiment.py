@@ -118,6 +118,10 @@ class Experiment:
             changed = list(result.changed_codes.values())
             record |= {"log": log, "kept": result.kept, "changed": sum(changed) / len(changed)}
         record["seconds"] = time.perf_counter() - began
+        return self.record(record, model)
+
+    def record(self, record: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+        """Scores the hard model, adds that to the run's record, and the record to the file."""
         scores = self.score(model)
         assert scores.kl is not None
         assert scores.kl_mean is not None
@@ -134,7 +138,8 @@ class Experiment:
             file.write(json.dumps(record) + "\n")
         steps = len(record.get("log", ()))
         print(
-            f"{name:28} seed {seed}  perplexity {scores.perplexity:8.2f}  KL {scores.kl_mean:.4f}  "
+            f"{record['name']:28} seed {record['seed']}  perplexity {scores.perplexity:8.2f}  "
+            f"KL {scores.kl_mean:.4f}  "
             f"{steps} steps  {record['seconds']:.0f} s  kept {record.get('kept')}  "
             f"changed {record.get('changed', 0):.4f}",
             flush=True,

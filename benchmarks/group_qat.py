@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import shlex
 import time
 
@@ -135,28 +134,8 @@ def run(experiment: Experiment, name: str, options: str, seed: int) -> None:
         log.append({"loss": total, "seconds": pace.elapsed})
     seconds = time.perf_counter() - began
     replace_modules(student, names, lambda name, _: layers[name].dense())
-    scores = experiment.score(student)
-    record = {
-        "name": name,
-        "seed": seed,
-        "train": options,
-        "seconds": seconds,
-        "log": log,
-        "perplexity": scores.perplexity,
-        "kl": scores.kl_mean,
-        "windows": {
-            "nll": scores.nll.tolist(),
-            "kl": [] if scores.kl is None else scores.kl.tolist(),
-            "tokens": scores.tokens.tolist(),
-        },
-    }
-    with o.json.open("a") as file:
-        file.write(json.dumps(record) + "\n")
-    print(
-        f"{name:28} seed {seed}  perplexity {scores.perplexity:8.2f}  KL {scores.kl_mean:.4f}  "
-        f"{len(log)} steps  {seconds:.0f} s",
-        flush=True,
-    )
+    record = {"name": name, "seed": seed, "train": options, "seconds": seconds, "log": log}
+    experiment.record(record, student)
 
 
 def main() -> None:

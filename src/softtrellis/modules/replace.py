@@ -113,10 +113,16 @@ def get_linear(model: nn.Module, name: str) -> nn.Linear:
     return module
 
 
-def head_name(model: nn.Module) -> str:
-    """The name of the output layer; ValueError if that is no linear layer."""
+def output_layer(model: nn.Module) -> nn.Module | None:
+    """The module that makes logits of hidden states, where the model has one and names it."""
     get = getattr(model, "get_output_embeddings", None)
     head = get() if callable(get) else None
+    return head if isinstance(head, nn.Module) else None
+
+
+def head_name(model: nn.Module) -> str:
+    """The name of the output layer; ValueError if that is no linear layer."""
+    head = output_layer(model)
     if not isinstance(head, nn.Linear):
         raise ValueError(f"the output layer of {type(model).__name__} is not a linear layer")
     names: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}

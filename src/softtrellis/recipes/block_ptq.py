@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from softtrellis.io.progress import progress
 from softtrellis.modules.blocks import Blocks
 from softtrellis.modules.experts import expert_groups
-from softtrellis.modules.quantized_linear import QuantizedLinear
 from softtrellis.modules.replace import (
     decoder_index,
     get_linear,
     get_quantized,
     head_name,
-    quantized_layers,
+    hold_weights_,
+    release_weights_,
     replace_modules,
     share_codebooks_,
 )
@@ -163,7 +163,7 @@ class BlockQuantizer:
             if done:
                 self.reports |= self.store.load(index, layer, self.codebooks)
             elif moments is not None:
-                goal = output if targets is None else targets
+                goal = output if original is None else targets
                 self._quantize(_Work(index, names, moments, states, goal, before, original))
                 reports = {name: self.reports[name] for name in names}
                 self.store.save(index, layer, reports)
@@ -174,7 +174,7 @@ class BlockQuantizer:
             output = None
             if original is not None and targets is None:
                 targets = self.blocks.run_all(index, original, layer=before, out=original)
-            with _dequantized(layer):
+            with _held(layer):
                 return self.blocks.run_all(index, states, out=states), targets
 
     def _linears(self, index: int) -> dict[str, nn.Linear]:
@@ -214,7 +214,7 @@ class BlockQuantizer:
         assert work.before is not None
         assert work.original is not None
         name = leader.removeprefix(f"{self.blocks.prefix}.{work.index}.")
-        with _dequantized(self.blocks.layers[work.index]):
+        with _held(self.blocks.layers[work.index]):
             hessian, cross = paired_moments(
                 self.blocks, work.index, work.states, work.before, work.original, name
             )
@@ -310,11 +310,10 @@ def _tuning_order(
 
 
 @contextmanager
-def _dequantized(layer: nn.Module) -> Iterator[None]:
+def _held(layer: nn.Module) -> Iterator[None]:
     """Decodes the weights of quantized layers once for all passes in the context."""
-    quantized: Mapping[str, QuantizedLinear] = quantized_layers(layer)
-    replace_modules(layer, quantized, lambda name, _: quantized[name].dequantize())
+    hold_weights_(layer, torch.float32)
     try:
         yield
     finally:
-        replace_modules(layer, quantized, lambda name, _: quantized[name])
+        release_weights_(layer)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from softtrellis.evaluation.perplexity import SplitHead, split_head
 from softtrellis.io.progress import progress
+from softtrellis.modules.replace import output_layer
 from softtrellis.modules.scaled_linear import ScaledLinear, scale_, unscale_
 from softtrellis.recipes.finetune import TuneReport, check_tuning, held_out_windows
 from softtrellis.recipes.losses import forward_kl
@@ -50,18 +51,16 @@ def tune_end_to_end(
     config: EndToEndConfig,
     store: LayerStore,
     *,
-    device: torch.device,
     show_progress: bool = False,
 ) -> TuneReport:
     """Tunes a quantized causal language model in place; codes stay as they are.
 
     Args:
-        model: with ``QuantizedLinear`` layers.
-        teacher: the original model.
+        model: with ``QuantizedLinear`` layers, on the device that it is tuned on.
+        teacher: the original model, likewise.
         windows: int64 [n, ctx], two at least.
         config: see ``EndToEndConfig``.
         store: where finished epochs are kept, and taken from.
-        device: where both models run.
         show_progress: show a progress bar.
 
     Returns:
@@ -73,8 +72,6 @@ def tune_end_to_end(
     count = len(windows)
     held = held_out_windows(count, config.held_out)
     train, test = windows[: count - held], windows[count - held :]
-    homes = next(model.parameters()).device, next(teacher.parameters()).device
-    model.to(device), teacher.to(device)
     scale_(model)
     model.requires_grad_(False)
     tuned = _tuned_parameters(model)
@@ -107,7 +104,6 @@ def tune_end_to_end(
             parameter.requires_grad_(False)
             parameter.grad = None
     unscale_(model)
-    model.to(homes[0]), teacher.to(homes[1])
     return TuneReport(before, best)
 
 
@@ -116,11 +112,11 @@ def _tuned_parameters(model: nn.Module) -> list[nn.Parameter]:
 
     The output layer is left out: the loss takes it as frozen.
     """
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    head = output_layer(model)
     scaled = [m for m in model.modules() if isinstance(m, ScaledLinear) and m is not head]
     own = [p for m in scaled for p in m.parameters()]
     ids = {id(p) for p in own}
-    ids |= {id(p) for p in (head.parameters() if isinstance(head, nn.Module) else ())}
+    ids |= {id(p) for p in (head.parameters() if head is not None else ())}
     rest = [p for p in model.parameters() if p.ndim == 1 and p.is_floating_point()]
     return [*own, *(p for p in rest if id(p) not in ids)]
 

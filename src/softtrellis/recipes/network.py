@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from softtrellis.evaluation.perplexity import split_head
-from softtrellis.modules.replace import decoder_layers
+from softtrellis.modules.replace import decoder_layers, output_layer
 from softtrellis.modules.tail import Tail
 
 
@@ -24,11 +24,11 @@ class Network:
         self, model: nn.Module, first: int, window: Tensor, *, autocast: torch.dtype | None = None
     ) -> None:
         split = split_head(model, window)
-        head = getattr(model, "get_output_embeddings", lambda: None)()
         self._head, self.device = split.head, next(model.parameters()).device
         self._autocast = autocast
         self._whole = split.features
-        self.tail = Tail(model, first, window.to(self.device)) if split.head is head else None
+        cuttable = split.head is output_layer(model)
+        self.tail = Tail(model, first, window.to(self.device)) if cuttable else None
 
     @property
     def first(self) -> int:

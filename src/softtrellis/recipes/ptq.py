@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from softtrellis import __version__
 from softtrellis.backend import Backend, check_device
+from softtrellis.io import exl3
 from softtrellis.io.checkpoint import load_full_precision
 from softtrellis.io.sources import cache_directory, fingerprint
 from softtrellis.io.text import stream_documents, token_windows
 from softtrellis.modules.quantized_linear import LayerFormat
 from softtrellis.modules.replace import (
+    on_device,
     prepare_for_layers_,
     quantized_layers,
     select_layers,
@@ -43,7 +45,6 @@ if TYPE_CHECKING:
 
 Profile = Literal["qtip", "exl3"]
 Inputs = Literal["corrected", "quantized", "original"]
-EXL3_BLOCK = 128
 EXL3_CODES = ("mul1", "mcg", "3inst")
 SAMPLED_AT_ONCE = 32
 """Windows, where the model writes its calibration text itself."""
@@ -141,8 +142,7 @@ class QuantizeConfig:
             raise ValueError(f"profile 'exl3' has the codes {', '.join(EXL3_CODES)}, not {name!r}")
         if self.L != 16:
             raise ValueError(f"profile 'exl3' has L=16, got {self.L}; use profile 'qtip'")
-        spec = TrellisSpec(16, self.bits, 1)
-        return TrellisCode(spec, name, normalize=False, order="exl3")
+        return exl3.exl3_code(name, self.bits)
 
     def code_for(self, bits: int) -> TrellisCode:
         """The code of layers with so many bits; ValueError if there is none."""
@@ -184,14 +184,14 @@ class QuantizeConfig:
 
     def layer_format(self, linear: nn.Linear, bits: int | None = None) -> LayerFormat:
         """The stored shape of a linear layer with so many bits, by default ``bits``."""
-        exl3 = self.profile == "exl3"
+        blocked = self.profile == "exl3"
         return LayerFormat(
             in_features=linear.in_features,
             out_features=linear.out_features,
             code=self.trellis_code if bits is None else self.code_for(bits),
-            multiple=EXL3_BLOCK if exl3 else BLOCK,
-            block=EXL3_BLOCK if exl3 else None,
-            channel_scales=exl3,
+            multiple=exl3.BLOCK if blocked else BLOCK,
+            block=exl3.BLOCK if blocked else None,
+            channel_scales=blocked,
             bias=linear.bias is not None,
         )
 
@@ -259,15 +259,10 @@ def quantize_model(
     quantizer = BlockQuantizer(model, names, windows, config, fine_tune, store)
     quantizer.run()
     if end_to_end is not None and teacher is not None and windows is not None:
-        tune_end_to_end(
-            model,
-            teacher,
-            windows,
-            end_to_end,
-            store,
-            device=torch.device(config.device),
-            show_progress=config.show_progress,
-        )
+        with on_device(model, config.device), on_device(teacher, config.device):
+            tune_end_to_end(
+                model, teacher, windows, end_to_end, store, show_progress=config.show_progress
+            )
         share_codebooks_(model)
     if reports is not None:
         reports |= {name: quantizer.reports[name] for name in quantizer.names}

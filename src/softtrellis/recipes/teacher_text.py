@@ -15,6 +15,7 @@ from torch import Tensor
 from softtrellis.io.progress import progress
 from softtrellis.io.sources import fingerprint, muted
 from softtrellis.io.text import TEACHER
+from softtrellis.modules.replace import on_device
 from softtrellis.recipes.run_state import digest, read_tensors, sampled, write_tensors
 
 if TYPE_CHECKING:
@@ -170,18 +171,15 @@ def _ready(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
     from transformers import GenerationConfig
 
     # What generate() is not told it takes from the model: EOS, top_k, penalties.
-    its_own, training, before = model.generation_config, model.training, model.device
+    its_own, training = model.generation_config, model.training
     try:
         model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
         model.eval()  # type: ignore[no-untyped-call]
-        if device != before:
-            model.to(device)  # type: ignore[arg-type]
-        yield
+        with on_device(model, device):
+            yield
     finally:
         model.generation_config = its_own
         model.train(training)
-        if device != before:
-            model.to(before)  # type: ignore[arg-type]
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from torch import nn
 
 from softtrellis.modules.latent_linear import LatentLinear
 from softtrellis.modules.learned_table import LearnedTable
-from softtrellis.modules.replace import decoder_index, decoder_layers
+from softtrellis.modules.replace import decoder_index, decoder_layers, output_layer
 
 if TYPE_CHECKING:
     from softtrellis.recipes.qat import DistillConfig
@@ -51,26 +51,24 @@ def shared_tables(
     return [LearnedTable(code, members) for code, members in by_code.items()]
 
 
-def norms_and_biases(
-    model: nn.Module, names: Sequence[str], frozen: Iterable[str]
-) -> dict[str, nn.Parameter]:
-    """Vectors of the decoder layers that the named layers are in, but not of any quantized layer.
+def norms_and_biases(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Parameter]:
+    """Vectors of the decoder layers that the named layers are in, except these layers' own.
 
-    If they are in all decoder layers, also those behind the last one, except the output layer's.
-    ``frozen`` are the names of the other quantized layers.
+    If they are in all decoder layers, also those behind the last one, but not the output layer's.
+    Quantized layers have none: their biases are buffers.
     """
     prefix, layers = decoder_layers(model)
     trained = {decoder_index(model, name) for name in names}
     behind = len(trained) == len(layers)
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    left_out = {id(p) for p in head.parameters()} if isinstance(head, nn.Module) else set()
+    head = output_layer(model)
+    left_out = {id(p) for p in head.parameters()} if head is not None else set()
     found: dict[str, nn.Parameter] = {}
-    quantized = tuple(f"{name}." for name in (*names, *frozen))
+    own = tuple(f"{name}." for name in names)
     for name, parameter in model.named_parameters():
         inside = name.startswith(f"{prefix}.")
         here = decoder_index(model, name) in trained if inside else behind
         vector = parameter.ndim == 1 and parameter.is_floating_point()
-        if here and vector and not name.startswith(quantized) and id(parameter) not in left_out:
+        if here and vector and not name.startswith(own) and id(parameter) not in left_out:
             found[name] = parameter
     return found
 
@@ -78,7 +76,6 @@ def norms_and_biases(
 def trained_parameters(
     model: nn.Module,
     layers: Mapping[str, LatentLinear],
-    frozen: Iterable[str],
     tables: Iterable[LearnedTable],
     parts: Sequence[str],
 ) -> dict[str, nn.Parameter]:
@@ -86,7 +83,6 @@ def trained_parameters(
 
     Args:
         model: holds ``layers``, the training layers by name.
-        frozen: names of its other quantized layers.
         tables: what ``shared_tables`` gave, or none.
         parts: of ``TRAINABLE``.
     """
@@ -98,7 +94,7 @@ def trained_parameters(
             scales = layer.train_scales()
             found |= {f"{name}.{key}": scale for key, scale in scales.items()}
     if NORMS in parts:
-        found |= norms_and_biases(model, list(layers), frozen)
+        found |= norms_and_biases(model, list(layers))
     found |= {f"table.{i}": table.table for i, table in enumerate(tables)}
     for layer in layers.values():
         layer.latent.requires_grad_(LATENTS in parts)

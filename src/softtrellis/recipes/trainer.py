@@ -22,8 +22,10 @@ from softtrellis.modules.replace import (
     decoder_index,
     get_linear,
     get_quantized,
+    hold_weights_,
     linear_names,
     quantized_layers,
+    release_weights_,
     replace_modules,
 )
 from softtrellis.recipes.drift import SAMPLED_TILES, combine, measure_all
@@ -113,15 +115,13 @@ class Trainer:
         self._check_temperatures()
         self._move_to_start(teacher)
         replace_modules(student, names, lambda name, _: self.layers[name])
-        self._frozen = quantized_layers(student)  # decoded once, not in every pass
-        replace_modules(student, self._frozen, lambda name, _: self._frozen[name].dequantize())
+        hold_weights_(student, torch.float32)  # the frozen layers', not in every pass
         self._undo: Callable[[], None] | None = None
         if config.checkpoint_layers:
             self._undo = checkpoint_layers_(student)
-        self.tables = shared_tables(self.layers, self._frozen) if TABLE in config.train else []
-        self.parameters = trained_parameters(
-            student, self.layers, self._frozen, self.tables, config.train
-        )
+        with_table = TABLE in config.train
+        self.tables = shared_tables(self.layers, quantized_layers(student)) if with_table else []
+        self.parameters = trained_parameters(student, self.layers, self.tables, config.train)
         self._rates = learning_rates(self.parameters, self.layers, config)
         groups = [
             {"params": [parameter], "lr": rate}
@@ -331,6 +331,20 @@ class Trainer:
                 tensors[name] = parameter
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
+    def _best_code(self) -> dict[str, QuantizedLinear]:
+        """What ``_snapshot`` kept; other parameters than the layers' become what they were then."""
+        for name, parameter in self.parameters.items():
+            if name in self._kept:
+                parameter.copy_(self._kept[name])
+        for table in self.tables:
+            table.hold()
+        found: dict[str, QuantizedLinear] = {}
+        for name, layer in self.layers.items():
+            made = QuantizedLinear(layer.layer, layer.codebook.detach()).to(layer.latent.device)
+            made.load_state_dict({key: self._kept[f"{name}.{key}"] for key in made.state_dict()})
+            found[name] = made
+        return found
+
     def state(self) -> dict[str, Tensor]:
         """Everything that a step changes."""
         tensors: dict[str, Tensor] = dict(self.parameters)
@@ -366,20 +380,10 @@ class Trainer:
         """
         if self._undo is not None:
             self._undo()
-        replace_modules(self.student, self._frozen, lambda name, _: self._frozen[name])
+        release_weights_(self.student)
         for table in self.tables:
             table.hold()
-        hardened = self._harden()
-        if self.best is not None:
-            for name, parameter in self.parameters.items():
-                if name in self._kept:
-                    parameter.copy_(self._kept[name])
-            for table in self.tables:
-                table.hold()
-            for name, layer in hardened.items():
-                own = {key: self._kept[f"{name}.{key}"] for key in layer.state_dict()}
-                layer.load_state_dict(own)
-                layer.set_codebook(self.layers[name].codebook)
+        hardened = self._harden() if self.best is None else self._best_code()
         for parameter in self.parameters.values():
             parameter.requires_grad_(False)
         changed: dict[str, float] = {}
