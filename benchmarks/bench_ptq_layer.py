@@ -40,7 +40,7 @@ def main() -> None:
     )
     generator = torch.Generator().manual_seed(0)
     windows = torch.randint(1024, (options.windows, options.ctx), generator=generator)
-    settings = QuantizeConfig(L=options.L, device=options.device, batch=8)
+    settings = QuantizeConfig(L=options.L, device=options.device)
     for repeat in range(options.repeats):
         torch.manual_seed(repeat)
         model = LlamaForCausalLM(config).eval()
@@ -64,6 +64,7 @@ def main() -> None:
             f"layers, {encoding:.2f} s of LDLQ; {peak:.1f} GiB at most",
             flush=True,
         )
+        del model, quantizer  # or the next repeat's peak would hold them too
 
 
 if __name__ == "__main__":

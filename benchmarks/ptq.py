@@ -3,7 +3,7 @@
     python benchmarks/ptq.py MODEL CALIBRATION_TEXT TEST_TEXT [ROW ...] [--seeds 0 1 2]
 
 A row is what ``softtrellis quantize MODEL -o DIR --data CALIBRATION_TEXT --ctx 2048 --windows 128
---batch 8 --device cuda`` does with the options that the row's name stands for, which are printed.
+--device cuda`` does with the options that the row's name stands for, which are printed.
 Seconds are those of ``quantize_model``, Hessians included; the model is loaded once for all rows.
 """
 
@@ -57,7 +57,6 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--ctx", type=int, default=2048)
     parser.add_argument("--windows", type=int, default=128)
-    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--test-windows", type=int, help="by default all")
     parser.add_argument("--json", type=Path, help="add a line per result to this file")
     options = parser.parse_args()
@@ -65,7 +64,7 @@ def main() -> None:
     text = load_documents([options.test], split="heldout")
     test = token_windows(source.tokenizer, text, options.ctx, limit=options.test_windows)
     common = f"--data {shlex.quote(options.calibration)} --ctx {options.ctx} "
-    common += f"--windows {options.windows} --batch {options.batch} --device {options.device}"
+    common += f"--windows {options.windows} --device {options.device}"
     for row in options.rows:
         for seed in options.seeds:
             line = f"quantize {shlex.quote(options.model)} -o DIR {common} --seed {seed} "
@@ -87,7 +86,7 @@ def main() -> None:
             stored = [layer.stored_bits() for layer in layers]
             codes, scales = (sum(bits[part] for bits in stored) for part in ("codes", "scales"))
             dequantize_(model)
-            scores = score_windows(model.to(options.device), test, batch_size=options.batch)
+            scores = score_windows(model.to(options.device), test, batch_size=8)
             result = {
                 "row": row,
                 "seed": seed,

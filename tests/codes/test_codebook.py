@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from softtrellis.codes.codebook import codebook
-from softtrellis.codes.hybrid import default_table
+from softtrellis.codes.hybrid import default_table, trained_table
 from softtrellis.spec import TrellisSpec
 from softtrellis.trellis.viterbi import viterbi
 
@@ -75,6 +75,8 @@ def test_hybrid_table_is_reproducible_and_gradients_reach_it() -> None:
     assert torch.equal(default_table(0, "second"), default_table(0, "second"))
     assert not torch.equal(default_table(0, "second"), default_table(1, "second"))
     assert torch.equal(default_table(0, "first"), default_table(0, "second").flip(1))
+    apart = default_table(0, "second") - torch.from_numpy(trained_table(0))
+    assert float(apart.abs().median()) < 1e-5, "hyb_table.npy is not what trained_table gives"
     table = default_table(0, "second").requires_grad_()
     codebook("hyb", V2, table=table).sum().backward()  # type: ignore[no-untyped-call]
     assert table.grad is not None

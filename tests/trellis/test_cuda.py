@@ -103,6 +103,20 @@ def test_other_codebooks_have_no_factor() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("poison")
+def test_viterbi_follows_a_codebook_that_changes() -> None:
+    """What is known of a codebook holds for its values, not for the tensor."""
+    w, C, _, _ = problem("hyb", HYB, 3, HYB.steps())
+    other = codebook("gaussian", HYB, seed=3).cuda()
+    symmetric = C.clone()
+    for values in (C, other, C):
+        symmetric.copy_(values)
+        for _ in range(2):
+            found = viterbi(w, symmetric, HYB, backend="cuda").states
+            assert torch.equal(found, viterbi(w, values, HYB, backend="triton").states)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("ends", ["free", "pinned", "hard"])
 @pytest.mark.parametrize(("code", "spec"), CODES)
 def test_bcjr_at_all_temperatures(code: str, spec: TrellisSpec, ends: str) -> None:

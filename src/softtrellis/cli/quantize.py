@@ -74,7 +74,9 @@ def add_parser(commands: Commands) -> None:
     add_data(parser, "calibration text", teacher=True)
     parser.add_argument("--ctx", type=int, default=512, help="tokens per calibration window")
     parser.add_argument("--windows", type=int, default=32, help="calibration windows")
-    parser.add_argument("--batch", type=int, default=4, help="windows that run at once")
+    parser.add_argument(
+        "--batch", type=int, help="windows that run at once; by default as many as suit the device"
+    )
     parser.add_argument(
         "--inputs",
         choices=["corrected", "quantized", "original"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from importlib.resources import files
 from typing import Literal
 
 import numpy as np
@@ -54,7 +55,11 @@ def table_of(codebook: Tensor, spec: TrellisSpec, flip: Flip) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def _kmeans(seed: int) -> np.ndarray:
+def trained_table(seed: int) -> np.ndarray:
+    """float32 [512, 2]: k-means of N(0, I), the second component folded (QTIP, section 3.1.2).
+
+    Lloyd's algorithm on 32,768 samples, 25 iterations. Its last bits depend on the machine.
+    """
     samples = np.random.default_rng(seed).standard_normal((_SAMPLES, 2), dtype=np.float32)
     samples[:, 1] = np.abs(samples[:, 1])
     centroids = samples[:TABLE_ROWS].copy()
@@ -75,10 +80,14 @@ def _kmeans(seed: int) -> np.ndarray:
 
 
 def default_table(seed: int, flip: Flip) -> Tensor:
-    """float32 [512, 2]: k-means of N(0, I) folded over the component that is flipped.
+    """float32 [512, 2]: ``trained_table``, folded over the component that is flipped.
 
-    Lloyd's algorithm on 32,768 samples, 25 iterations, the same for the same seed. Checkpoints
-    store the table, so that they do not depend on this function.
+    That of seed 0 is kept in ``hyb_table.npy``, the same on every machine. Checkpoints store their
+    table, so that they do not depend on this function.
     """
-    table = torch.from_numpy(_kmeans(seed).copy())
+    if seed == 0:
+        with (files("softtrellis.codes") / "hyb_table.npy").open("rb") as file:
+            table = torch.from_numpy(np.load(file))
+    else:
+        table = torch.from_numpy(trained_table(seed).copy())
     return table if flip == "second" else table.flip(1).contiguous()

@@ -116,7 +116,7 @@ class SofttrellisQuantizer(HfQuantizer):
     def update_weight_conversions(
         self,
         weight_conversions: list[Any],
-        model: PreTrainedModel,
+        model: PreTrainedModel | None = None,
     ) -> list[Any]:
         """None: our checkpoints name tensors as the model itself does."""
         return []

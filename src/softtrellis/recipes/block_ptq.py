@@ -100,7 +100,7 @@ class BlockQuantizer:
                 model,
                 windows,
                 device=self.device,
-                batch=config.batch,
+                batch=config.windows_at_once(model, names),
                 autocast=torch.bfloat16 if self.device.type == "cuda" else None,
             )
         self.corrected = config.inputs == "corrected" and config.error_feedback

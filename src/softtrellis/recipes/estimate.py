@@ -131,7 +131,8 @@ def estimate(
     stored = sum(_stored_bits(layer, tuned=tuned) for layer in whole.values())
     dense = sum(_bytes(p) for p in model.parameters())
     dense -= sum(_bytes(get_linear(model, name).weight) for name in names)
-    needed = _device_bytes(list(layers)[: last + 1], formats, tokens, config)
+    at_once = config.windows_at_once(model, names)
+    needed = _device_bytes(list(layers)[: last + 1], formats, tokens, at_once, config)
     if fine_tune is not None:  # gradients, two moments, the best values, the graph of a batch
         needed += 4 * max(sum(_bytes(p) for p in layer.parameters()) for layer in layers)
     if end_to_end is not None:
@@ -164,13 +165,14 @@ def _device_bytes(
     layers: Sequence[nn.Module],
     formats: dict[str, LayerFormat],
     tokens: int,
+    at_once: int,
     config: QuantizeConfig,
 ) -> int:
     largest = max(sum(_bytes(p) for p in layer.parameters()) for layer in layers)
     widths = [layer.in_features for layer in formats.values()]
     hidden, widest = min(widths), max(widths)
     states = 3 * 4 * tokens * hidden
-    batch = 8 * 4 * config.batch * config.ctx * widest if tokens else 0
+    batch = 8 * 4 * at_once * config.ctx * widest if tokens else 0
     hessians = 4 * 8 * widest**2 if config.error_feedback else 0
     kernels = (1 << 30) if config.device != "cpu" else (1 << 28)
     return 2 * largest + states + batch + hessians + kernels

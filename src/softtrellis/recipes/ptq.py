@@ -21,6 +21,7 @@ from softtrellis.io.sources import cache_directory, fingerprint
 from softtrellis.io.text import stream_documents, token_windows
 from softtrellis.modules.quantized_linear import LayerFormat
 from softtrellis.modules.replace import (
+    get_linear,
     on_device,
     prepare_for_layers_,
     quantized_layers,
@@ -49,6 +50,8 @@ EXL3_CODES = ("mul1", "mcg", "3inst")
 SAMPLED_AT_ONCE = 32
 """Windows, where the model writes its calibration text itself."""
 
+_NUMBERS_AT_ONCE = 1 << 28
+
 _NOT_SETTINGS = ("trellis_code", "data", "show_progress")
 
 
@@ -72,7 +75,8 @@ class QuantizeConfig:
             model itself writes on ``device``, see ``sample_windows``.
         ctx: tokens per calibration window.
         windows: calibration windows.
-        batch: windows that a decoder layer takes at once.
+        batch: windows that a decoder layer takes at once; None is 4 on a CPU, and on a GPU as many
+            as have 2**28 numbers at the widest layer's input, at most 32.
         expert_tokens: an expert that saw fewer takes the Hessian of all experts beside it.
         inputs: what the Hessians are taken from, and blocks tuned on: "quantized" is the output of
             the layers before as they are quantized, "original" that of the original ones (QTIP).
@@ -99,7 +103,7 @@ class QuantizeConfig:
     data: tuple[str, ...] = ("pydoc",)
     ctx: int = 512
     windows: int = 32
-    batch: int = 4
+    batch: int | None = None
     expert_tokens: int = 256
     inputs: Inputs = "corrected"
     damping: float = 0.01
@@ -118,8 +122,9 @@ class QuantizeConfig:
             names = ", ".join(get_args(Inputs))
             raise ValueError(f"inputs must be one of {names}, got {self.inputs!r}")
         for name, least in (("ctx", 2), ("windows", 1), ("batch", 1), ("expert_tokens", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
         check_device(self.device)
         for name in ("damping", "correction_damping"):
             if not 0 < getattr(self, name) < math.inf:
@@ -148,6 +153,15 @@ class QuantizeConfig:
         """The code of layers with so many bits; ValueError if there is none."""
         spec = self.trellis_code.spec
         return replace(self.trellis_code, spec=TrellisSpec(spec.L, bits, spec.V))
+
+    def windows_at_once(self, model: nn.Module, names: Sequence[str]) -> int:
+        """``batch``, or what it stands for with these layers."""
+        if self.batch is not None:
+            return self.batch
+        if self.device == "cpu":
+            return 4
+        widest = max(get_linear(model, name).in_features for name in names)
+        return min(max(_NUMBERS_AT_ONCE // (self.ctx * widest), 1), 32)
 
     def bits_of(self, model: nn.Module, names: Sequence[str]) -> dict[str, int]:
         """Bits per weight of every named layer.

@@ -6,8 +6,11 @@ numbers times a factor go to ``viterbi_triton``.
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
+
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from softtrellis.spec import TrellisSpec
 from softtrellis.trellis import viterbi_triton
@@ -26,6 +29,9 @@ _MANY, _FEW = (
 )
 _SCALAR = Kernel("viterbi_scalar.cu", "viterbi", 512)
 
+_known_to_fit: MutableMapping[Tensor, tuple[int, bool]] = WeakTensorKeyDictionary()
+"""By codebook: its version, and whether the CUDA kernels take that; learned at first use."""
+
 
 def _runs(spec: TrellisSpec, steps: int, *, tail_biting: bool) -> bool:
     """Whether there is a CUDA kernel for this trellis."""
@@ -38,6 +44,9 @@ def _start(
     w: Tensor, codebook: Tensor, spec: TrellisSpec, pins: Tensor | None, ends: int
 ) -> Tensor:
     """States int32 [B, N]; the Triton kernels fill them where these have to leave it to them."""
+    fits = _fits(codebook)
+    if fits is False:
+        return _triton(w, codebook, spec, pins, ends)
     batch, steps, _ = w.shape
     device, processors = w.device, multiprocessors(w.device)
     states = torch.empty(batch, steps, dtype=torch.int32, device=device)
@@ -59,13 +68,39 @@ def _start(
     addresses = [w, *tables, pins, states, scratch, following, left]
     kernel(blocks, shared, device, addresses, [ends, batch, steps])
     del scratch
-    if ends == _TAIL_BITING:
+    if fits is None and _can_remember(codebook):
+        fits = not bool(left)
+        _known_to_fit[codebook] = (codebook._version, fits)
+        if not fits:
+            return _triton(w, codebook, spec, pins, ends)
+    if fits is None and ends == _TAIL_BITING:
         two_passes(
             w, spec, lambda x, seam: viterbi_triton.fill(x, codebook, spec, seam, states, left)
         )
-    else:
+    elif fits is None:
         viterbi_triton.fill(w, codebook, spec, pins, states, left)
     return states
+
+
+def _fits(codebook: Tensor) -> bool | None:
+    """Whether the CUDA kernels took this codebook before; None if that is not known."""
+    if not _can_remember(codebook):
+        return None
+    version, fits = _known_to_fit.get(codebook, (-1, False))
+    return fits if version == codebook._version else None
+
+
+def _can_remember(codebook: Tensor) -> bool:
+    """Not while a graph is captured, whose codebook may change before it is replayed."""
+    return not (codebook.is_inference() or torch.cuda.is_current_stream_capturing())
+
+
+def _triton(
+    w: Tensor, codebook: Tensor, spec: TrellisSpec, pins: Tensor | None, ends: int
+) -> Tensor:
+    if ends != _TAIL_BITING:
+        return viterbi_triton.best_path(w, codebook, spec, pins)
+    return two_passes(w, spec, lambda x, seam: viterbi_triton.best_path(x, codebook, spec, seam))
 
 
 def best_path(w: Tensor, codebook: Tensor, spec: TrellisSpec, pins: Tensor | None) -> Tensor:
@@ -97,7 +132,5 @@ def tail_biting_path(w: Tensor, codebook: Tensor, spec: TrellisSpec) -> Tensor:
         int32 [B, N], the states.
     """
     if w.shape[0] == 0 or not _runs(spec, w.shape[1], tail_biting=True):
-        return two_passes(
-            w, spec, lambda x, seam: viterbi_triton.best_path(x, codebook, spec, seam)
-        )
+        return _triton(w, codebook, spec, None, _TAIL_BITING)
     return _start(w, codebook, spec, None, _TAIL_BITING)
