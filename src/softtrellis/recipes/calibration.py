@@ -16,7 +16,7 @@ from softtrellis.modules.blocks import Blocks
 def check_finite(model: nn.Module) -> None:
     """ValueError, naming the tensor, if a weight of the model is NaN or infinite."""
     for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
+        if parameter.numel() and not all(map(torch.isfinite, parameter.detach().aminmax())):
             raise ValueError(f"{name} holds NaN or infinity; repair the model first")
 
 
