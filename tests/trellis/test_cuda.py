@@ -9,6 +9,7 @@ from torch import Tensor
 from softtrellis.codes.codebook import codebook
 from softtrellis.codes.hybrid import table_rows
 from softtrellis.spec import TrellisSpec
+from softtrellis.trellis import viterbi_cuda
 from softtrellis.trellis.bcjr import bcjr
 from softtrellis.trellis.bitshift import check_path
 from softtrellis.trellis.codebook_cuda import scaled_halves, states_of_rows
@@ -226,3 +227,49 @@ def test_float64_is_refused() -> None:
     w, C, _, _ = problem("hyb", HYB, 2, 128)
     with pytest.raises(ValueError, match="float32 tensors on a CUDA device"):
         bcjr(w.double(), C.double(), HYB, temperature=0.1, backend="cuda")
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+@pytest.mark.parametrize("spec", [HYB, SCALAR])
+def test_triton_takes_what_cuda_leaves(
+    monkeypatch: pytest.MonkeyPatch, spec: TrellisSpec, capturing: bool
+) -> None:
+    """Which kernels are started, with stand-ins for them: no GPU is needed."""
+    started: list[str] = []
+
+    class Leaves:
+        def __init__(self, everything: bool) -> None:
+            self.everything = everything
+
+        def __call__(
+            self, blocks: int, shared: int, device: object, addresses: list[Tensor], *_: object
+        ) -> None:
+            started.append("cuda")
+            addresses[-1].fill_(3 if self.everything else 0)
+
+    def triton(w: Tensor, *_: object) -> Tensor:
+        started.append("triton")
+        return torch.zeros(w.shape[:2], dtype=torch.int32)
+
+    monkeypatch.setattr(viterbi_cuda, "multiprocessors", lambda _: 4)
+    monkeypatch.setattr(viterbi_cuda.viterbi_triton, "fill", triton)
+    monkeypatch.setattr(viterbi_cuda.viterbi_triton, "best_path", triton)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    w, C = torch.randn(3, spec.steps(), spec.V), torch.randn(spec.num_states, spec.V)
+
+    def starts(everything: bool) -> list[str]:
+        for name in ("_FEW", "_MANY", "_SCALAR"):
+            monkeypatch.setattr(viterbi_cuda, name, Leaves(everything))
+        started.clear()
+        viterbi_cuda.tail_biting_path(w, C, spec)
+        return list(started)
+
+    both = ["cuda", "triton", "triton"]
+    assert starts(False) == (both if capturing else ["cuda"])
+    assert starts(False) == (both if capturing else ["cuda"])
+    C.mul_(2)  # other values, so that it has to be asked again
+    assert starts(True) == both
+    assert starts(True) == (both if capturing else both[1:])
+    with torch.inference_mode():
+        C = torch.randn(spec.num_states, spec.V)
+        assert starts(False) == both
