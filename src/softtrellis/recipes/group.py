@@ -86,12 +86,12 @@ def quantize_group(
     weights = {name: _weight(name, linear) for name, linear in linears.items()}
     if hessian is not None and cross is not None:
         try:
-            weights = {
-                name: corrected_weight(weight, hessian, cross, correction_damping)
-                for name, weight in weights.items()
-            }
+            together = torch.cat(list(weights.values()))
+            corrected = corrected_weight(together, hessian, cross, correction_damping)
         except ValueError as error:
             raise ValueError(f"{leader}: {error}") from error
+        rows = [len(weight) for weight in weights.values()]
+        weights = dict(zip(weights, corrected.split(rows), strict=True))
     bases: dict[str, WeightBasis] = {}
     for name, weight in weights.items():
         layer = formats[name]
