@@ -37,6 +37,7 @@ def test_moments_of_both_streams(tiny_llama: LlamaForCausalLM) -> None:
     ]
     with torch.no_grad():
         x, before = blocks.run(0, states), blocks.run(0, blocks.states, original)
+        after = before
     for handle in handles:
         handle.remove()
     assert not torch.equal(x, before)
@@ -44,6 +45,11 @@ def test_moments_of_both_streams(tiny_llama: LlamaForCausalLM) -> None:
     hessian, cross = paired_moments(blocks, 0, states, original, blocks.states, "mlp.down_proj")
     torch.testing.assert_close(hessian, x.T @ x / len(x))
     torch.testing.assert_close(cross, before.T @ x / len(x))
+    stream = blocks.states.clone()
+    moments = paired_moments(blocks, 0, states, original, stream, "mlp.down_proj", advance=True)
+    assert torch.equal(moments[0], hessian)
+    assert torch.equal(moments[1], cross)
+    torch.testing.assert_close(stream, after)
 
 
 def test_corrected_weights_bring_the_model_nearer_to_the_original(

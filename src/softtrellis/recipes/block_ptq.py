@@ -164,7 +164,9 @@ class BlockQuantizer:
                 self.reports |= self.store.load(index, layer, self.codebooks)
             elif moments is not None:
                 goal = output if original is None else targets
-                self._quantize(_Work(index, names, moments, states, goal, before, original))
+                work = _Work(index, names, moments, states, goal, before, original)
+                if self._quantize(work):
+                    targets = original
                 reports = {name: self.reports[name] for name in names}
                 self.store.save(index, layer, reports)
             moments = None
@@ -182,12 +184,13 @@ class BlockQuantizer:
         prefix, layer = f"{self.blocks.prefix}.{index}.", self.blocks.layers[index]
         return {f"{prefix}{n}": m for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
 
-    def _quantize(self, work: _Work) -> None:
+    def _quantize(self, work: _Work) -> bool:
+        """Whether the original states have become what leaves the original layer meanwhile."""
         assert self.blocks is not None
         moments, names = work.moments, work.names
         experts = expert_groups(self.model, names)
         of_experts = self._expert_hessians(moments, experts)
-        left, tuned = list(names), False
+        left, tuned, advanced = list(names), False, False
         for group, tune in _tuning_order(moments.groups(names), experts):
             first = group[0]
             leader = moments.leaders.get(first, first)
@@ -197,7 +200,8 @@ class BlockQuantizer:
             elif self.config.error_feedback and work.before is None:
                 hessian = moments.hessian(first)
             elif self.config.error_feedback and first in moments.leaders:
-                hessian, cross, tokens = self._paired(work, leader)
+                advanced = self.fine_tune is None and len(group) == len(left)
+                hessian, cross, tokens = self._paired(work, leader, advance=advanced)
             if tuned:
                 cross = None  # these weights make up for the others' errors already
             self._group(group, leader, hessian, tokens, cross)
@@ -207,8 +211,9 @@ class BlockQuantizer:
                 goal = work.targets
                 assert goal is not None
                 tune_block(self.blocks, work.index, work.states, goal, self.fine_tune, linears)
+        return advanced
 
-    def _paired(self, work: _Work, leader: str) -> tuple[Tensor, Tensor, int]:
+    def _paired(self, work: _Work, leader: str, *, advance: bool) -> tuple[Tensor, Tensor, int]:
         """The moments of a layer's inputs as they are now, with the original ones, and tokens."""
         assert self.blocks is not None
         assert work.before is not None
@@ -216,7 +221,13 @@ class BlockQuantizer:
         name = leader.removeprefix(f"{self.blocks.prefix}.{work.index}.")
         with _held(self.blocks.layers[work.index]):
             hessian, cross = paired_moments(
-                self.blocks, work.index, work.states, work.before, work.original, name
+                self.blocks,
+                work.index,
+                work.states,
+                work.before,
+                work.original,
+                name,
+                advance=advance,
             )
         for moment in (hessian, cross):
             check_moment(moment, leader)

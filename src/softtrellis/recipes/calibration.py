@@ -147,17 +147,31 @@ class _Seen(Exception):
     """Ends a decoder layer's pass once the wanted input is known."""
 
 
-def _input_of(blocks: Blocks, index: int, states: Tensor, layer: nn.Module, name: str) -> Tensor:
-    """[..., in], the input of a decoder layer's linear layer on hidden states [b, ctx, d]."""
+def _input_of(
+    blocks: Blocks,
+    index: int,
+    states: Tensor,
+    layer: nn.Module,
+    name: str,
+    *,
+    advance: bool = False,
+) -> Tensor:
+    """[..., in], the input of a decoder layer's linear layer on hidden states [b, ctx, d].
+
+    The pass ends there; with ``advance`` it goes on, and its output takes the place of ``states``.
+    """
     seen: list[Tensor] = []
 
     def see(_: nn.Module, args: tuple[Any, ...]) -> None:
         seen.append(args[0])
-        raise _Seen
+        if not advance:
+            raise _Seen
 
     handle = layer.get_submodule(name).register_forward_pre_hook(see)
     try:
-        blocks.run(index, states, layer)
+        output = blocks.run(index, states, layer)
+        if advance:
+            states.copy_(output)
     except _Seen:
         pass
     finally:
@@ -173,6 +187,8 @@ def paired_moments(
     original: nn.Module,
     original_states: Tensor,
     name: str,
+    *,
+    advance: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Second moments of a linear layer's inputs behind quantized layers, and with the original.
 
@@ -183,6 +199,7 @@ def paired_moments(
         original: the decoder layer as it was.
         original_states: [n, ctx, d], what entered it in the original model.
         name: of the linear layer inside the decoder layer; it has to see every token.
+        advance: the original layer's output takes the place of ``original_states``.
 
     Returns:
         H = E[x' x'^T] and E[x x'^T], float32 [in, in], with x the original inputs and x' those now.
@@ -193,7 +210,7 @@ def paired_moments(
         states.split(blocks.batch), original_states.split(blocks.batch), strict=True
     ):
         x = _input_of(blocks, index, now, layer, name)
-        before = _input_of(blocks, index, then, original, name)
+        before = _input_of(blocks, index, then, original, name, advance=advance)
         if not hessian.count:
             hessian, cross = (SecondMoment(x.shape[-1], x.device) for _ in range(2))
         with blocks.precision():
