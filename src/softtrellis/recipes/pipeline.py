@@ -37,6 +37,7 @@ from softtrellis.recipes.finetune import FineTuneConfig
 from softtrellis.recipes.group import LayerReport
 from softtrellis.recipes.ptq import QuantizeConfig, quantize_model
 from softtrellis.recipes.qat import DistillConfig, distill
+from softtrellis.recipes.ranks import ONE, Ranks, output_directory
 from softtrellis.recipes.stages import DistillResult
 
 DENSE_BITS = 32
@@ -105,10 +106,14 @@ def train_to(
     *,
     force: bool = False,
     resume: bool = False,
+    ranks: Ranks = ONE,
 ) -> DistillResult:
-    """Trains a checkpoint and saves the result with its log."""
+    """Trains a checkpoint and saves the result with its log.
+
+    With several ``ranks`` all of them call this; rank 0 writes.
+    """
     manifest = read_manifest(checkpoint)
-    with whole_directory(output, force=force, resume=resume) as directory:
+    with output_directory(output, ranks, force=force, resume=resume) as directory:
         source = load_full_precision(teacher)
         check_base(manifest, source.model)
         result = distill(
@@ -118,15 +123,17 @@ def train_to(
             tokenizer=source.tokenizer,
             run_directory=directory,
             resume=resume,
+            ranks=ranks,
         )
-        save_quantized(
-            result.model,
-            source.tokenizer,
-            directory,
-            base=manifest.base,
-            source_directory=checkpoint,
-            provenance={**manifest.provenance, "train": _settings(config)},
-        )
+        if ranks.first:
+            save_quantized(
+                result.model,
+                source.tokenizer,
+                directory,
+                base=manifest.base,
+                source_directory=checkpoint,
+                provenance={**manifest.provenance, "train": _settings(config)},
+            )
     return result
 
 
