@@ -30,8 +30,9 @@ def train(folder: Path, ranks: Ranks, job: dict[str, Any]) -> tuple[list[Any], d
     stop_after = job.pop("stop_after", None)
     directory, resume = job.pop("directory", None), job.pop("resume", False)
     job = {key: tuple(v) if isinstance(v, list) else v for key, v in job.items()}
-    settings = {"steps": STEPS, "ctx": 32, "lr": 3e-2, "held_out": 3, "measure_every": 5} | job
+    settings = {"steps": STEPS, "ctx": 32, "lr": 3e-2, "held_out": 2, "measure_every": 10}
     settings |= {"evaluate_every": 10, "save_minutes": 0.0, "windows": 24, "reencode_every": 6}
+    settings |= job
     whole = trainer.Trainer.step
 
     def step(self: trainer.Trainer, number: int, share: float) -> dict[str, Any]:
@@ -63,7 +64,10 @@ def sum_of(changed: dict[str, float]) -> Tensor:
 def quantize(folder: Path, ranks: Ranks, job: dict[str, Any]) -> tuple[list[Any], Any]:
     """The reports and the codes of a quantization."""
     source = load_full_precision(str(folder / "teacher"))
-    config = QuantizeConfig(L=10, ctx=32, windows=11, data=(str(folder / "text.txt"),), **job)
+    text = str(folder / "text.txt")
+    config = QuantizeConfig(
+        code="gaussian", L=8, layers=("1",), ctx=32, windows=11, data=(text,), **job
+    )
     reports: dict[str, Any] = {}
     model = quantize_model(
         source.model, config, tokenizer=source.tokenizer, reports=reports, ranks=ranks
@@ -90,8 +94,8 @@ def main() -> None:
     commands = jobs.pop("commands", [])
     with join("cpu") as ranks:
         run_jobs(folder, jobs, ranks)
-    for options in commands:
-        assert command(options) == 0
+        for options in commands:
+            assert command(options) == 0
 
 
 if __name__ == "__main__":

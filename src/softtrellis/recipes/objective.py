@@ -53,7 +53,7 @@ class Objective:
 
         A part may be empty: ranks that share a teacher run it together.
         """
-        own = self._ranks.share(rows)
+        own = rows[self._ranks.part(len(rows))]
         return [own[i : i + size] for i in range(0, self._ranks.most(len(rows)), size)]
 
     @torch.no_grad()

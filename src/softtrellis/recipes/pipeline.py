@@ -26,7 +26,6 @@ from softtrellis.io.checkpoint import (
     save_quantized,
     size_report,
 )
-from softtrellis.io.files import whole_directory
 from softtrellis.io.text import stream_documents, token_windows
 from softtrellis.modules.replace import dequantize_, head_name, prepare_for_layers_
 from softtrellis.recipes.calibration import check_finite
@@ -52,9 +51,13 @@ def quantize_to(
     end_to_end: EndToEndConfig | None = None,
     force: bool = False,
     resume: bool = False,
+    ranks: Ranks = ONE,
 ) -> dict[str, LayerReport]:
-    """Loads, quantizes and saves a model; a report per layer."""
-    with whole_directory(output, force=force, resume=resume) as directory:
+    """Loads, quantizes and saves a model; a report per layer.
+
+    With several ``ranks`` all of them call this; rank 0 writes.
+    """
+    with output_directory(output, ranks, force=force, resume=resume) as directory:
         source = load_full_precision(model)
         base = base_of(source)
         reports: dict[str, LayerReport] = {}
@@ -67,20 +70,22 @@ def quantize_to(
             end_to_end=end_to_end,
             run_directory=directory,
             resume=resume,
+            ranks=ranks,
         )
         provenance = {"quantize": _settings(config)}
         if fine_tune is not None:
             provenance["fine_tune"] = asdict(fine_tune)
         if end_to_end is not None:
             provenance["end_to_end"] = asdict(end_to_end)
-        save_quantized(
-            quantized,
-            source.tokenizer,
-            directory,
-            base=base,
-            source_directory=source.directory,
-            provenance=provenance,
-        )
+        if ranks.first:
+            save_quantized(
+                quantized,
+                source.tokenizer,
+                directory,
+                base=base,
+                source_directory=source.directory,
+                provenance=provenance,
+            )
     return reports
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ class FirstRankFailed(RuntimeError):
 class Ranks:
     """The processes that share the work, and what they tell each other.
 
-    All methods but ``share`` and ``first`` are called by all ranks together. With one process they
+    All methods but ``most`` and ``part`` are called by all ranks together. With one process they
     do nothing.
 
     Attributes:
@@ -60,14 +60,15 @@ class Ranks:
         return self.mesh.get_group()
 
     def most(self, count: int) -> int:
-        """The largest share of ``count`` things, see ``share``."""
+        """How many of ``count`` things the rank with the most of them has, see ``part``."""
         return -(-count // self.size)
 
-    def share(self, items: Sequence[T]) -> Sequence[T]:
-        """This rank's contiguous part of a sequence or of a tensor's rows; may be empty."""
-        first = len(items) * self.rank // self.size
-        last = len(items) * (self.rank + 1) // self.size
-        return items[first:last]
+    def part(self, count: int) -> slice:
+        """Which of ``count`` things this rank has; the numbers on two ranks differ by one at most.
+
+        With fewer things than ranks some have none.
+        """
+        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def sum_(self, tensors: Iterable[Tensor]) -> None:
         """Replaces every tensor by its sum over the ranks."""
@@ -138,13 +139,16 @@ def join(device: str) -> Iterator[Ranks]:
     """The ranks that torchrun started together with this one; ``ONE`` without torchrun.
 
     They talk by NCCL between GPUs, of which each takes the one with its local number, and by gloo
-    between CPUs.
+    between CPUs; or by the process group that the program has set up already.
     """
     if not launched():
         yield ONE
         return
     from torch.distributed.device_mesh import init_device_mesh
 
+    if dist.is_initialized():
+        yield Ranks(init_device_mesh(device, (dist.get_world_size(),)))
+        return
     if device == "cuda":
         local = int(os.environ["LOCAL_RANK"])
         torch.cuda.set_device(local)
