@@ -91,8 +91,8 @@ def run_jobs(folder: Path, jobs: dict[str, Any], ranks: Ranks = ONE) -> None:
 
 def main() -> None:
     folder, jobs = Path(sys.argv[1]), json.loads(sys.argv[2])
-    commands = jobs.pop("commands", [])
-    with join("cpu") as ranks:
+    commands, device = jobs.pop("commands", []), jobs.pop("device", "cpu")
+    with join(device) as ranks:
         run_jobs(folder, jobs, ranks)
         for options in commands:
             assert command(options) == 0

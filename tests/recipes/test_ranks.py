@@ -20,7 +20,10 @@ from safetensors.torch import load_file
 
 from softtrellis.io.checkpoint import base_of, load_quantized, save_quantized
 from softtrellis.io.sources import load_source
+from softtrellis.recipes.finetune import FineTuneConfig
 from softtrellis.recipes.ptq import QuantizeConfig, quantize_model
+from softtrellis.recipes.qat import DistillConfig, distill
+from softtrellis.recipes.ranks import Ranks
 
 EVERYTHING = ["latents", "scales", "norms", "table"]
 ALL = {"train": EVERYTHING, "batch": 4, "micro_batch": 1}
@@ -61,7 +64,7 @@ def folder(shelf: Path, request: pytest.FixtureRequest) -> Path:
 
 def torchrun(folder: Path, ranks: int, jobs: dict[str, Any]) -> None:
     """Runs jobs on so many processes, once for all tests."""
-    if all((folder / f"{name}.json").exists() for name in jobs.keys() - {"commands"}):
+    if all((folder / f"{name}.json").exists() for name in jobs.keys() - {"commands", "device"}):
         return
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     command += [str(ranks), ranks_worker.__file__, str(folder), json.dumps(jobs)]
@@ -160,15 +163,70 @@ def test_the_saved_state_is_that_of_one_process(two: Path) -> None:
             torch.testing.assert_close(both[key], tensor, atol=1e-3, rtol=0)
 
 
-def test_two_ranks_quantize_as_one(two: Path) -> None:
-    run_jobs(two, {"ptq-1": ("quantize", {})})
-    one, both = (load_file(two / f"ptq-{ranks}.safetensors") for ranks in (1, 2))
-    assert history(two, "ptq-1") == pytest.approx(history(two, "ptq-2"), rel=0.02)
+def check_quantized_alike(folder: Path, job: str, other: str) -> None:
+    one, both = (load_file(folder / f"{name}.safetensors") for name in (job, other))
+    assert history(folder, job) == pytest.approx(history(folder, other), rel=0.02)
     assert one.keys() == both.keys()
     # The sums of Hessians differ in their last bits, which LDLQ carries on once a code differs.
     same = {name: float((one[name] == both[name]).float().mean()) for name in one}
     assert same[next(iter(same))] > 0.98
     assert statistics.mean(same.values()) > 0.9
+
+
+def test_two_ranks_quantize_as_one(two: Path) -> None:
+    run_jobs(two, {"ptq-1": ("quantize", {})})
+    check_quantized_alike(two, "ptq-1", "ptq-2")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_give_what_one_gives(folder: Path) -> None:
+    gpu = {"device": "cuda"}
+    jobs = {"train": ("train", ALL | gpu), "ptq": ("quantize", gpu)}
+    run_jobs(folder, {f"all-{name}-gpu-1": job for name, job in jobs.items()})
+    torchrun(folder, 2, {f"all-{name}-gpu-2": job for name, job in jobs.items()} | gpu)
+    check_alike(folder, "all-train-gpu-1", "all-train-gpu-2")
+    check_quantized_alike(folder, "all-ptq-gpu-1", "all-ptq-gpu-2")
+
+
+class Two(Ranks):
+    """Two ranks that have nothing to say to each other."""
+
+    size = 2  # type: ignore[assignment]
+
+
+def test_eight_bit_moments_are_refused() -> None:
+    config = DistillConfig(optimizer="adamw8bit")
+    with pytest.raises(ValueError, match="one rank only; use adamw"):
+        distill("student", config, teacher="teacher", ranks=Two())
+
+
+@pytest.mark.parametrize(
+    ("windows", "tuning", "message"),
+    [(8, FineTuneConfig(), "tuned on one rank only"), (1, None, "windows must be at least")],
+)
+def test_quantizing_what_ranks_cannot_share_is_refused(
+    windows: int, tuning: FineTuneConfig | None, message: str
+) -> None:
+    config = QuantizeConfig(windows=windows)
+    with pytest.raises(ValueError, match=message):
+        quantize_model("teacher", config, fine_tune=tuning, ranks=Two())
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+@pytest.mark.parametrize("count", [0, 1, 4, 7])
+def test_parts_are_whole_and_even(ranks: int, count: int) -> None:
+    class Numbered(Ranks):
+        size = ranks  # type: ignore[assignment]
+        rank = 0  # type: ignore[assignment]
+
+    parts = []
+    for number in range(ranks):
+        Numbered.rank = number  # type: ignore[assignment]
+        parts.append(list(range(count))[Numbered().part(count)])
+    assert [i for part in parts for i in part] == list(range(count))
+    assert max(map(len, parts)) == Numbered().most(count)
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
 def test_the_command_under_torchrun_writes_what_it_writes_alone(two: Path) -> None:

@@ -222,7 +222,7 @@ def quantize_model(
     end_to_end: EndToEndConfig | None = None,
     run_directory: Path | None = None,
     resume: bool = False,
-    ranks: Ranks = ONE,
+    ranks: Ranks | None = None,
 ) -> PreTrainedModel:
     """Quantizes the linear layers of a causal language model after training (QTIP).
 
@@ -238,6 +238,7 @@ def quantize_model(
         ranks: the processes that quantize it together, each calling this with the same arguments
             (see ``join``): each runs its share of the windows, and encodes its share of every
             layer's outputs. Rank 0 alone writes into ``run_directory``, which all of them read.
+            None is this process alone.
 
     Returns:
         The model, with ``QuantizedLinear`` in the place of the chosen layers; ``save_quantized``
@@ -248,6 +249,7 @@ def quantize_model(
             infinity (named by tensor), a run that was started with other settings, or several
             ranks with tuning or fewer windows than ranks.
     """
+    ranks = ranks or ONE
     if ranks.size > 1 and (fine_tune is not None or end_to_end is not None):
         raise ValueError("blocks and scales are tuned on one rank only; leave the tuning out")
     if ranks.size > config.windows:

@@ -197,7 +197,7 @@ def distill(
     text: tuple[Tensor, Tensor] | None = None,
     run_directory: Path | None = None,
     resume: bool = False,
-    ranks: Ranks = ONE,
+    ranks: Ranks | None = None,
 ) -> DistillResult:
     """Trains a quantized model towards its full-precision teacher (BCJR-QAT, section 4).
 
@@ -216,7 +216,7 @@ def distill(
         ranks: the processes that train it together, each calling this with the same arguments
             (see ``join``). Each takes its part of the windows of a batch, and of the tiles of every
             layer. The teacher's decoder layers are spread over them, in place. Rank 0 alone writes
-            into ``run_directory``, which all of them read.
+            into ``run_directory``, which all of them read. None is this process alone.
 
     Returns:
         DistillResult, on every rank; ``save_quantized`` stores its model.
@@ -226,6 +226,7 @@ def distill(
         CheckpointError: a checkpoint that is damaged or was made from another model.
         ImportError: a package that the config asks for is missing.
     """
+    ranks = ranks or ONE
     if ranks.size > 1 and config.optimizer == "adamw8bit":
         raise ValueError("optimizer adamw8bit trains on one rank only; use adamw")
     if not ranks.first:

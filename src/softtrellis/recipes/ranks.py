@@ -136,12 +136,12 @@ def launched() -> bool:
 
 @contextmanager
 def join(device: str) -> Iterator[Ranks]:
-    """The ranks that torchrun started together with this one; ``ONE`` without torchrun.
+    """The ranks that torchrun started together with this one; ``ONE`` if there are no others.
 
     They talk by NCCL between GPUs, of which each takes the one with its local number, and by gloo
     between CPUs; or by the process group that the program has set up already.
     """
-    if not launched():
+    if not launched() or int(os.environ["WORLD_SIZE"]) == 1:
         yield ONE
         return
     from torch.distributed.device_mesh import init_device_mesh
