@@ -17,7 +17,7 @@ from softtrellis.io.sources import Source
 from softtrellis.modules.latent_linear import LatentLinear
 from softtrellis.modules.quantized_linear import QuantizedLinear
 from softtrellis.modules.replace import get_linear, quantized_layers
-from softtrellis.recipes import trainer
+from softtrellis.recipes import objective, trainer
 from softtrellis.recipes.optimizer import load_optimizer_tensors, make_optimizer, optimizer_tensors
 from softtrellis.recipes.ptq import QuantizeConfig, quantize_model
 from softtrellis.recipes.qat import DistillConfig, distill
@@ -221,7 +221,7 @@ def test_a_run_by_the_clock_ends_its_schedules(setting: Setting) -> None:
 def test_steps_without_a_finite_gradient_are_left_out(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    student, original = setting.student(), trainer.forward_kl
+    student, original = setting.student(), objective.forward_kl
     bad = {2}
 
     def spoiled(*args: Any, **options: Any) -> torch.Tensor:
@@ -229,7 +229,7 @@ def test_steps_without_a_finite_gradient_are_left_out(
         loss = original(*args, **options)
         return loss * math.nan if len(calls) - 1 in bad else loss
 
-    monkeypatch.setattr(trainer, "forward_kl", spoiled)
+    monkeypatch.setattr(objective, "forward_kl", spoiled)
     calls: list[int] = []
     result = setting.train(student, held_out=0)
     assert [record.get("skipped") for record in result.history] == [None, None, 1, None, None, None]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from softtrellis.backend import Backend
+    from softtrellis.recipes.ranks import Ranks
 
 Commands = Any
 """argparse's action that sub-parsers are added to."""
@@ -34,6 +35,20 @@ def usage_errors(options: argparse.Namespace) -> Iterator[None]:
         if must and hasattr(options, name):
             raise UsageError(f"--{name.replace('_', '-')} must {rest}") from error
         raise UsageError(str(error)) from error
+
+
+@contextmanager
+def joined(device: str) -> Iterator[Ranks]:
+    """``join``, with which rank 0 alone says what went wrong where all stop together."""
+    from softtrellis.recipes.ranks import FirstRankFailed, join
+
+    with join(device) as ranks:
+        try:
+            yield ranks
+        except (FirstRankFailed, KeyboardInterrupt):
+            if ranks.first:
+                raise
+            raise SystemExit(1) from None
 
 
 def check_inputs(output: Path, *inputs: str) -> None:

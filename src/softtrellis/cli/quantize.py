@@ -20,6 +20,7 @@ from softtrellis.cli.common import (
     check_backend,
     check_inputs,
     command,
+    joined,
     layers_of,
     usage_errors,
 )
@@ -206,15 +207,19 @@ def run(options: argparse.Namespace) -> int:
     output = Path(options.output)
     check_inputs(output, options.model)
     check_output(output, force=options.force)
-    reports = quantize_to(
-        options.model,
-        config,
-        output,
-        fine_tune=fine_tune,
-        end_to_end=whole,
-        force=options.force,
-        resume=options.resume,
-    )
+    with joined(options.device) as ranks:
+        reports = quantize_to(
+            options.model,
+            config,
+            output,
+            fine_tune=fine_tune,
+            end_to_end=whole,
+            force=options.force,
+            resume=options.resume,
+            ranks=ranks,
+        )
+    if not ranks.first:
+        return 0
     print(f"{'layer':45}  proxy loss  weight error  notes")
     for name, report in reports.items():
         figures = f"{report.proxy_loss:10.4f}  {report.error:12.4f}"

@@ -17,6 +17,7 @@ from softtrellis.cli.common import (
     check_backend,
     check_inputs,
     command,
+    joined,
     layers_of,
     temperature,
     usage_errors,
@@ -196,14 +197,18 @@ def run(options: argparse.Namespace) -> int:
     check_backend(options.backend, options.device)
     output = Path(options.output)
     check_inputs(output, options.checkpoint, options.teacher)
-    result = train_to(
-        Path(options.checkpoint),
-        options.teacher,
-        config,
-        output,
-        force=options.force,
-        resume=options.resume,
-    )
+    with joined(options.device) as ranks:
+        result = train_to(
+            Path(options.checkpoint),
+            options.teacher,
+            config,
+            output,
+            force=options.force,
+            resume=options.resume,
+            ranks=ranks,
+        )
+    if not ranks.first:
+        return 0
     first, last = result.history[0], result.history[-1]
     changed = sum(result.changed_codes.values()) / len(result.changed_codes)
     print(

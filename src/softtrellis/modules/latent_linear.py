@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
 from softtrellis.backend import Backend
 from softtrellis.modules.quantized_linear import LayerFormat, QuantizedLinear
+from softtrellis.modules.tile_share import TileShare
 from softtrellis.quantizers.basis import WeightBasis
 from softtrellis.quantizers.soft import Estimator, check_estimator, estimate
 from softtrellis.quantizers.tiling import from_tiles, to_tiles
 from softtrellis.trellis.bitshift import overlap_in
+from softtrellis.trellis.packing import pack, unpack
 from softtrellis.trellis.viterbi import best_states
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class LatentLinear(nn.Module):
@@ -24,9 +31,15 @@ class LatentLinear(nn.Module):
     The latent weights live in the rotated basis, in the codebook's units. Both ends of every path
     stay pinned to the overlap of a hard tail-biting code, so that T to 0 gives a code that packs.
 
+    Where several ranks share the layer (``share``), each has the latent weights, pins and start of
+    its own tiles only, and computes the codewords of these; ``hold``, ``release``, ``weight`` and
+    whatever gives hard codes are called by all ranks together, with the same layers.
+
     Attributes:
-        latent: float32 parameter [out_pad, in_pad].
-        pins: int32 buffer [tiles], the overlap at both ends.
+        latent: float32 parameter [out_pad, in_pad]; with a ``share``, [own tiles, N, V].
+        pins: int32 buffer [own tiles], the overlap at both ends.
+        start: int32 buffer [own tiles, N], the states at the start.
+        share: this rank's part of the tiles; None is all of them.
         variance: of the latent weights at the start, about.
         temperature: T over ``variance``; set it before every pass. A tensor [] on the
             layer's device where a CUDA graph or ``torch.compile`` is to follow its changes: every
@@ -56,8 +69,9 @@ class LatentLinear(nn.Module):
         estimator: Estimator = "soft",
         temperature: float | Tensor = 0.1,
         backend: Backend = "auto",
+        share: TileShare | None = None,
     ) -> None:
-        """Starts at the codewords of tail-biting states int [tiles, N].
+        """Starts at the codewords of tail-biting states int [tiles, N], all of them.
 
         Raises:
             ValueError: an unknown estimator.
@@ -68,9 +82,15 @@ class LatentLinear(nn.Module):
         self.estimator: Estimator = estimator
         self.temperature, self.backend = temperature, backend
         self.variance = layer.code.sigma(codebook) ** 2
-        self.register_buffer("start", states.to(torch.int32))
+        self.share = share
+        own = states if share is None else states[share.owned].clone()
+        self.register_buffer("start", own.to(torch.int32))
         self.register_buffer("pins", overlap_in(self.start[:, 0], layer.code.spec))
-        self.latent = nn.Parameter(layer.code.decode(states, codebook, *layer.padded))
+        self.latent = nn.Parameter(
+            layer.code.decode(states, codebook, *layer.padded)
+            if share is None
+            else codebook[own.to(torch.int64)]
+        )
         self.register_buffer("bias", bias)
         self.register_parameter("in_scale", None)
         self.register_parameter("out_scale", None)
@@ -85,8 +105,12 @@ class LatentLinear(nn.Module):
         estimator: Estimator = "soft",
         temperature: float | Tensor = 0.1,
         backend: Backend = "auto",
+        mesh: DeviceMesh | None = None,
     ) -> LatentLinear:
-        """The training layer that starts from a quantized layer's codes."""
+        """The training layer that starts from a quantized layer's codes.
+
+        ``mesh`` are the ranks that share its tiles, where there are several.
+        """
         return cls(
             module.layer,
             module.codebook,
@@ -96,11 +120,27 @@ class LatentLinear(nn.Module):
             estimator=estimator,
             temperature=temperature,
             backend=backend,
+            share=None if mesh is None else TileShare(mesh, module.layer.tiles),
         )
 
     def tiles(self) -> Tensor:
-        """[tiles, N, V], the latent weights along the trellis; differentiable."""
+        """[own tiles, N, V], the latent weights along the trellis; differentiable."""
+        if self.share is not None:
+            return self.latent
         return to_tiles(self.latent, self.layer.code.spec, self.layer.code.order)
+
+    def own(self, matrix: Tensor) -> Tensor:
+        """A latent matrix [out_pad, in_pad] in the shape of ``latent``."""
+        if self.share is None:
+            return matrix
+        tiles = to_tiles(matrix, self.layer.code.spec, self.layer.code.order)
+        return tiles[self.share.owned]
+
+    def whole(self, own: Tensor) -> Tensor:
+        """[out_pad, in_pad] of what all ranks have in the shape of ``latent``; undoes ``own``."""
+        if self.share is None:
+            return own
+        return from_tiles(self.share.gather(own), *self.layer.padded, self.layer.code.order)
 
     def train_scales(self) -> dict[str, nn.Parameter]:
         """Makes the scales of input and output channels parameters, where there are none as ones.
@@ -130,8 +170,16 @@ class LatentLinear(nn.Module):
         return self._weight_of(_values([self]))
 
     def _weight_of(self, values: Tensor) -> Tensor:
-        latent = from_tiles(values, *self.layer.padded, self.layer.code.order)
+        whole = values if self.share is None else self.share.gather(values)
+        latent = from_tiles(whole, *self.layer.padded, self.layer.code.order)
         return self.current_basis().to_weight(latent)
+
+    def _all_states(self, own: Tensor) -> Tensor:
+        """int32 [tiles, N] of every rank's own tail-biting states; they travel packed."""
+        if self.share is None:
+            return own
+        spec = self.layer.code.spec
+        return unpack(self.share.gather_bytes(pack(own, spec)), spec, steps=spec.steps())
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]."""
@@ -141,7 +189,7 @@ class LatentLinear(nn.Module):
     @torch.no_grad()
     def hard_states(self) -> Tensor:
         """int32 [tiles, N]: the code that T to 0 leads to with the current pins."""
-        return _encode([self], closed=False)
+        return self._all_states(_encode([self], closed=False))
 
     @torch.no_grad()
     def reencode(self) -> None:
@@ -181,7 +229,7 @@ def hold(layers: Iterable[LatentLinear]) -> None:
     that collect gradients.
     """
     for batch in _batches(layers):
-        counts = [layer.layer.tiles for layer in batch]
+        counts = [len(layer.pins) for layer in batch]
         for layer, values in zip(batch, _values(batch).split(counts), strict=True):
             layer._graph = layer._weight_of(values)
             layer.held = layer._graph.detach().requires_grad_(layer._graph.requires_grad)
@@ -190,6 +238,7 @@ def hold(layers: Iterable[LatentLinear]) -> None:
 def release(layers: Iterable[LatentLinear]) -> None:
     """Ends ``hold``, and carries the gradients that the weights collected to the parameters."""
     layers = list(layers)
+    _share_gradients([layer for layer in layers if layer.share is not None])
     for batch in _batches(layers):
         pairs = [
             (layer._graph, layer.held.grad)
@@ -202,19 +251,33 @@ def release(layers: Iterable[LatentLinear]) -> None:
             torch.autograd.backward([graph for graph, _ in pairs], [grad for _, grad in pairs])
 
 
+def _share_gradients(layers: Sequence[LatentLinear]) -> None:
+    """Gives a weight without a gradient zeros, where other ranks have one for it."""
+    if not layers or layers[0].share is None:
+        return
+    weights = [layer.held for layer in layers]
+    found = torch.tensor([w is not None and w.grad is not None for w in weights])
+    found = found.to(layers[0].latent.device, torch.int32)
+    dist.all_reduce(found, dist.ReduceOp.MAX, group=layers[0].share.mesh.get_group())
+    for weight, anywhere in zip(weights, found.tolist(), strict=True):
+        if anywhere and weight is not None and weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+
+
 @torch.no_grad()
 def hard_states(layers: Iterable[LatentLinear]) -> Iterator[tuple[LatentLinear, Tensor]]:
     """Every layer with its ``hard_states()``, encoded together."""
     for batch in _batches(layers):
-        counts = [layer.layer.tiles for layer in batch]
-        yield from zip(batch, _encode(batch, closed=False).split(counts), strict=True)
+        counts = [len(layer.pins) for layer in batch]
+        for layer, own in zip(batch, _encode(batch, closed=False).split(counts), strict=True):
+            yield layer, layer._all_states(own)
 
 
 @torch.no_grad()
 def reencode(layers: Iterable[LatentLinear]) -> None:
     """``reencode()`` of every layer, encoded together."""
     for batch in _batches(layers):
-        counts = [layer.layer.tiles for layer in batch]
+        counts = [len(layer.pins) for layer in batch]
         for layer, states in zip(batch, _encode(batch, closed=True).split(counts), strict=True):
             layer.pins = overlap_in(states[:, 0], layer.layer.code.spec)
 
@@ -232,16 +295,20 @@ def alike(layers: Iterable[LatentLinear]) -> Iterator[list[LatentLinear]]:
 
 
 def _batches(layers: Iterable[LatentLinear]) -> Iterator[list[LatentLinear]]:
-    """``alike`` layers with ``MOST_TILES`` at most, or a single larger one."""
+    """``alike`` layers with ``MOST_TILES`` at most, or a single larger one.
+
+    The same ones on every rank, so that all ranks gather in one order.
+    """
     for neighbours in alike(layers):
         batch: list[LatentLinear] = []
         tiles = 0
         for layer in neighbours:
-            if batch and tiles + layer.layer.tiles > MOST_TILES:
+            most = layer.layer.tiles if layer.share is None else layer.share.most
+            if batch and tiles + most > MOST_TILES:
                 yield batch
                 batch, tiles = [], 0
             batch.append(layer)
-            tiles += layer.layer.tiles
+            tiles += most
         yield batch
 
 

@@ -37,6 +37,7 @@ from softtrellis.recipes.expert_hessians import fill_sparse_hessians
 from softtrellis.recipes.finetune import FineTuneConfig, tune_block
 from softtrellis.recipes.group import LayerReport, quantize_group
 from softtrellis.recipes.ptq_state import LayerStore
+from softtrellis.recipes.ranks import ONE, Ranks
 
 if TYPE_CHECKING:
     from softtrellis.recipes.ptq import QuantizeConfig
@@ -81,8 +82,13 @@ class BlockQuantizer:
         config: QuantizeConfig,
         fine_tune: FineTuneConfig | None,
         store: LayerStore,
+        ranks: Ranks = ONE,
     ) -> None:
-        """``windows`` int64 [n, ctx] is None where neither Hessians nor tuning are wanted."""
+        """``windows`` int64 [n, ctx] is None where neither Hessians nor tuning are wanted.
+
+        With several ``ranks`` each runs its share of the windows; without ``fine_tune``.
+        """
+        self.ranks = ranks
         self.model, self.names, self.config = model, list(names), config
         self.fine_tune, self.store = fine_tune, store
         self.device = torch.device(config.device)
@@ -98,7 +104,7 @@ class BlockQuantizer:
         if windows is not None:
             self.blocks = Blocks(
                 model,
-                windows,
+                windows[ranks.part(len(windows))],
                 device=self.device,
                 batch=config.windows_at_once(model, names),
                 autocast=torch.bfloat16 if self.device.type == "cuda" else None,
@@ -144,7 +150,7 @@ class BlockQuantizer:
         """
         assert self.blocks is not None
         with self.blocks.on_device(index) as layer:
-            done = self.store.has(index)
+            done = self.ranks.agree(self.store.has(index))
             quantizing = bool(names) and not done
             before = copy.deepcopy(layer) if quantizing and self.corrected else None
             targets, moments, output = None, None, None
@@ -158,6 +164,7 @@ class BlockQuantizer:
                     wanted = [name for group in experts for name in group]
                     sample = states if wanted else states[: self.blocks.batch]
                 moments, output = watch_inputs(self.blocks, index, sample, linears, wanted)
+                moments.add_up(self.ranks, self.device)
             elif self.config.inputs == "original":
                 output = self.blocks.run_all(index, states)
             if done:
@@ -168,7 +175,8 @@ class BlockQuantizer:
                 if self._quantize(work):
                     targets = original
                 reports = {name: self.reports[name] for name in names}
-                self.store.save(index, layer, reports)
+                if self.ranks.first:
+                    self.store.save(index, layer, reports)
             moments = None
             if self.config.inputs == "original":
                 assert output is not None
@@ -227,11 +235,13 @@ class BlockQuantizer:
                 work.before,
                 work.original,
                 name,
+                self.ranks,
                 advance=advance,
             )
         for moment in (hessian, cross):
             check_moment(moment, leader)
-        return hessian, cross, work.states.shape[:2].numel()
+        (tokens,) = self.ranks.sum(work.states.shape[:2].numel())
+        return hessian, cross, int(tokens)
 
     def _expert_hessians(
         self, moments: InputMoments, groups: dict[str, list[str]]
@@ -267,6 +277,7 @@ class BlockQuantizer:
             correction_damping=config.correction_damping,
             seed=config.seed,
             backend=config.backend,
+            ranks=self.ranks,
         )
         for name, (_, report) in found.items():
             self.reports[name] = replace(report, borrowed=name in self.filled)
@@ -283,7 +294,7 @@ class BlockQuantizer:
             self._weights_only([name])
             return
         place, holder = len(self.blocks.layers), nn.ModuleDict({"head": untied})
-        if self.store.has(place):
+        if self.ranks.agree(self.store.has(place)):
             self.reports |= self.store.load(place, holder, self.codebooks)
             replace_modules(self.model, [name], lambda *_: holder["head"])
             return
@@ -292,11 +303,13 @@ class BlockQuantizer:
             moment = SecondMoment(head.in_features, self.device)
             for part in self.blocks.last_hidden(states).split(1):
                 moment.add(part)
+            moment.add_up(self.ranks)
             hessian, tokens = moment.mean(), moment.count
         untied.to(self.device)
         self._group([name], name, hessian, tokens)
         made = get_quantized(self.model, name).to(states.device)
-        self.store.save(place, nn.ModuleDict({"head": made}), {name: self.reports[name]})
+        if self.ranks.first:
+            self.store.save(place, nn.ModuleDict({"head": made}), {name: self.reports[name]})
         made.to(head.weight.device)
 
     def _weights_only(self, names: list[str]) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from softtrellis.modules.blocks import Blocks
+from softtrellis.recipes.ranks import ONE, Ranks
 
 
 def check_finite(model: nn.Module) -> None:
@@ -51,6 +52,12 @@ class SecondMoment:
             self.total.addmm_(others.float().T, rows.float())
         self.count += rows.shape[0]
 
+    def add_up(self, ranks: Ranks) -> None:
+        """Counts what other ranks saw, too."""
+        ranks.sum_([self.total])
+        (count,) = ranks.sum(self.count)
+        self.count = int(count)
+
     def mean(self) -> Tensor:
         """float32 [in, in], E[x x^T]."""
         return self.total / max(1, self.count)
@@ -83,6 +90,22 @@ class InputMoments:
                 self.moments[leader] = SecondMoment(x.shape[-1], x.device)
             self.moments[leader].add(x)
         self._last = (x, leader)
+
+    def add_up(self, ranks: Ranks, device: torch.device) -> None:
+        """Counts what other ranks saw, too: experts that no token here was routed to, as well."""
+        if ranks.size == 1:
+            return
+        own = {leader: len(moment.total) for leader, moment in self.moments.items()}
+        seen, sizes = dict[str, str](), dict[str, int]()
+        for leaders, others in ranks.gather((self.leaders, own)):  # in one order on all ranks
+            seen |= leaders
+            sizes |= others
+        self.leaders = seen
+        for leader in sizes.keys() - self.moments.keys():
+            self.moments[leader] = SecondMoment(sizes[leader], device)
+        self.moments = {leader: self.moments[leader] for leader in sizes}
+        for moment in self.moments.values():
+            moment.add_up(ranks)
 
     def hessian(self, name: str) -> Tensor | None:
         """float32 [in, in] of a wanted layer's inputs; None if it never ran.
@@ -187,6 +210,7 @@ def paired_moments(
     original: nn.Module,
     original_states: Tensor,
     name: str,
+    ranks: Ranks = ONE,
     *,
     advance: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -199,6 +223,7 @@ def paired_moments(
         original: the decoder layer as it was.
         original_states: [n, ctx, d], what entered it in the original model.
         name: of the linear layer inside the decoder layer; it has to see every token.
+        ranks: each with its own windows of the text, whose moments are added up.
         advance: the original layer's output takes the place of ``original_states``.
 
     Returns:
@@ -216,4 +241,6 @@ def paired_moments(
         with blocks.precision():
             hessian.add(x)
             cross.add(x, before)
+    for moment in (hessian, cross):
+        moment.add_up(ranks)
     return hessian.mean(), cross.mean()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from softtrellis.modules.latent_linear import LatentLinear, alike
 from softtrellis.recipes.optimizer import BETAS
+from softtrellis.recipes.ranks import Ranks
 from softtrellis.recipes.schedules import learning_rate_at
 from softtrellis.trellis.bcjr import bcjr
 from softtrellis.trellis.viterbi import viterbi
@@ -190,10 +191,14 @@ def measure(layer: LatentLinear, tiles: int = SAMPLED_TILES) -> Drift:
 
 @torch.no_grad()
 def measure_all(layers: Mapping[str, LatentLinear], tiles: int) -> dict[str, Drift]:
-    """``measure`` of layers by name, which share calls of the trellis."""
+    """``measure`` of layers by name, which share calls of the trellis.
+
+    Of a layer that several ranks share this rank's own tiles count; it is left out if there are
+    none.
+    """
     names = {id(layer): name for name, layer in layers.items()}
     found: dict[str, Drift] = {}
-    for batch in alike(layers.values()):
+    for batch in alike(layer for layer in layers.values() if len(layer.pins)):
         first, spec = batch[0], batch[0].layer.code.spec
         samples = [_sample(layer, tiles) for layer in batch]
         counts = [len(sample.latent) for sample in samples]
@@ -249,9 +254,33 @@ class _Sample:
 def _sample(layer: LatentLinear, tiles: int) -> _Sample:
     latent = layer.tiles()
     moved = latent - layer.codebook[layer.start.to(torch.int64)]
-    rows = evenly_spaced(len(latent), tiles).to(latent.device)
+    rows = sampled_rows(layer, tiles).to(latent.device)
     pins, start = layer.pins[rows], layer.start[rows]
     return _Sample(latent[rows], pins, start, moved.square().mean(), moved.abs().max())
+
+
+def sampled_rows(layer: LatentLinear, tiles: int) -> Tensor:
+    """int64 [n]: this rank's own among so many evenly spaced tiles of a layer."""
+    rows = evenly_spaced(layer.layer.tiles, tiles)
+    if layer.share is None:
+        return rows
+    owned = layer.share.owned
+    return rows[(rows >= owned.start) & (rows < owned.stop)].sub(owned.start)
+
+
+def over_ranks(
+    layers: Mapping[str, LatentLinear], measured: Mapping[str, Drift], tiles: int, ranks: Ranks
+) -> dict[str, Drift]:
+    """What ``measure_all`` of so many tiles gives for whole layers, from what it gave the ranks."""
+    counts = {n: (len(x.pins), len(sampled_rows(x, tiles))) for n, x in layers.items()}
+    parts = ranks.gather({name: (*counts[name], drift) for name, drift in measured.items()})
+    found: dict[str, Drift] = {}
+    for name in layers:
+        own = [part[name] for part in parts if name in part]
+        latent = combine([(count, drift) for count, _, drift in own])
+        codes = combine([(count, drift) for _, count, drift in own if count])
+        found[name] = replace(codes, drift=latent.drift, drift_max=latent.drift_max)
+    return found
 
 
 def combine(drifts: list[tuple[int, Drift]]) -> Drift:

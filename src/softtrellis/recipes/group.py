@@ -12,10 +12,14 @@ from torch import Tensor, nn
 
 from softtrellis.backend import Backend
 from softtrellis.modules.quantized_linear import LayerFormat, QuantizedLinear
+from softtrellis.modules.tile_share import TileShare
 from softtrellis.quantizers.basis import WeightBasis
 from softtrellis.quantizers.correction import corrected_weight
 from softtrellis.quantizers.hard import TrellisCode
 from softtrellis.quantizers.ldlq import BLOCK, Feedback, block_ldl, ldlq, proxy_loss
+from softtrellis.recipes.ranks import ONE, Ranks
+from softtrellis.spec import TILE_SIDE
+from softtrellis.trellis.packing import pack, unpack, words_per_tile
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ def quantize_group(
     correction_damping: float = 0.1,
     seed: int = 0,
     backend: Backend = "auto",
+    ranks: Ranks = ONE,
 ) -> dict[str, tuple[QuantizedLinear, LayerReport]]:
     """Quantizes the weights of layers that have the same inputs (QTIP, section 4).
 
@@ -78,6 +83,8 @@ def quantize_group(
             Hessian; the weights are corrected with it first, see ``corrected_weight``.
         tokens: inputs that the Hessian was taken from, for the report.
         damping, correction_damping, seed, backend: see ``QuantizeConfig``.
+        ranks: that call this together with the same arguments, and encode a part of the outputs
+            each; all get all of them.
 
     Raises:
         ValueError: weights with NaN or infinity, or a weight that is zero; with the name.
@@ -116,7 +123,7 @@ def quantize_group(
     for code in dict.fromkeys(layer.code for layer in formats.values()):
         names = [name for name, layer in formats.items() if layer.code == code]
         latent = torch.cat([bases[name].to_latent(weights[name]) for name in names])
-        states = _encode(latent, feedback, code, codebooks[code], backend)
+        states = _encode_together(latent, feedback, code, codebooks[code], backend, ranks)
         parts = states.split([formats[name].tiles for name in names])
         for name, part in zip(names, parts, strict=True):
             made[name] = QuantizedLinear.from_states(
@@ -147,6 +154,28 @@ def _weight(name: str, linear: nn.Linear) -> Tensor:
     if not bool(torch.isfinite(weight).all()):
         raise ValueError(f"{name}: the weight holds NaN or infinity")
     return weight
+
+
+def _encode_together(
+    latent: Tensor,
+    feedback: Feedback | None,
+    code: TrellisCode,
+    codebook: Tensor,
+    backend: Backend,
+    ranks: Ranks,
+) -> Tensor:
+    """``_encode``, of which every rank does some rows: LDLQ feeds errors along them only."""
+    if ranks.mesh is None:
+        return _encode(latent, feedback, code, codebook, backend)
+    rows, columns = (size // TILE_SIDE for size in latent.shape)
+    share, spec = TileShare(ranks.mesh, rows), code.spec
+    owned = share.owned
+    codes = latent.new_empty(0, words_per_tile(spec, spec.steps()), dtype=torch.int16)
+    if owned.stop > owned.start:
+        own = latent[owned.start * TILE_SIDE : owned.stop * TILE_SIDE]
+        codes = pack(_encode(own, feedback, code, codebook, backend), spec)
+    codes = codes.reshape(owned.stop - owned.start, columns, codes.shape[1])
+    return unpack(share.gather_bytes(codes).flatten(0, 1), spec, steps=spec.steps())
 
 
 def _encode(

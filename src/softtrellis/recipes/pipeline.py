@@ -26,7 +26,6 @@ from softtrellis.io.checkpoint import (
     save_quantized,
     size_report,
 )
-from softtrellis.io.files import whole_directory
 from softtrellis.io.text import stream_documents, token_windows
 from softtrellis.modules.replace import dequantize_, head_name, prepare_for_layers_
 from softtrellis.recipes.calibration import check_finite
@@ -37,6 +36,7 @@ from softtrellis.recipes.finetune import FineTuneConfig
 from softtrellis.recipes.group import LayerReport
 from softtrellis.recipes.ptq import QuantizeConfig, quantize_model
 from softtrellis.recipes.qat import DistillConfig, distill
+from softtrellis.recipes.ranks import ONE, Ranks, output_directory
 from softtrellis.recipes.stages import DistillResult
 
 DENSE_BITS = 32
@@ -51,9 +51,13 @@ def quantize_to(
     end_to_end: EndToEndConfig | None = None,
     force: bool = False,
     resume: bool = False,
+    ranks: Ranks = ONE,
 ) -> dict[str, LayerReport]:
-    """Loads, quantizes and saves a model; a report per layer."""
-    with whole_directory(output, force=force, resume=resume) as directory:
+    """Loads, quantizes and saves a model; a report per layer.
+
+    With several ``ranks`` all of them call this; rank 0 writes.
+    """
+    with output_directory(output, ranks, force=force, resume=resume) as directory:
         source = load_full_precision(model)
         base = base_of(source)
         reports: dict[str, LayerReport] = {}
@@ -66,20 +70,22 @@ def quantize_to(
             end_to_end=end_to_end,
             run_directory=directory,
             resume=resume,
+            ranks=ranks,
         )
         provenance = {"quantize": _settings(config)}
         if fine_tune is not None:
             provenance["fine_tune"] = asdict(fine_tune)
         if end_to_end is not None:
             provenance["end_to_end"] = asdict(end_to_end)
-        save_quantized(
-            quantized,
-            source.tokenizer,
-            directory,
-            base=base,
-            source_directory=source.directory,
-            provenance=provenance,
-        )
+        if ranks.first:
+            save_quantized(
+                quantized,
+                source.tokenizer,
+                directory,
+                base=base,
+                source_directory=source.directory,
+                provenance=provenance,
+            )
     return reports
 
 
@@ -105,10 +111,14 @@ def train_to(
     *,
     force: bool = False,
     resume: bool = False,
+    ranks: Ranks = ONE,
 ) -> DistillResult:
-    """Trains a checkpoint and saves the result with its log."""
+    """Trains a checkpoint and saves the result with its log.
+
+    With several ``ranks`` all of them call this; rank 0 writes.
+    """
     manifest = read_manifest(checkpoint)
-    with whole_directory(output, force=force, resume=resume) as directory:
+    with output_directory(output, ranks, force=force, resume=resume) as directory:
         source = load_full_precision(teacher)
         check_base(manifest, source.model)
         result = distill(
@@ -118,15 +128,17 @@ def train_to(
             tokenizer=source.tokenizer,
             run_directory=directory,
             resume=resume,
+            ranks=ranks,
         )
-        save_quantized(
-            result.model,
-            source.tokenizer,
-            directory,
-            base=manifest.base,
-            source_directory=checkpoint,
-            provenance={**manifest.provenance, "train": _settings(config)},
-        )
+        if ranks.first:
+            save_quantized(
+                result.model,
+                source.tokenizer,
+                directory,
+                base=manifest.base,
+                source_directory=checkpoint,
+                provenance={**manifest.provenance, "train": _settings(config)},
+            )
     return result
 
 

@@ -196,7 +196,7 @@ def plan_layers(
         config: the run, and how many tiles are measured.
         targets: full-precision weights by name.
     """
-    sample = sample_tiles({name: layer.layer.tiles for name, layer in layers.items()}, config)
+    sample = sample_tiles({name: len(layer.start) for name, layer in layers.items()}, config)
     return _plan(
         ((name, layers[name], tiles, (targets or {}).get(name)) for name, tiles in sample.items()),
         config,

@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -37,6 +38,7 @@ from softtrellis.recipes.estimate import estimate
 from softtrellis.recipes.finetune import FineTuneConfig, held_out_windows
 from softtrellis.recipes.group import LayerReport
 from softtrellis.recipes.ptq_state import LayerStore
+from softtrellis.recipes.ranks import ONE, Ranks
 from softtrellis.recipes.run_state import digest, sampled
 from softtrellis.recipes.teacher_text import is_teacher_text, sample_windows
 from softtrellis.spec import TILE_SIDE, TrellisSpec
@@ -220,6 +222,7 @@ def quantize_model(
     end_to_end: EndToEndConfig | None = None,
     run_directory: Path | None = None,
     resume: bool = False,
+    ranks: Ranks | None = None,
 ) -> PreTrainedModel:
     """Quantizes the linear layers of a causal language model after training (QTIP).
 
@@ -232,6 +235,10 @@ def quantize_model(
         end_to_end: then tune the scales and norms of the whole model; needs the memory of two.
         run_directory: where finished decoder layers are kept, for ``resume``.
         resume: go on with what lies there.
+        ranks: the processes that quantize it together, each calling this with the same arguments
+            (see ``join``): each runs its share of the windows, and encodes its share of every
+            layer's outputs. Rank 0 alone writes into ``run_directory``, which all of them read.
+            None is this process alone.
 
     Returns:
         The model, with ``QuantizedLinear`` in the place of the chosen layers; ``save_quantized``
@@ -239,8 +246,18 @@ def quantize_model(
 
     Raises:
         ValueError: layers that do not exist, text shorter than a window, weights with NaN or
-            infinity (named by tensor), or a run that was started with other settings.
+            infinity (named by tensor), a run that was started with other settings, or several
+            ranks with tuning or fewer windows than ranks.
     """
+    ranks = ranks or ONE
+    if ranks.size > 1 and (fine_tune is not None or end_to_end is not None):
+        raise ValueError("blocks and scales are tuned on one rank only; leave the tuning out")
+    if ranks.size > config.windows:
+        raise ValueError(
+            f"windows must be at least one for each of {ranks.size} ranks, got {config.windows}"
+        )
+    if not ranks.first:
+        config = replace(config, show_progress=False)
     if isinstance(model, str | Path):
         source = load_full_precision(str(model))
         model, tokenizer = source.model, source.tokenizer
@@ -254,7 +271,9 @@ def quantize_model(
     if config.error_feedback or fine_tune is not None or end_to_end is not None:
         if tokenizer is None:
             raise ValueError("a loaded model needs its tokenizer: quantize_model(..., tokenizer=)")
-        windows = _calibration_windows(model, tokenizer, config)
+        windows = ranks.once(partial(_calibration_windows, model, tokenizer, config))
+        if len(windows) < ranks.size:
+            raise ValueError(f"the text has {len(windows)} windows, too few for {ranks.size} ranks")
     settings = {
         **{name: value for name, value in asdict(config).items() if name not in _NOT_SETTINGS},
         "fine_tune": None if fine_tune is None else asdict(fine_tune),
@@ -266,11 +285,11 @@ def quantize_model(
     }
     if config.show_progress:
         print(estimate(model, config, fine_tune, end_to_end), file=sys.stderr)
-    store = LayerStore(run_directory, settings, resume=resume)
+    store = ranks.once(partial(LayerStore, run_directory, settings, resume=resume))
     if windows is not None and (fine_tune is not None or end_to_end is not None):
         held_out_windows(len(windows), 0.5)
     teacher = copy.deepcopy(model) if end_to_end is not None else None
-    quantizer = BlockQuantizer(model, names, windows, config, fine_tune, store)
+    quantizer = BlockQuantizer(model, names, windows, config, fine_tune, store, ranks)
     quantizer.run()
     if end_to_end is not None and teacher is not None and windows is not None:
         with on_device(model, config.device), on_device(teacher, config.device):

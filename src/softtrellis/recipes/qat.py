@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -30,6 +31,7 @@ from softtrellis.modules.replace import (
 from softtrellis.quantizers.soft import Estimator, check_estimator
 from softtrellis.recipes.calibration import check_finite
 from softtrellis.recipes.optimizer import OptimizerName, check_optimizer
+from softtrellis.recipes.ranks import ONE, Ranks, shard_frozen_
 from softtrellis.recipes.run_state import digest
 from softtrellis.recipes.schedules import TemperatureSchedule, check_schedule
 from softtrellis.recipes.stages import DistillResult, Run
@@ -195,6 +197,7 @@ def distill(
     text: tuple[Tensor, Tensor] | None = None,
     run_directory: Path | None = None,
     resume: bool = False,
+    ranks: Ranks | None = None,
 ) -> DistillResult:
     """Trains a quantized model towards its full-precision teacher (BCJR-QAT, section 4).
 
@@ -210,15 +213,24 @@ def distill(
         run_directory: where ``log.jsonl`` and the state for resuming go; None writes nothing.
         resume: go on from the state in ``run_directory``, to the weights that an uninterrupted
             run gives, unless ``minutes`` ends it.
+        ranks: the processes that train it together, each calling this with the same arguments
+            (see ``join``). Each takes its part of the windows of a batch, and of the tiles of every
+            layer. The teacher's decoder layers are spread over them, in place. Rank 0 alone writes
+            into ``run_directory``, which all of them read. None is this process alone.
 
     Returns:
-        DistillResult; ``save_quantized`` stores its model.
+        DistillResult, on every rank; ``save_quantized`` stores its model.
 
     Raises:
         ValueError: unknown layers, layers that are not quantized, or text shorter than a window.
         CheckpointError: a checkpoint that is damaged or was made from another model.
         ImportError: a package that the config asks for is missing.
     """
+    ranks = ranks or ONE
+    if ranks.size > 1 and config.optimizer == "adamw8bit":
+        raise ValueError("optimizer adamw8bit trains on one rank only; use adamw")
+    if not ranks.first:
+        config = replace(config, show_progress=False)
     if isinstance(model, str | Path):
         manifest = read_manifest(Path(model))
         student = load_quantized(model)
@@ -237,18 +249,27 @@ def distill(
     stages = _stages(student, names, config.mode)
     prepare_for_layers_(teacher, names)
     if text is None:
-        assert tokenizer is not None
-        text = training_windows(config, teacher, tokenizer)
+        text = ranks.once(partial(_text, config, teacher, tokenizer))
     check_finite(teacher)
     settings = {k: v for k, v in asdict(config).items() if k not in _FREE_TO_CHANGE}
     quantized = quantized_layers(student).values()
     settings["checkpoint"] = digest(t for layer in quantized for t in (layer.codes, layer.scale))
     settings["text"] = digest(text)
     with on_device(student, config.device), on_device(teacher, config.device):
-        run = Run(student, teacher, text, config, settings, run_directory, resume=resume)
+        shard_frozen_(teacher, ranks)
+        run = Run(
+            student, teacher, text, config, settings, run_directory, resume=resume, ranks=ranks
+        )
         result = run.train(stages)
     share_codebooks_(student)
     return result
+
+
+def _text(
+    config: DistillConfig, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[Tensor, Tensor]:
+    assert tokenizer is not None
+    return training_windows(config, teacher, tokenizer)
 
 
 def _trained_layers(model: nn.Module, patterns: Sequence[str] | None) -> list[str]:

@@ -15,6 +15,7 @@ from softtrellis.evaluation.tensorboard import TensorBoardLog
 from softtrellis.io.interrupts import StopRequest
 from softtrellis.io.progress import progress
 from softtrellis.recipes.plan import short_run_warning
+from softtrellis.recipes.ranks import ONE, Ranks
 from softtrellis.recipes.run_state import RunLog, load_state, save_state
 from softtrellis.recipes.schedules import Pace
 from softtrellis.recipes.trainables import LATENTS
@@ -59,16 +60,19 @@ class Run:
         directory: Path | None,
         *,
         resume: bool,
+        ranks: Ranks = ONE,
     ) -> None:
+        self.ranks = ranks
         self.student, self.teacher, self.config = student, teacher, config
         self.settings, self.directory = settings, directory
         self.windows, self.held_out = text
         self.done, self.state = 0, dict[str, Tensor]()
         if resume and directory is not None:
             self.done, self.state = load_state(directory, settings=settings)
-        self.log = RunLog(directory, resume_at=self.done)
+        self.log = RunLog(directory if ranks.first else None, resume_at=self.done)
+        self.log.records = ranks.agree(self.log.records)
         self.board: TensorBoardLog | None = None
-        if config.tensorboard and directory is not None:
+        if config.tensorboard and directory is not None and ranks.first:
             self.board = TensorBoardLog(directory, resume_at=self.done)
         self.saved = time.monotonic()
 
@@ -93,10 +97,12 @@ class Run:
     ) -> tuple[dict[str, float], tuple[float, int] | None]:
         """One stage; the changed codes by layer, and the best divergence with its step."""
         config = self.config
-        trainer = Trainer(self.student, self.teacher, names, self.windows, self.held_out, config)
+        text = self.windows, self.held_out
+        trainer = Trainer(self.student, self.teacher, names, *text, config, self.ranks)
         prefix = f"{index}/"
-        if index == 0 and not self.done and config.steps is not None and LATENTS in config.train:
-            text = short_run_warning(
+        starting = index == 0 and not self.done and self.ranks.first
+        if starting and config.steps is not None and LATENTS in config.train:
+            warning = short_run_warning(
                 trainer.layers,
                 lr=config.lr,
                 steps=config.steps,
@@ -104,8 +110,8 @@ class Run:
                 temperature=trainer.t_init,
                 backend=config.backend,
             )
-            if text is not None:
-                _log.warning(text)
+            if warning is not None:
+                _log.warning(warning)
         saved = {k: t for k, t in self.state.items() if k.startswith(prefix)}
         if saved:
             trainer.restore({k.removeprefix(prefix): t for k, t in saved.items()})
@@ -118,12 +124,13 @@ class Run:
         finished = bool(own) and own[-1]["share"] >= 1
         with StopRequest() as stop:
             while not finished:
-                share = pace.share(step)
+                share = self.ranks.agree(pace.share(step))
                 record = {"step": len(self.log.records), "stage": index, "share": share}
                 record |= trainer.step(step, share)
                 record["seconds"] = start + pace.elapsed
                 self._append(record, bar)
                 step, finished = step + 1, share >= 1
+                stop.number = self._agreed_stop(stop.number)
                 if self._save_is_due() or (stop.number is not None and self.directory is not None):
                     self._save(index, trainer)
                 stop.check()
@@ -149,10 +156,17 @@ class Run:
             return False
         every, minutes = self.config.save_every, self.config.save_minutes
         by_steps = every > 0 and len(self.log.records) % every == 0
-        return by_steps or 0 < 60 * minutes <= time.monotonic() - self.saved
+        due = by_steps or 0 < 60 * minutes <= time.monotonic() - self.saved
+        return self.ranks.agree(due)
+
+    def _agreed_stop(self, number: int | None) -> int | None:
+        """The signal that some rank got, after the same step on all."""
+        return max(self.ranks.gather(number or 0)) or None
 
     def _save(self, index: int, trainer: Trainer) -> None:
         assert self.directory is not None
         tensors = self.state | {f"{index}/{key}": t for key, t in trainer.state().items()}
-        save_state(self.directory, tensors, step=len(self.log.records), settings=self.settings)
+        step, settings = len(self.log.records), self.settings
+        if self.ranks.first:
+            save_state(self.directory, tensors, step=step, settings=settings)
         self.saved = time.monotonic()

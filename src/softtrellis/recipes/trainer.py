@@ -19,18 +19,16 @@ from softtrellis.modules.latent_linear import (
 )
 from softtrellis.modules.quantized_linear import QuantizedLinear
 from softtrellis.modules.replace import (
-    decoder_index,
     get_linear,
     get_quantized,
     hold_weights_,
-    linear_names,
     quantized_layers,
     release_weights_,
     replace_modules,
 )
-from softtrellis.recipes.drift import SAMPLED_TILES, combine, measure_all
-from softtrellis.recipes.losses import forward_kl
-from softtrellis.recipes.network import Network, checkpoint_layers_
+from softtrellis.recipes.drift import SAMPLED_TILES, combine, measure_all, over_ranks
+from softtrellis.recipes.network import checkpoint_layers_
+from softtrellis.recipes.objective import Objective
 from softtrellis.recipes.optimizer import (
     gradient_norm,
     load_optimizer_tensors,
@@ -38,7 +36,9 @@ from softtrellis.recipes.optimizer import (
     optimizer_tensors,
     set_learning_rates,
 )
+from softtrellis.recipes.ranks import ONE, Ranks, whole_weight
 from softtrellis.recipes.schedules import learning_rate_at, temperature_at
+from softtrellis.recipes.sharded_state import gathered, own_part
 from softtrellis.recipes.trainables import (
     TABLE,
     learning_rates,
@@ -50,8 +50,6 @@ from softtrellis.trellis.bcjr import FLOAT32_TEMPERATURES
 if TYPE_CHECKING:
     from softtrellis.recipes.qat import DistillConfig
 
-_CACHE_BYTES = 2 << 30
-_CHUNKS = {"cpu": 256, "cuda": 2048}
 _MEASURED_TILES = 4096
 _MOST_SKIPPED = 10
 
@@ -73,6 +71,7 @@ class Trainer:
         windows: Tensor,
         held_out: Tensor,
         config: DistillConfig,
+        ranks: Ranks = ONE,
     ) -> None:
         """Puts training layers into the student.
 
@@ -83,23 +82,12 @@ class Trainer:
             windows: int64 [n, ctx], for training.
             held_out: int64 [m, ctx], to choose the best step by; m may be 0.
             config: see ``DistillConfig``.
+            ranks: that train it together, each on its windows of a batch and its tiles of every
+                layer; they call all methods together.
         """
-        self.student, self.names, self.config = student, names, config
+        self.student, self.names, self.config, self.ranks = student, names, config, ranks
         self.windows, self.held_out = windows, held_out
-        device = next(student.parameters()).device
-        self._autocast = torch.bfloat16 if device.type == "cuda" else None
-        self._chunk = _CHUNKS[device.type]
-        first = min(decoder_index(student, name) for name in names)
-        inside = set(linear_names(student)) & quantized_layers(student).keys()
-        before = [name for name in inside if decoder_index(student, name) < first]
-        networks = (
-            Network(model, first, windows[0], autocast=self._autocast)
-            for model in (teacher, student)
-        )
-        self._teacher, self._student = networks
-        self._shared_prefix = self._teacher.first == self._student.first and not before
-        self._cache: dict[tuple[bool, int], tuple[Tensor, Tensor]] = {}
-        self._cached_bytes = 0
+        self._objective = Objective(student, teacher, names, windows, held_out, ranks)
 
         for parameter in student.parameters():
             parameter.requires_grad_(False)
@@ -111,6 +99,7 @@ class Trainer:
                 estimator=config.estimator,
                 temperature=self.t_init,
                 backend=config.backend,
+                mesh=ranks.mesh,
             )
         self._check_temperatures()
         self._move_to_start(teacher)
@@ -127,7 +116,9 @@ class Trainer:
             {"params": [parameter], "lr": rate}
             for parameter, rate in zip(self.parameters.values(), self._rates, strict=True)
         ]
-        self.optimizer = make_optimizer(config.optimizer, groups, fused=device.type == "cuda")
+        self.optimizer = make_optimizer(
+            config.optimizer, groups, fused=next(student.parameters()).is_cuda
+        )
         self.best: tuple[float, int] | None = None
         self._kept: dict[str, Tensor] = {}
         self.skipped = 0
@@ -138,7 +129,7 @@ class Trainer:
             return float(self.config.t_init)
         error = energy = 0.0
         for name in self.names:
-            weight = get_linear(teacher, name).weight.detach()
+            weight = whole_weight(get_linear(teacher, name))
             found = get_quantized(self.student, name).weight()
             error += float((found - weight).double().square().sum())
             energy += float(weight.double().square().sum())
@@ -161,8 +152,8 @@ class Trainer:
         if not self.config.start:
             return
         for name, layer in self.layers.items():
-            weight = get_linear(teacher, name).weight.detach().float()
-            layer.latent.lerp_(layer.basis.to_latent(weight), self.config.start)
+            weight = whole_weight(get_linear(teacher, name)).float()
+            layer.latent.lerp_(layer.own(layer.basis.to_latent(weight)), self.config.start)
 
     def _batch(self, step: int) -> list[int]:
         """Indices of the windows of a step: every epoch a new permutation, from the seed."""
@@ -172,37 +163,6 @@ class Trainer:
             generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
             chosen.append(int(torch.randperm(count, generator=generator)[place]))
         return chosen
-
-    @torch.no_grad()
-    def _inputs(self, rows: Sequence[int], *, held_out: bool = False) -> tuple[Tensor, Tensor]:
-        """The student's prefix states and the teacher's features of windows, cached."""
-        windows = self.held_out if held_out else self.windows
-        missing = [row for row in rows if (held_out, row) not in self._cache]
-        found = {row: self._cache[held_out, row] for row in rows if row not in missing}
-        if missing:
-            ids = windows[missing]
-            states = self._teacher.prefix(ids)
-            targets = self._teacher.features(states).unflatten(0, (len(missing), -1))
-            if not self._shared_prefix:
-                states = self._student.prefix(ids)
-            for row, state, target in zip(missing, states, targets, strict=True):
-                found[row] = state, target
-                size = sum(t.numel() * t.element_size() for t in (state, target))
-                if self._cached_bytes + size <= _CACHE_BYTES:
-                    self._cache[held_out, row] = state.clone(), target.clone()
-                    self._cached_bytes += size
-        pairs = [found[row] for row in rows]
-        return torch.stack([p[0] for p in pairs]), torch.cat([p[1] for p in pairs])
-
-    def _loss(self, rows: Sequence[int], *, held_out: bool = False) -> Tensor:
-        states, targets = self._inputs(rows, held_out=held_out)
-        return forward_kl(
-            self._student.features(states),
-            self._student.head,
-            targets,
-            self._teacher.head,
-            chunk=self._chunk,
-        )
 
     def step(self, step: int, share: float) -> dict[str, Any]:
         """One optimizer step of the stage; its record for the log, without the step's number.
@@ -224,15 +184,16 @@ class Trainer:
             for table in self.tables:
                 table.hold()
             hold(layers)
-            for first in range(0, len(rows), size):
-                part = rows[first : first + size]
-                loss = self._loss(part) * (len(part) / len(rows))
-                loss.backward()
+            for part in self._objective.parts(rows, size):
+                loss = self._objective.loss(part) * (len(part) / len(rows))
+                if part:
+                    loss.backward()
                 total += float(loss.detach())
             release(layers)
             for table in self.tables:
                 table.release()
-        norm = gradient_norm(self.parameters.values())
+        (total,) = self.ranks.sum(total)
+        norm = self._reduce_gradients()
         finite = math.isfinite(total) and math.isfinite(float(norm))
         self.skipped = 0 if finite else self.skipped + 1
         if finite:
@@ -274,6 +235,21 @@ class Trainer:
             layer.estimator = (config.finish or config.estimator) if finishing else config.estimator
         return temperature
 
+    def _reduce_gradients(self) -> Tensor:
+        """Adds up what the ranks found for parameters that all of them have; the norm of all."""
+        sharded = {id(layer.latent) for layer in self.layers.values() if layer.share is not None}
+        own = [p for p in self.parameters.values() if id(p) in sharded]
+        common = [p for p in self.parameters.values() if id(p) not in sharded]
+        if self.ranks.size == 1:
+            return gradient_norm(common)
+        found = self.ranks.any(*(p.grad is not None for p in common))
+        for parameter, anywhere in zip(common, found, strict=True):
+            if anywhere and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self.ranks.sum_(p.grad for p in common if p.grad is not None)
+        (squared,) = self.ranks.sum(float(gradient_norm(own)) ** 2)
+        return (squared + gradient_norm(common) ** 2).sqrt()
+
     def _clip(self, norm: float) -> None:
         if self.config.clip is not None and norm > self.config.clip:
             for parameter in self.parameters.values():
@@ -283,6 +259,8 @@ class Trainer:
     def _drift(self) -> dict[str, Any]:
         tiles = max(1, min(SAMPLED_TILES, _MEASURED_TILES // len(self.layers)))
         measured = measure_all(self.layers, tiles)
+        if self.ranks.size > 1:
+            measured = over_ranks(self.layers, measured, tiles, self.ranks)
         counted = [(self.layers[name].layer.tiles, drift) for name, drift in measured.items()]
         layers = {name: asdict(drift) for name, drift in measured.items()}
         return asdict(combine(counted)) | {"layers": layers}
@@ -291,8 +269,9 @@ class Trainer:
     def _divergence(self) -> float:
         """KL(teacher || student) per token on the held-out windows, with the weights held."""
         size = self.config.micro_batch or self.config.batch
-        parts = torch.arange(len(self.held_out)).split(size)
-        total = sum(len(part) * float(self._loss(part.tolist(), held_out=True)) for part in parts)
+        parts = self._objective.parts(range(len(self.held_out)), size)
+        own = sum(len(part) * float(self._objective.loss(part, held_out=True)) for part in parts)
+        (total,) = self.ranks.sum(own)
         return total / len(self.held_out)
 
     @torch.no_grad()
@@ -346,7 +325,7 @@ class Trainer:
         return found
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that a step changes."""
+        """Everything that a step changes; with several ranks on rank 0, and nothing elsewhere."""
         tensors: dict[str, Tensor] = dict(self.parameters)
         tensors |= {f"{name}.pins": layer.pins for name, layer in self.layers.items()}
         tensors |= optimizer_tensors(self.optimizer, self.parameters)
@@ -354,11 +333,12 @@ class Trainer:
         if self.best is not None:
             tensors |= {f"best/{name}": tensor for name, tensor in self._kept.items()}
             tensors["best"] = torch.tensor(self.best, dtype=torch.float64)
-        return tensors
+        return tensors if self.ranks.size == 1 else gathered(tensors, self.layers, self.ranks)
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Takes over what ``state`` gave."""
+        """Takes over what ``state`` gave on rank 0, with these ranks or others."""
+        tensors = own_part(tensors, self.layers)
         load_optimizer_tensors(self.optimizer, self.parameters, tensors)
         for name, parameter in self.parameters.items():
             parameter.copy_(tensors[name])
@@ -388,7 +368,9 @@ class Trainer:
             parameter.requires_grad_(False)
         changed: dict[str, float] = {}
         for name, layer in hardened.items():
-            differs = layer.states() != self.layers[name].start
-            changed[name] = float(differs.double().mean())
+            latent = self.layers[name]
+            states = layer.states() if latent.share is None else layer.states()[latent.share.owned]
+            (differs,) = self.ranks.sum(float((states != latent.start).sum()))
+            changed[name] = differs / (latent.layer.tiles * states.shape[1])
         replace_modules(self.student, self.names, lambda name, _: hardened[name])
         return changed

@@ -1,0 +1,146 @@
+"""Time and memory of a joint training step on several GPUs, for a model's shapes.
+
+    torchrun --nproc-per-node 1 benchmarks/bench_ranks.py llama-3.2-1b
+    torchrun --nproc-per-node 2 benchmarks/bench_ranks.py llama-3.2-1b
+
+Weights are random. The global batch is the same whatever the number of ranks. Prints the median
+seconds of each part of a step on the slowest rank, and the peak of the memory of every rank. The
+parts are measured one after the other, with a barrier before each: what overlaps in training does
+not overlap here, and "whole step" is what counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from bench_step import SHAPES, models
+
+from softtrellis.modules.latent_linear import _batches, _values, hold, release
+from softtrellis.recipes.qat import DistillConfig
+from softtrellis.recipes.ranks import Ranks, join, shard_frozen_
+from softtrellis.recipes.trainer import Trainer
+
+
+class Clock:
+    """Seconds of named parts, each on the slowest rank."""
+
+    def __init__(self, ranks: Ranks, device: str) -> None:
+        self._ranks, self._cuda = ranks, device == "cuda"
+        self.seconds: dict[str, list[float]] = {}
+
+    def time(self, part: str, work: Callable[[], object]) -> None:
+        self._ranks.agree(None)
+        self._wait()
+        began = time.perf_counter()
+        work()
+        self._wait()
+        slowest = max(self._ranks.gather(time.perf_counter() - began))
+        self.seconds.setdefault(part, []).append(slowest)
+
+    def _wait(self) -> None:
+        if self._cuda:
+            torch.cuda.synchronize()
+
+
+@torch.no_grad()
+def codewords(trainer: Trainer) -> None:
+    """BCJR forward on this rank's tiles, without the gather."""
+    for batch in _batches(trainer.layers.values()):
+        _values(batch)
+
+
+@torch.no_grad()
+def gather(trainer: Trainer) -> None:
+    """All tiles of all layers to all ranks, in float32."""
+    for layer in trainer.layers.values():
+        if layer.share is not None:
+            layer.share.gather(layer.tiles().detach())
+
+
+def network(trainer: Trainer, step: int, size: int) -> None:
+    """Teacher, student and its backward pass on this rank's windows, with the weights held."""
+    rows = trainer._batch(step)
+    with torch.enable_grad():
+        for part in trainer._objective.parts(rows, size):
+            loss = trainer._objective.loss(part) * (len(part) / len(rows))
+            if part:
+                loss.backward()
+
+
+def measure(trainer: Trainer, clock: Clock, step: int, size: int) -> None:
+    layers = list(trainer.layers.values())
+    clock.time("whole step", lambda: trainer.step(step, 0.5))
+    clock.time("codewords (BCJR forward)", lambda: codewords(trainer))
+    clock.time("all-gather", lambda: gather(trainer))
+    clock.time("codewords, all-gather and rotation", lambda: hold(layers))
+    clock.time("network", lambda: network(trainer, step + 1, size))
+    clock.time("reduce-scatter and BCJR backward", lambda: release(layers))
+    clock.time("common gradients and norm", trainer._reduce_gradients)
+    clock.time("optimizer", trainer.optimizer.step)
+    trainer.optimizer.zero_grad()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--L", type=int, default=16)
+    parser.add_argument("--estimator", default="soft")
+    parser.add_argument("--temperature", type=float, default=0.05)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--ctx", type=int, default=1024)
+    parser.add_argument("--micro-batch", type=int, default=4)
+    parser.add_argument("--checkpoint-layers", action="store_true")
+    parser.add_argument("--steps", type=int, default=5, help="timed ones, after two others")
+    options = parser.parse_args()
+    with join(options.device) as ranks:
+        run(options, ranks)
+
+
+def run(options: argparse.Namespace, ranks: Ranks) -> None:
+    torch.manual_seed(0)  # the same models on every rank
+    teacher, student, names = models(options.shape, options.L, options.device)
+    shard_frozen_(teacher, ranks)
+    generator = torch.Generator().manual_seed(0)
+    count, vocabulary = 4 * options.batch, SHAPES[options.shape]["vocab_size"]
+    windows = torch.randint(vocabulary, (count * options.steps, options.ctx), generator=generator)
+    config = DistillConfig(
+        estimator=options.estimator,
+        t_init=options.temperature,
+        t_min=options.temperature,
+        batch=options.batch,
+        micro_batch=options.micro_batch,
+        ctx=options.ctx,
+        checkpoint_layers=options.checkpoint_layers,
+        measure_every=0,
+        reencode_every=0,
+        held_out=0,
+        device=options.device,
+    )
+    trainer = Trainer(student, teacher, names, windows, windows[:0], config, ranks)
+    for step in range(2):
+        trainer.step(step, 0.5)
+    if options.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    clock = Clock(ranks, options.device)
+    for step in range(options.steps):
+        measure(trainer, clock, 2 + 2 * step, options.micro_batch)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if options.device == "cuda" else 0.0
+    peaks = ranks.gather(peak)
+    if not ranks.first:
+        return
+    weights = sum(layer.layer.tiles * 256 for layer in trainer.layers.values())
+    name = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
+    print(f"{options.shape}, {ranks.size} x {name}, torch {torch.__version__}")
+    print(f"{weights:,} weights; {options.batch} x {options.ctx} tokens; {options.estimator}")
+    for part, seconds in clock.seconds.items():
+        print(f"{part:40} {statistics.median(seconds):8.3f} s")
+    print("peak of each rank, GiB: " + ", ".join(f"{peak:.1f}" for peak in peaks))
+
+
+if __name__ == "__main__":
+    main()

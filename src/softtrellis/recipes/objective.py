@@ -1,0 +1,94 @@
+"""What training minimises: the student's divergence from its teacher, window by window."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from softtrellis.modules.replace import decoder_index, linear_names, quantized_layers
+from softtrellis.recipes.losses import forward_kl
+from softtrellis.recipes.network import Network
+from softtrellis.recipes.ranks import Ranks
+
+_CACHE_BYTES = 2 << 30
+_CHUNKS = {"cpu": 256, "cuda": 2048}
+
+
+class Objective:
+    """KL(teacher || student) on windows of text, of which every rank takes its share.
+
+    The decoder layers before the first trained one run once per window, while that fits the cache;
+    the whole teacher likewise.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        names: Sequence[str],
+        windows: Tensor,
+        held_out: Tensor,
+        ranks: Ranks,
+    ) -> None:
+        """See ``Trainer``."""
+        self.windows, self.held_out, self._ranks = windows, held_out, ranks
+        device = next(student.parameters()).device
+        autocast = torch.bfloat16 if device.type == "cuda" else None
+        self._chunk = _CHUNKS[device.type]
+        first = min(decoder_index(student, name) for name in names)
+        inside = set(linear_names(student)) & quantized_layers(student).keys()
+        before = [name for name in inside if decoder_index(student, name) < first]
+        networks = (
+            Network(model, first, windows[0], autocast=autocast) for model in (teacher, student)
+        )
+        self._teacher, self._student = networks
+        self._shared_prefix = self._teacher.first == self._student.first and not before
+        self._cache: dict[tuple[bool, int], tuple[Tensor, Tensor]] = {}
+        self._cached_bytes = 0
+
+    def parts(self, rows: Sequence[int], size: int) -> list[Sequence[int]]:
+        """This rank's share of windows, ``size`` or fewer at once; as many parts on every rank.
+
+        A part may be empty: ranks that share a teacher run it together.
+        """
+        own = rows[self._ranks.part(len(rows))]
+        return [own[i : i + size] for i in range(0, self._ranks.most(len(rows)), size)]
+
+    @torch.no_grad()
+    def _inputs(self, rows: Sequence[int], *, held_out: bool) -> list[tuple[Tensor, Tensor]]:
+        """The student's prefix states and the teacher's features of every window, cached."""
+        windows = self.held_out if held_out else self.windows
+        missing = [row for row in rows if (held_out, row) not in self._cache]
+        found = {row: self._cache[held_out, row] for row in rows if row not in missing}
+        (needed,) = self._ranks.any(bool(missing))
+        if missing:
+            ids = windows[missing]
+            states = self._teacher.prefix(ids)
+            targets = self._teacher.features(states).unflatten(0, (len(missing), -1))
+            if not self._shared_prefix:
+                states = self._student.prefix(ids)
+            for row, state, target in zip(missing, states, targets, strict=True):
+                found[row] = state, target
+                size = sum(t.numel() * t.element_size() for t in (state, target))
+                if self._cached_bytes + size <= _CACHE_BYTES:
+                    self._cache[held_out, row] = state.clone(), target.clone()
+                    self._cached_bytes += size
+        elif needed:  # the teacher's parts that lie here
+            self._teacher.features(self._teacher.prefix(self.windows[:1]))
+        return [found[row] for row in rows]
+
+    def loss(self, rows: Sequence[int], *, held_out: bool = False) -> Tensor:
+        """float32 [], the mean divergence per position of windows, in nats; 0 of none."""
+        pairs = self._inputs(rows, held_out=held_out)
+        if not pairs:
+            return torch.zeros(())
+        states = torch.stack([state for state, _ in pairs])
+        return forward_kl(
+            self._student.features(states),
+            self._student.head,
+            torch.cat([target for _, target in pairs]),
+            self._teacher.head,
+            chunk=self._chunk,
+        )
