@@ -154,8 +154,9 @@ def _why_not(directory: Path) -> str:
         return "it is an EXL3 model; make one of it with 'softtrellis import'"
     if method == FORMAT:
         return (
-            f"it has no {MANIFEST}, which save_pretrained does not write; write the model with "
-            "save_quantized, or copy the whole checkpoint"
+            f"it has no {MANIFEST}, which save_pretrained does not write; copy the whole "
+            "checkpoint, write the model with save_quantized, or make one with 'softtrellis "
+            "quantize'"
         )
     return f"it has no {MANIFEST}; make one with 'softtrellis quantize'"
 
