@@ -78,9 +78,9 @@ class LoraQuantizedLinear(nn.Module, LoraLayer):
 
         ``adapter_names`` gives every row of a batch its own adapter, as in peft.
         """
-        self._check_forward_args(x, adapter_names=adapter_names)
+        LoraLayer._check_forward_args(self, x, adapter_names=adapter_names)
         if adapter_names is not None:
-            mixed: Tensor = self._mixed_batch_forward(x, adapter_names=adapter_names)
+            mixed: Tensor = LoraLayer._mixed_batch_forward(self, x, adapter_names=adapter_names)
             return mixed
         result: Tensor = self.base_layer(x)
         if self.disable_adapters:
