@@ -155,3 +155,24 @@ def test_another_base_model_is_noticed(
     message = refused("import", exported, "-o", tmp_path / "out", "--base", other, code=1)
     assert "give the model that it was made from" in message
     assert list(tmp_path.iterdir()) == [other]
+
+
+def test_commands_say_what_a_directory_holds(
+    refused: Refused, model: Path, checkpoint: Path, exported: Path, text: Path, tmp_path: Path
+) -> None:
+    from softtrellis.io.manifest import MANIFEST
+
+    saved = shutil.copytree(checkpoint, tmp_path / "saved")
+    (saved / MANIFEST).unlink()  # as save_pretrained leaves it
+    output = ["-o", tmp_path / "out"]
+    dense = ["export", "--format", "dense", *output]
+    assert "there is no such directory" in refused(*dense, tmp_path / "nothing", code=1)
+    assert "save_pretrained does not write" in refused(*dense, saved, code=1)
+    assert "'softtrellis import'" in refused(*dense, exported, code=1)
+    for command, options in (("generate", ["--prompt", "a"]), ("eval", ["--data", text])):
+        assert "'softtrellis import'" in refused(command, exported, *options, code=1)
+    for other in (saved, exported):
+        message = refused("quantize", other, "--data", text, *output, code=1)
+        assert "is quantized" in message
+        assert "full-precision model" in message
+    assert list(tmp_path.iterdir()) == [saved]

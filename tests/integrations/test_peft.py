@@ -24,7 +24,7 @@ from softtrellis.integrations.peft import (
 )
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 IDS = torch.arange(3, 35).reshape(2, 16)
 
@@ -177,6 +177,54 @@ def test_generation_with_adapters(model: LlamaForCausalLM) -> None:
     steps(adapted, 4)
     tokens = adapted.generate(input_ids=IDS[:1], max_new_tokens=4, do_sample=False)
     assert tokens.shape == (1, 20)
+
+
+def test_all_linear_layers(tiny_llama: LlamaForCausalLM) -> None:
+    config = QuantizeConfig(code="gaussian", L=8, layers=("0",), error_feedback=False)
+    quantize_model(tiny_llama, config)
+    adapted = add_lora(tiny_llama, lora(target_modules="all-linear"))
+    adapters = {name.split(".lora_")[0] for name, _ in lora_of(adapted)}
+    assert len(adapters) == 14
+    assert sum(isinstance(m, LoraQuantizedLinear) for m in adapted.modules()) == 7
+
+
+def test_an_adapter_for_every_row(model: LlamaForCausalLM) -> None:
+    from softtrellis.integrations.peft import register
+
+    adapted = add_lora(model, lora()).eval()
+    adapted.add_adapter("other", register(lora(target_modules=["q_proj"])))
+    with torch.no_grad():
+        for _, parameter in lora_of(adapted):
+            parameter.normal_(std=0.1)
+        found = adapted(input_ids=IDS, adapter_names=["other", "__base__"]).logits
+        adapted.set_adapter("other")
+        expected = adapted(input_ids=IDS).logits[0]
+        with adapted.disable_adapter():
+            base = adapted(input_ids=IDS).logits[1]
+    torch.testing.assert_close(found, torch.stack([expected, base]))
+
+
+def test_the_trainer_of_transformers(
+    model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """It refuses models of quantizers that do not say that they are trainable."""
+    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+    import softtrellis.integrations.transformers  # noqa: F401
+    from softtrellis.io.checkpoint import BaseModel, save_quantized
+
+    (folder := tmp_path / "checkpoint").mkdir()
+    save_quantized(model, tiny_tokenizer, folder, base=BaseModel("tiny", "0" * 64, "mit"))
+    adapted = add_lora(AutoModelForCausalLM.from_pretrained(folder), lora())
+    settings = TrainingArguments(
+        str(tmp_path), max_steps=2, learning_rate=0.02, report_to=[], use_cpu=True
+    )
+    rows = [{"input_ids": ids, "labels": ids} for ids in IDS]
+    trainer = Trainer(adapted, settings, train_dataset=rows)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "adapter"))
+    again = load_lora(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "adapter")
+    assert torch.equal(again(IDS).logits, adapted.eval()(IDS).logits)
 
 
 @pytest.mark.parametrize(

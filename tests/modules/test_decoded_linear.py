@@ -58,6 +58,18 @@ def test_the_layer_is_the_linear_layer_of_its_weight(
         assert torch.equal(layer(inputs), expected)
 
 
+@pytest.mark.parametrize("gradients", [False, True])
+def test_compiled_without_a_break(layer: QuantizedLinear, gradients: bool) -> None:
+    x = torch.randn(2, 48, requires_grad=gradients)
+    torch.compiler.reset()
+    found = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    expected = layer(x)
+    torch.testing.assert_close(found, expected)
+    if gradients:
+        ours, theirs = (torch.autograd.grad(y.sum(), x)[0] for y in (found, expected))
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_under_autocast(layer: QuantizedLinear) -> None:
     x = torch.randn(4, 48, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):

@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 
 from softtrellis.modules.quantized_linear import QuantizedLinear
-from softtrellis.modules.replace import quantized_layers
+from softtrellis.modules.replace import linear_names, quantized_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -73,8 +73,15 @@ class LoraQuantizedLinear(nn.Module, LoraLayer):
         assert isinstance(base_layer, QuantizedLinear)
         return base_layer.codes.device, None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., in_features] to [..., out_features], in the dtype of ``x``."""
+    def forward(self, x: Tensor, *, adapter_names: list[str] | None = None) -> Tensor:
+        """[..., in_features] to [..., out_features], in the dtype of ``x``.
+
+        ``adapter_names`` gives every row of a batch its own adapter, as in peft.
+        """
+        LoraLayer._check_forward_args(self, x, adapter_names=adapter_names)
+        if adapter_names is not None:
+            mixed: Tensor = LoraLayer._mixed_batch_forward(self, x, adapter_names=adapter_names)
+            return mixed
         result: Tensor = self.base_layer(x)
         if self.disable_adapters:
             return result
@@ -113,7 +120,8 @@ def add_lora(
 
     Args:
         model: from ``load_quantized`` or ``from_pretrained``.
-        config: peft's; without ``target_modules`` every quantized layer gets an adapter.
+        config: peft's; without ``target_modules`` every quantized layer gets an adapter, with
+            "all-linear" every linear layer of the decoder layers, dense ones too.
         dtype: of the adapters, float32 or bfloat16.
 
     Returns:
@@ -127,6 +135,8 @@ def add_lora(
         raise ValueError("the model has no quantized layer; use peft's get_peft_model")
     if config.target_modules is None:
         config.target_modules = set(layers)
+    elif config.target_modules == "all-linear":  # peft itself would look for nn.Linear only
+        config.target_modules = set(linear_names(model))
     return _cast(get_peft_model(model, register(config), autocast_adapter_dtype=False), dtype)
 
 

@@ -12,6 +12,7 @@ import torch
 
 from softtrellis.io.files import sha256_of, write_json
 from softtrellis.io.manifest import (
+    FORMAT,
     FORMAT_VERSION,
     MANIFEST,
     WEIGHTS,
@@ -21,6 +22,7 @@ from softtrellis.io.manifest import (
     codes_of,
     is_checkpoint,
     manifest_json,
+    quant_method,
     quantization_config,
     read_manifest,
     verify_files,
@@ -205,23 +207,46 @@ def load_quantized(path: str | Path, config: LoadConfig | None = None) -> PreTra
 
 
 def load_any(name: str, *, device: str = "cpu") -> Source:
-    """Loads a checkpoint of ours, or else a full-precision model by ``load_source``."""
+    """Loads a checkpoint of ours, or else a full-precision model by ``load_source``.
+
+    What ``save_pretrained`` wrote of a checkpoint is loaded after ``import
+    softtrellis.integrations.transformers``.
+
+    Raises:
+        CheckpointError: a damaged checkpoint, one without its manifest, or an EXL3 model.
+    """
     path = Path(name)
     if not is_checkpoint(path):
+        if _needs_manifest(path):
+            read_manifest(path)
         return load_source(name, device=device)
     model = load_quantized(path, LoadConfig(device=device))
     return Source(name, model, load_tokenizer(path), path, read_manifest(path).base.licence)
 
 
 def load_full_precision(name: str) -> Source:
-    """``load_source``, with a CheckpointError for one of our checkpoints."""
-    if is_checkpoint(Path(name)):
-        base = read_manifest(Path(name)).base.name
+    """``load_source``, with a CheckpointError for one of our checkpoints or an EXL3 model."""
+    path = Path(name)
+    if is_checkpoint(path):
+        base = read_manifest(path).base.name
         raise CheckpointError(
             f"{name} is a softtrellis checkpoint; give the full-precision model that it was made "
             f"from ({base})"
         )
+    if (method := quant_method(path)) in (FORMAT, "exl3"):
+        raise CheckpointError(
+            f"{name} is quantized (quant_method {method!r}); give the full-precision model that it "
+            "was made from"
+        )
     return load_source(name)
+
+
+def _needs_manifest(path: Path) -> bool:
+    """Whether transformers would take a quantized model for a dense one with random weights."""
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    method = quant_method(path)
+    return method in (FORMAT, "exl3") and method not in AUTO_QUANTIZATION_CONFIG_MAPPING
 
 
 def base_of(source: Source) -> BaseModel:

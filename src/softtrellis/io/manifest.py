@@ -135,6 +135,32 @@ def is_checkpoint(path: Path) -> bool:
     return (path / MANIFEST).is_file()
 
 
+def quant_method(directory: Path) -> str | None:
+    """How config.json says that a model is quantized: "exl3" for instance; None if it does not."""
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        method = config["quantization_config"]["quant_method"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return method if isinstance(method, str) else None
+
+
+def _why_not(directory: Path) -> str:
+    """Why a directory without a manifest is no checkpoint, and what to do."""
+    if not directory.is_dir():
+        return "there is no such directory; make one with 'softtrellis quantize'"
+    method = quant_method(directory)
+    if method == "exl3":
+        return "it is an EXL3 model; make one of it with 'softtrellis import'"
+    if method == FORMAT:
+        return (
+            f"it has no {MANIFEST}, which save_pretrained does not write; copy the whole "
+            "checkpoint, write the model with save_quantized, or make one with 'softtrellis "
+            "quantize'"
+        )
+    return f"it has no {MANIFEST}; make one with 'softtrellis quantize'"
+
+
 def read_manifest(directory: Path) -> Manifest:
     """Reads and validates ``softtrellis.json``.
 
@@ -143,10 +169,7 @@ def read_manifest(directory: Path) -> Manifest:
     """
     path = directory / MANIFEST
     if not path.is_file():
-        raise CheckpointError(
-            f"{directory} is not a softtrellis checkpoint: it has no {MANIFEST}; "
-            "make one with 'softtrellis quantize'"
-        )
+        raise CheckpointError(f"{directory} is not a softtrellis checkpoint: {_why_not(directory)}")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
         if value["format"] != FORMAT:
