@@ -17,7 +17,7 @@ _COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 
 
 def check_layer_count(settings: Mapping[str, Any], tensors: int) -> None:
-    """CheckpointError if config.json has no type of model, or more layers than the files tensors."""
+    """CheckpointError if config.json has no type of model, or too many layers for the files."""
     if not isinstance(settings.get("model_type"), str):
         raise CheckpointError("config.json has no model_type; copy the model again")
     for key in _COUNTS:

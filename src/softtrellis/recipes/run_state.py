@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from softtrellis.io.files import STATE, whole_file, write_text
+from softtrellis.io.manifest import DAMAGED
 
 LOG = "log.jsonl"
 DIGESTS = ("checkpoint", "text")
@@ -91,9 +92,12 @@ def load_state(directory: Path, *, settings: Mapping[str, Any]) -> tuple[int, di
     if not path.is_file():
         return 0, {}
     metadata, tensors = read_tensors(path, torch.device("cpu"))
-    saved = json.loads(metadata["settings"])
+    try:
+        step, saved = int(metadata["step"]), dict(json.loads(metadata["settings"]))
+    except DAMAGED as error:
+        raise ValueError(f"{path} is damaged ({error}); start over with --force") from error
     check_settings(saved, json.loads(json.dumps(settings, sort_keys=True)), digests=DIGESTS)
-    return int(metadata["step"]), tensors
+    return step, tensors
 
 
 def check_settings(
@@ -128,6 +132,6 @@ def read_tensors(path: Path, device: torch.device) -> tuple[dict[str, str], dict
     try:
         with safe_open(str(path), "pt", device=str(device)) as file:
             tensors = {n: torch.clone(file.get_tensor(n)) for n in file.keys()}  # noqa: SIM118
-            return file.metadata(), tensors
+            return file.metadata() or {}, tensors
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged ({error}); start over with --force") from error
