@@ -19,8 +19,8 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from softtrellis.io.errors import DAMAGED
 from softtrellis.io.manifest import (
-    DAMAGED,
     FORMAT,
     FORMAT_VERSION,
     MANIFEST,

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 
+DAMAGED = (KeyError, IndexError, TypeError, AttributeError, ValueError, ArithmeticError)
+"""What JSON with other values than expected makes our readers raise."""
+
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from softtrellis.io.errors import DAMAGED
 from softtrellis.io.files import sha256_of
 from softtrellis.modules.quantized_linear import LayerFormat
 from softtrellis.quantizers.hard import TrellisCode
@@ -23,10 +24,6 @@ MANIFEST, WEIGHTS = "softtrellis.json", "model.safetensors"
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used: damaged, from another version or for another model."""
-
-
-DAMAGED = (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError)
-"""What JSON with other values than expected makes our readers raise."""
 
 
 @dataclass(frozen=True)

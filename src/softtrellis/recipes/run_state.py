@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softtrellis.io.errors import DAMAGED
 from softtrellis.io.files import STATE, whole_file, write_text
-from softtrellis.io.manifest import DAMAGED
 
 LOG = "log.jsonl"
 DIGESTS = ("checkpoint", "text")
