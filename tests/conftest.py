@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
@@ -20,6 +21,17 @@ if TYPE_CHECKING:
 
 # Models come from files here; without this, a wrong name would be looked for on the hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+# --hypothesis-profile=long is for a night; the default has the same inputs every time.
+_CHECKS = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
+settings.register_profile(
+    "short", max_examples=100, deadline=None, derandomize=True, suppress_health_check=_CHECKS
+)
+settings.register_profile(
+    "long", max_examples=2000, deadline=None, print_blob=True, suppress_health_check=_CHECKS
+)
+settings.load_profile("short")
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -12,9 +14,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+import torch
 from cli.support import QUANTIZE, Command, Interrupt, Refused, Start, contents
 
+from softtrellis.cli.main import LESS_MEMORY, build_parser
 from softtrellis.io.checkpoint import WEIGHTS
+from softtrellis.io.files import STATE
 
 
 @pytest.fixture(params=["quantize", "train"])
@@ -181,7 +186,8 @@ def test_a_disk_that_is_full_at_the_end(
     result = softtrellis(*quantize(output), "--force")
     assert (result.code, result.out) == (1, "")
     assert result.error.startswith("the disk is full (")
-    assert result.error.endswith("); free some space and repeat the command")
+    assert "); free some space and repeat the command; " in result.error
+    assert re.search(rf"{output.parent} has [\d,]+ bytes left$", result.error)
     assert contents(output.parent) == {"out/precious": b"do not lose"}
 
 
@@ -196,6 +202,7 @@ def test_a_disk_that_fills_up_in_training(
     result = softtrellis(*train(tmp_path / "out"))
     assert result.code == 1
     assert result.error.startswith("the disk is full (model.safetensors: No space left")
+    assert f"{tmp_path} has " in result.error
     assert f"{tmp_path / 'out.partial'} keeps the run; the same command with" in result.error
     interrupt(None)
     assert softtrellis(*train(tmp_path / "out"), "--resume").code == 0
@@ -212,17 +219,103 @@ def test_a_file_system_that_is_full(model: Path, text: Path, tmp_path: Path) -> 
     )
     (tmp_path / "disk").mkdir()
     arguments = ["-o", "disk/out", "--force", "--data", text, "--no-hessian", *QUANTIZE]
-    command = [sys.executable, "-m", "softtrellis", "quantize", model, *arguments]
-    wrapped = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, "sh"]
-    if shutil.which("unshare") is None:
-        pytest.skip("needs unshare")
-    done = subprocess.run(
-        [*wrapped, *map(str, command)], cwd=tmp_path, capture_output=True, text=True
-    )
-    if done.returncode == 9 or "unshare: " in done.stderr:
-        pytest.skip("needs leave to mount a tmpfs in a namespace of its own")
+    done = in_a_namespace(script, ["quantize", model, *arguments], tmp_path)
     assert done.returncode == 1, done.stderr
     last = done.stderr.splitlines()[-1]
     assert last.startswith("softtrellis: error: the disk is full (")
     assert "Traceback" not in done.stderr
     assert done.stdout.split() == ["disk:", "out", "disk/out:", "old"]
+
+
+def test_a_file_system_that_fills_up_in_training(
+    train: Start, trained: Path, tmp_path: Path
+) -> None:
+    """The saved state survives, nothing is torn, and with more room the run goes on."""
+    script = (
+        "mount -t tmpfs -o size=260k none disk || exit 9\n"
+        '"$@" && exit 8\n'
+        "ls -A disk disk/out.partial\n"
+        "mount -o remount,size=4m disk\n"
+        '"$@" --resume || exit 7\n'
+        "ls -A disk && cp -r disk/out ."
+    )
+    (tmp_path / "disk").mkdir()
+    done = in_a_namespace(script, train(Path("disk/out")), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "softtrellis: error: the disk is full (" in done.stderr
+    assert "disk has " in done.stderr
+    assert "disk/out.partial keeps the run; the same command with --resume goes on" in done.stderr
+    assert "Traceback" not in done.stderr
+    listed = done.stdout.split()
+    assert listed[:6] == ["disk:", "out.partial", "disk/out.partial:", "log.jsonl", STATE, "4"]
+    assert listed[-1] == "out"
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (trained / WEIGHTS).read_bytes()
+
+
+def test_a_limit_on_the_size_of_files(
+    softtrellis: Command, train: Start, trained: Path, tmp_path: Path
+) -> None:
+    """As with a disk quota: files may not grow beyond what a state takes."""
+    output = tmp_path / "out"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((trained / WEIGHTS).stat().st_size - 1000, hard))
+    try:
+        result = softtrellis(*train(output))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert result.code == 1
+    assert result.error.startswith("the disk is full (")
+    assert f"{output}.partial keeps the run" in result.error
+    assert not [name for name in contents(tmp_path) if "tmp" in name]
+    assert softtrellis(*train(output), "--resume").code == 0
+    assert (output / WEIGHTS).read_bytes() == (trained / WEIGHTS).read_bytes()
+    assert set(contents(tmp_path)) == {f"out/{name}" for name in contents(trained)}
+
+
+def in_a_namespace(
+    script: str, command: list[str | Path], place: Path
+) -> subprocess.CompletedProcess[str]:
+    """A shell script with the command as its arguments, where it may mount a file system."""
+    if shutil.which("unshare") is None:
+        pytest.skip("needs unshare")
+    wrapped = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, "sh"]
+    wrapped += [sys.executable, "-m", "softtrellis", *map(str, command)]
+    done = subprocess.run(wrapped, cwd=place, capture_output=True, text=True)
+    if done.returncode == 9 or "unshare: " in done.stderr:
+        pytest.skip("needs leave to mount a tmpfs in a namespace of its own")
+    return done
+
+
+# Memory
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_memory_that_runs_out_in_training(
+    softtrellis: Command, train: Start, tmp_path: Path, interrupt: Interrupt, error: Exception
+) -> None:
+    interrupt(3, error)
+    result = softtrellis(*train(tmp_path / "out"))
+    assert result.code == 1
+    assert result.error.startswith("out of memory (")
+    assert "lower --micro-batch or --ctx, add --checkpoint-layers" in result.error
+    assert "out.partial keeps the run" in result.error
+    interrupt(None)
+    options = ["--resume", "--micro-batch", "1"]
+    assert softtrellis(*train(tmp_path / "out"), *options).code == 0, "it may be lowered"
+
+
+def test_what_to_lower_are_options(capsys: pytest.CaptureFixture[str]) -> None:
+    for command, advice in LESS_MEMORY.items():
+        with pytest.raises(SystemExit):
+            build_parser().parse_args([command, "--help"])
+        options = capsys.readouterr().out
+        for option in re.findall(r"--[a-z-]+", advice):
+            assert f"{option} " in options, f"{command} has no {option}"

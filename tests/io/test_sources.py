@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from softtrellis.io import sources
+from softtrellis.io.gguf import read_gguf_header
 from softtrellis.io.sources import (
     SMOLLM2_FILE,
     SMOLLM2_SHA256,
     fetch_smollm2,
     fingerprint,
     load_source,
-    read_gguf_strings,
 )
 
 
@@ -143,22 +143,21 @@ class TestNames:
 
 class TestGgufHeader:
     def test_reads_strings(self, gguf_file):
-        keys = {"general.license", "tokenizer.ggml.pre", "absent"}
-        assert read_gguf_strings(gguf_file, keys) == {
-            "general.license": "mit",
-            "tokenizer.ggml.pre": "smollm",
-        }
+        header = read_gguf_header(gguf_file)
+        assert header.text("general.license") == "mit"
+        assert header.text("tokenizer.ggml.pre") == "smollm"
+        assert header.text("absent", "unknown") == "unknown"
 
     def test_cut_short(self, gguf_file):
         gguf_file.write_bytes(gguf_file.read_bytes()[:-20])
         with pytest.raises(ValueError, match="damaged"):
-            read_gguf_strings(gguf_file, {"tokenizer.ggml.pre"})
+            read_gguf_header(gguf_file)
 
     def test_version(self, gguf_file):
         data = gguf_file.read_bytes()
         gguf_file.write_bytes(data[:4] + b"\x09\0\0\0" + data[8:])
         with pytest.raises(ValueError, match="version 9"):
-            read_gguf_strings(gguf_file, set())
+            read_gguf_header(gguf_file)
 
     def test_no_weights(self, gguf_file):
         with pytest.raises(ValueError, match="Cannot load"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 import sys
 import traceback
@@ -26,9 +25,20 @@ from softtrellis.cli import (
     train,
 )
 from softtrellis.cli.common import UsageError
+from softtrellis.io.errors import is_disk_full, is_out_of_memory
 from softtrellis.io.interrupts import Terminated, termination
 
 FAILURE, USAGE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
+LESS_MEMORY = {
+    "quantize": "lower --batch, --windows or --ctx",
+    "train": "lower --micro-batch or --ctx, add --checkpoint-layers, or train fewer --layers",
+    "eval": "lower --ctx",
+    "generate": "lower --max-tokens",
+    "chat": "lower --max-tokens",
+    "plan": "lower --tiles",
+    "bench": "lower --tiles",
+}
+"""By command, what to change when memory runs out."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -55,10 +65,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code: 0, 1 for a failure, 2 for wrong usage."""
-    debug = False
+    debug, command = False, ""
     try:
         options = build_parser().parse_args(arguments)
-        debug = options.debug
+        debug, command = options.debug, options.command
         with termination():
             code: int = options.run(options)
         sys.stdout.flush()
@@ -74,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        words = "; ".join([_in_words(error), *_notes(error)])
+        words = "; ".join([_in_words(error, command), *_notes(error)])
         print(f"softtrellis: error: {words}", file=sys.stderr)
         _abandon_output()
         return USAGE if _is_usage(error) else FAILURE
@@ -108,15 +118,15 @@ def _is_usage(error: Exception) -> bool:
     )
 
 
-def _in_words(error: Exception) -> str:
+def _in_words(error: Exception, command: str) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.errno and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    # Writers in Rust raise errors of their own kinds, with the system's number in the text.
-    if getattr(error, "errno", None) == errno.ENOSPC or f"os error {errno.ENOSPC}" in text:
+    if is_disk_full(error):
         return f"the disk is full ({text}); free some space and repeat the command"
-    if isinstance(error, MemoryError) or "can't allocate memory" in text:
-        return f"out of memory ({text or 'no details'}); use a smaller --ctx or fewer --layers"
+    if is_out_of_memory(error):
+        remedy = LESS_MEMORY.get(command, "use a smaller model")
+        return f"out of memory ({text or 'no details'}); {remedy}"
     if isinstance(error, ValueError | OSError | ImportError) or _is_usage(error):
         return text or type(error).__name__
     return f"{type(error).__name__}: {text} (--debug shows where)"

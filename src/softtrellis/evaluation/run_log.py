@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from softtrellis.io.errors import DAMAGED
+
 REFERENCE = "full precision"
 BASELINE = "PTQ"
 TRAINED = "BCJR-QAT"
@@ -118,7 +120,7 @@ def read_results(path: Path) -> Run:
     content = _read_object(path)
     try:
         return _build(content)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except DAMAGED as error:
         raise ValueError(
             f"{path} is not a results file of this version ({type(error).__name__}: {error}); "
             "evaluate the run again."
@@ -134,13 +136,16 @@ def _read_log(path: Path) -> tuple[tuple[Mapping[str, Any], ...], tuple[str, ...
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             if number == len(lines) and not text.endswith("\n"):
                 note = "The last line of log.jsonl is cut off and was left out."
                 return _in_order(records), (note,)
             raise ValueError(f"{path}, line {number} is not JSON: {error}.") from error
         if not isinstance(record, dict) or not isinstance(record.get("step"), int):
             raise ValueError(f"{path}, line {number} is not an object with an integer 'step'.")
+        layers = record.get("layers", {})
+        if not isinstance(layers, dict) or not all(isinstance(v, dict) for v in layers.values()):
+            raise ValueError(f"{path}, line {number} has layers that are not objects.")
         records[record["step"]] = record  # a resumed run may log a step twice: the later one counts
     return _in_order(records), ()
 
@@ -152,7 +157,7 @@ def _in_order(records: Mapping[int, Mapping[str, Any]]) -> tuple[Mapping[str, An
 def _read_object(path: Path) -> Mapping[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} does not hold a JSON object.")
@@ -195,7 +200,7 @@ def parse_rows(rows: Iterable[Mapping[str, Any]]) -> Iterator[Row]:
 
 
 def _is_finite(value: Any) -> TypeGuard[float]:
-    return value is not None and math.isfinite(value)
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _optional(record: Mapping[str, Any], key: str) -> float | None:

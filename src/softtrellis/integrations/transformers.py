@@ -19,6 +19,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from softtrellis.io.errors import DAMAGED
 from softtrellis.io.manifest import (
     FORMAT,
     FORMAT_VERSION,
@@ -33,7 +34,7 @@ from softtrellis.io.manifest import (
 )
 from softtrellis.io.tables import TABLE, codebooks_of, read_tables, stored_tables
 from softtrellis.modules.experts import UnfusedExperts
-from softtrellis.modules.quantized_linear import LayerFormat, QuantizedLinear
+from softtrellis.modules.quantized_linear import LayerFormat, QuantizedLinear, meta_layer
 from softtrellis.modules.replace import (
     dequantize_,
     prepare_for_layers_,
@@ -81,7 +82,7 @@ class SofttrellisConfig(QuantizationConfigMixin):
             return None
         try:
             return in_order_of_codes({"codes": self.codes, "layers": self.layers})
-        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        except DAMAGED as error:
             raise CheckpointError(
                 f"quantization_config in config.json is damaged ({type(error).__name__}: "
                 f"{error}); copy the checkpoint again"
@@ -139,7 +140,7 @@ class SofttrellisQuantizer(HfQuantizer):
             self._codebooks = codebooks_of(codes_of(layers), tables)
         with _plain_errors(model):
             prepare_for_layers_(model, layers)
-            replace_modules(model, layers, lambda name, _: _empty_layer(layers[name]))
+            replace_modules(model, layers, lambda name, _: meta_layer(layers[name]))
         _check_complete(quantized_layers(model), names)
         for module in model.modules():
             if isinstance(module, UnfusedExperts):  # nothing in the shell is to be initialised
@@ -190,12 +191,6 @@ class SofttrellisQuantizer(HfQuantizer):
         dequantize_(model)
         model.to(dtype=dtype)  # type: ignore[call-arg]
         return model
-
-
-def _empty_layer(layer: LayerFormat) -> QuantizedLinear:
-    spec = layer.code.spec
-    with torch.device("meta"):
-        return QuantizedLinear(layer, torch.empty(spec.num_states, spec.V, dtype=torch.float32))
 
 
 def _check_complete(layers: Mapping[str, QuantizedLinear], names: set[str]) -> None:

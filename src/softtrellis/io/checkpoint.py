@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
+from softtrellis.io.claims import check_buffers, check_layer_count
+from softtrellis.io.errors import first_line
 from softtrellis.io.files import sha256_of, write_json
 from softtrellis.io.manifest import (
     FORMAT,
@@ -38,7 +41,8 @@ from softtrellis.io.model_files import (
 )
 from softtrellis.io.sources import Source, fingerprint, load_source, quiet
 from softtrellis.io.tables import TABLE, codebooks_of, stored_tables
-from softtrellis.modules.quantized_linear import QuantizedLinear
+from softtrellis.io.tensor_files import TensorFiles, read_json
+from softtrellis.modules.quantized_linear import QuantizedLinear, meta_layer
 from softtrellis.modules.replace import (
     prepare_for_layers_,
     quantized_layers,
@@ -165,24 +169,19 @@ def load_quantized(path: str | Path, config: LoadConfig | None = None) -> PreTra
     Raises:
         CheckpointError: not a checkpoint, damaged, altered, or from another version.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     config = config or LoadConfig()
     directory = Path(path)
     manifest = read_manifest(directory)
     if config.verify:
         verify_files(directory, manifest)
-    try:
-        tensors = load_file(str(directory / WEIGHTS))
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{directory / WEIGHTS} cannot be read: {error}") from error
+    settings, layers = read_json(directory / "config.json"), manifest.layers
+    with TensorFiles(directory, index=False) as files:
+        _check_claims(settings, manifest, directory, files.shapes)
+        tensors = {name: files.get(name) for name in files.shapes}
     tables = {name: tensors.pop(name) for name in list(tensors) if name.startswith(TABLE)}
-    codebooks = codebooks_of(codes_of(manifest.layers), tables)
-    settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    model = empty_model(settings)
-    layers = manifest.layers
-    try:
+    codebooks = codebooks_of(codes_of(layers), tables)
+    with _fitting(directory):
+        model = empty_model(settings)
         prepare_for_layers_(model, layers)
         replace_modules(
             model,
@@ -190,12 +189,6 @@ def load_quantized(path: str | Path, config: LoadConfig | None = None) -> PreTra
             lambda name, _: QuantizedLinear(layers[name], codebooks[layers[name].code]),
         )
         missing = assign_tensors(model, tensors)
-    except (AttributeError, RuntimeError) as error:
-        reason = "".join(str(error).splitlines()[:2])
-        raise CheckpointError(
-            f"{directory / MANIFEST} does not fit the tensors beside it ({reason}); "
-            "copy the checkpoint again"
-        ) from error
     if missing:
         raise CheckpointError(
             f"{directory / WEIGHTS} lacks {missing[0]}; copy the checkpoint again"
@@ -204,6 +197,58 @@ def load_quantized(path: str | Path, config: LoadConfig | None = None) -> PreTra
     model.to(torch.device(config.device))  # type: ignore[arg-type]
     share_codebooks_(model)
     return model
+
+
+def _check_claims(
+    settings: Mapping[str, Any],
+    manifest: Manifest,
+    directory: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+) -> None:
+    """CheckpointError if the tensors are not those of the model that the JSON files describe.
+
+    It is built on the device "meta", so that nothing takes more memory than the files' tensors.
+    """
+    check_layer_count(settings, len(shapes))
+    with _fitting(directory), torch.device("meta"):
+        skeleton = empty_model(settings, device="meta")
+        prepare_for_layers_(skeleton, manifest.layers)
+        modules = dict(skeleton.named_modules())
+        for name, layer in manifest.layers.items():
+            linear = modules.get(name)
+            if not isinstance(linear, nn.Linear):
+                raise AttributeError(f"{name} is no linear layer")
+            if (linear.in_features, linear.out_features) != (layer.in_features, layer.out_features):
+                raise AttributeError(f"{name} has another shape in config.json")
+        replace_modules(
+            skeleton, manifest.layers, lambda name, _: meta_layer(manifest.layers[name])
+        )
+        wanted = {key: tuple(tensor.shape) for key, tensor in skeleton.state_dict().items()}
+        for key, shape in wanted.items():
+            if shapes.get(key, shape) != shape:
+                raise AttributeError(f"{key} is {list(shapes[key])} and must be {list(shape)}")
+        check_buffers(skeleton)
+    tied = set(getattr(skeleton, "all_tied_weights_keys", None) or {})
+    if missing := sorted(wanted.keys() - shapes.keys() - tied):
+        raise CheckpointError(
+            f"{directory / WEIGHTS} lacks {missing[0]}; copy the checkpoint again"
+        )
+
+
+@contextmanager
+def _fitting(directory: Path) -> Iterator[None]:
+    """What does not fit together in a checkpoint's files becomes a CheckpointError."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # what transformers makes of a strange configuration
+        raise CheckpointError(
+            f"{directory / MANIFEST} does not fit the tensors beside it ({first_line(error)}); "
+            "copy the checkpoint again"
+        ) from error
 
 
 def load_any(name: str, *, device: str = "cpu") -> Source:
@@ -266,13 +311,18 @@ def check_base(manifest: Manifest, model: PreTrainedModel) -> None:
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer that a checkpoint carries."""
+    """The tokenizer that a checkpoint carries; CheckpointError if it cannot be loaded."""
     from transformers import AutoTokenizer
 
-    with quiet():
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            path, trust_remote_code=False
-        )
+    try:
+        with quiet():
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                path, trust_remote_code=False
+            )
+    except Exception as error:  # the readers of damaged files raise errors of every kind
+        raise CheckpointError(
+            f"the tokenizer in {path} cannot be loaded: {first_line(error)}"
+        ) from error
     return tokenizer
 
 

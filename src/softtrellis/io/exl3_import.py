@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from softtrellis.io.checkpoint import load_tokenizer
+from softtrellis.io.claims import check_buffers, check_layer_count
 from softtrellis.io.errors import first_line
 from softtrellis.io.exl3 import FORMAT, MAX_CODE_BITS, TENSORS, Exl3Layer
 from softtrellis.io.exl3_export import RECORD
@@ -25,11 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MARK = ".trellis"
-MOST_BUFFERS = 1 << 26
-"""Numbers in tables that a small model computes for itself, of positions for instance."""
-
 _NOT_SETTINGS = ("quantization_config", "auto_map", "architectures", "torch_dtype", "dtype")
-_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 
 
 @dataclass(frozen=True)
@@ -112,18 +109,10 @@ def _settings(config: Mapping[str, Any], files: TensorFiles) -> dict[str, Any]:
         for key, value in config.items()
         if key not in _NOT_SETTINGS and not key.startswith("_") and "implementation" not in key
     }
-    if not isinstance(settings.get("model_type"), str):
-        raise CheckpointError("config.json has no model_type; copy the model again")
     if isinstance(settings.get("rope_parameters"), dict):
         for key in ("rope_theta", "rope_scaling"):  # the same, for programs that do not know it
             settings.pop(key, None)
-    for key in _COUNTS:
-        count = settings.get(key, 1)
-        if not isinstance(count, int) or not 1 <= count <= len(files.shapes):
-            raise CheckpointError(
-                f"config.json has {key} {count!r}, and the files {len(files.shapes)} tensors; "
-                "they do not fit together"
-            )
+    check_layer_count(settings, len(files.shapes))
     return settings | {"dtype": "float32"}
 
 
@@ -176,13 +165,7 @@ class _Plan:
         missing = sorted(expected.keys() - set(dense) - tied)
         if missing:
             raise CheckpointError(f"the files lack {missing[0]}; copy the model again")
-        parameters = sum(parameter.numel() for parameter in skeleton.parameters())
-        buffers = sum(buffer.numel() for buffer in skeleton.buffers())
-        if buffers > MOST_BUFFERS + 4 * parameters:
-            raise CheckpointError(
-                f"config.json asks for tables of {buffers:,} numbers beside {parameters:,} "
-                "weights; do not use this model"
-            )
+        check_buffers(skeleton)
         return cls(layers, dense, untied)
 
 
@@ -246,12 +229,7 @@ def _plain(name: str, tensor: Tensor) -> Tensor:
 
 
 def _tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer = load_tokenizer(directory)
-    except Exception as error:  # the readers of damaged files raise errors of every kind
-        raise CheckpointError(
-            f"the tokenizer in {directory} cannot be loaded: {first_line(error)}"
-        ) from error
+    tokenizer = load_tokenizer(directory)
     templates: object = getattr(tokenizer, "chat_template", None)
     for name in templates if isinstance(templates, dict) else ():
         if not isinstance(name, str) or Path(name).name != name or "\\" in name:

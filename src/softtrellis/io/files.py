@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from softtrellis.io.errors import is_disk_full
 from softtrellis.io.interrupts import exclusive
 
 STATE = "train_state.safetensors"
@@ -19,6 +20,9 @@ STATE = "train_state.safetensors"
 
 STATES = "*_state*"
 """Files that an interrupted run can go on from; a partial directory with one is never lost."""
+
+_KEPT = (STATES, "log*")
+_UNFINISHED = ".tmp"
 
 
 class OutputExists(FileExistsError):
@@ -86,7 +90,7 @@ def whole_directory(
 @contextmanager
 def _partial(partial: Path, *, force: bool, resume: bool) -> Iterator[None]:
     """A partial directory, new or gone on with, which stays after an error if it has a state."""
-    resumable = any(partial.glob(STATES))
+    resumable = _has_state(partial)
     if resume and not resumable:
         raise FileNotFoundError(f"there is no interrupted run in {partial}; start without --resume")
     if resumable and not resume and not force:
@@ -96,14 +100,27 @@ def _partial(partial: Path, *, force: bool, resume: bool) -> Iterator[None]:
     if partial.exists() and not resume:
         shutil.rmtree(partial)
     partial.mkdir(exist_ok=True)
+    for path in partial.iterdir():  # what was being written when the run was killed
+        if path.suffix == _UNFINISHED or not (path.is_dir() or any(map(path.match, _KEPT))):
+            path.unlink()
     try:
         yield
     except BaseException as error:
-        if not any(partial.glob(STATES)):
+        if is_disk_full(error):
+            error.add_note(f"{partial.parent} has {_free(partial):,} bytes left")
+        if not _has_state(partial):
             shutil.rmtree(partial, ignore_errors=True)
         elif not isinstance(error, ValueError):
             error.add_note(f"{partial} keeps the run; the same command with --resume goes on")
         raise
+
+
+def _free(partial: Path) -> int:
+    return shutil.disk_usage(partial.parent).free
+
+
+def _has_state(partial: Path) -> bool:
+    return any(path.suffix != _UNFINISHED for path in partial.glob(STATES))
 
 
 def _exchange(partial: Path, directory: Path) -> None:
@@ -123,11 +140,27 @@ def _exchange(partial: Path, directory: Path) -> None:
             raise
 
 
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path to write to that takes the file's name only when all went well."""
+    beside = path.with_name(path.name + _UNFINISHED)
+    try:
+        yield beside
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a UTF-8 file, whole or not at all."""
+    with whole_file(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON beside ``path`` and renames it there."""
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    """Writes JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def sha256_of(path: Path) -> str:

@@ -6,8 +6,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
+from softtrellis.io.errors import DAMAGED
 from softtrellis.io.files import sha256_of
 from softtrellis.modules.quantized_linear import LayerFormat
 from softtrellis.quantizers.hard import TrellisCode
@@ -15,6 +16,9 @@ from softtrellis.spec import TrellisSpec
 
 FORMAT, FORMAT_VERSION = "softtrellis", 2
 READABLE_VERSIONS = (1, 2)
+MOST_CODES = 32
+"""Codes of one checkpoint; every one takes memory for its codebook."""
+
 MANIFEST, WEIGHTS = "softtrellis.json", "model.safetensors"
 
 
@@ -77,7 +81,7 @@ def formats_of(value: Mapping[str, Any], version: int = FORMAT_VERSION) -> dict[
     """The shapes of layers in JSON of a format version.
 
     Raises:
-        KeyError, IndexError, TypeError, AttributeError, ValueError: a damaged value.
+        DAMAGED: a damaged value.
     """
     if version == 1:  # one code for all layers
         codes = [_code(value["code"])]
@@ -90,7 +94,18 @@ def formats_of(value: Mapping[str, Any], version: int = FORMAT_VERSION) -> dict[
     }
     if not layers or min(layer.tiles for layer in layers.values()) < 1:
         raise ValueError("a layer without weights, or no layer")
+    if len(codes_of(layers)) > MOST_CODES:
+        raise ValueError(f"more than {MOST_CODES} codes")
     return layers
+
+
+def is_plain_name(name: object) -> TypeGuard[str]:
+    """Whether a file's name in someone else's list stays in the directory of the list."""
+    return isinstance(name, str) and "\\" not in name and "\0" not in name and _is_last_part(name)
+
+
+def _is_last_part(name: str) -> bool:
+    return name not in ("", ".", "..") and Path(name).name == name
 
 
 def in_order_of_codes(value: Mapping[str, Any]) -> dict[str, LayerFormat]:
@@ -185,11 +200,13 @@ def read_manifest(directory: Path) -> Manifest:
         }
         if not files.keys() >= {WEIGHTS, "config.json"}:
             raise ValueError("files that it must list are missing")
+        if elsewhere := [name for name in files if not is_plain_name(name)]:
+            raise ValueError(f"it names {elsewhere[0]!r}, which is no file beside it")
         base = BaseModel(**value["base"])
         return Manifest(base, layers, files, dict(value["provenance"]), version)
     except CheckpointError:
         raise
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+    except (*DAMAGED, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{path} is damaged ({reason}); copy the checkpoint again") from error
 

@@ -8,7 +8,6 @@ import io
 import logging
 import os
 import re
-import struct
 import subprocess
 import sys
 import tempfile
@@ -19,12 +18,15 @@ from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from softtrellis.io.claims import check_buffers
 from softtrellis.io.errors import first_line
+from softtrellis.io.gguf import GgufHeader, read_gguf_header
+from softtrellis.io.tensor_files import files_in_index
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -196,6 +198,7 @@ def _load_directory(
 ) -> Source:
     if not (directory / "config.json").is_file():
         raise ValueError(f"'{directory}' is not a model in Hugging Face form: no config.json.")
+    files_in_index(directory)
     model, tokenizer = _from_pretrained(name, directory, dtype, {}, {})
     model.to(device)  # type: ignore[arg-type]
     return Source(name, model, tokenizer, directory, card_licence(directory))
@@ -205,12 +208,14 @@ def _load_gguf(name: str, path: Path, dtype: torch.dtype, device: str | torch.de
     from tokenizers import pre_tokenizers
     from transformers import GgufConfig
 
-    header = read_gguf_strings(path, {"general.license", "tokenizer.ggml.pre"})
+    header = read_gguf_header(path)
     file = {"gguf_file": path.name}
     # Without the explicit config the model counts as quantized and refuses save_pretrained.
     dense = {"quantization_config": GgufConfig(dequantize=True)}
+    with _loading(name):
+        _check_gguf_config(path, header)
     model, tokenizer = _from_pretrained(name, path.parent, dtype, file | dense, file)
-    if header.get("tokenizer.ggml.pre") == "smollm":
+    if header.text("tokenizer.ggml.pre") == "smollm":
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Digits(individual_digits=True),
@@ -218,7 +223,22 @@ def _load_gguf(name: str, path: Path, dtype: torch.dtype, device: str | torch.de
             ]
         )
     model.to(device)  # type: ignore[arg-type]
-    return Source(name, model, tokenizer, None, header.get("general.license", "unknown"))
+    return Source(name, model, tokenizer, None, header.text("general.license", "unknown"))
+
+
+def _check_gguf_config(path: Path, header: GgufHeader) -> None:
+    """ValueError if the model that a file describes is larger than its tensors."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with quiet(), torch.device("meta"):
+        config = AutoConfig.from_pretrained(
+            path.parent, gguf_file=path.name, trust_remote_code=False
+        )
+        skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    wanted = sum(tensor.numel() for tensor in skeleton.parameters())
+    if wanted > 2 * header.elements:  # a tied output layer may be counted twice
+        raise ValueError(f"it describes {wanted:,} weights and has {header.elements:,}")
+    check_buffers(skeleton)
 
 
 def _from_pretrained(
@@ -230,14 +250,17 @@ def _from_pretrained(
 ) -> tuple[PreTrainedModel, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    try:
-        with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(directory, **tokenizer_options)
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                directory, dtype=dtype, output_loading_info=True, **model_options
-            )
-    except Exception as error:  # the readers of damaged files raise errors of every kind
-        raise ValueError(f"Cannot load '{name}': {first_line(error)}") from error
+    with _loading(name), quiet():
+        tokenizer = AutoTokenizer.from_pretrained(
+            directory, trust_remote_code=False, **tokenizer_options
+        )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=dtype,
+            output_loading_info=True,
+            trust_remote_code=False,
+            **model_options,
+        )
     model, info = loaded
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
@@ -284,62 +307,6 @@ def card_licence(directory: Path) -> str:
     return licence[1] if licence else "unknown"
 
 
-_GGUF_STRING, _GGUF_ARRAY = 8, 9
-_GGUF_SCALAR_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-
-
-def read_gguf_strings(path: Path, keys: set[str]) -> dict[str, str]:
-    """Read the string values of some metadata keys of a GGUF file, absent ones left out.
-
-    Raises:
-        ValueError: not a little-endian GGUF file of version 2 or 3, or cut short.
-    """
-    found: dict[str, str] = {}
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise ValueError(f"'{path}' is not a GGUF file.")
-        try:
-            version, _, count = _unpack(file, "<IQQ")
-            if version not in (2, 3):
-                raise ValueError(f"'{path}' has GGUF version {version}; 2 and 3 can be read.")
-            for _ in range(count):
-                key = _gguf_string(file)
-                (kind,) = _unpack(file, "<I")
-                if kind == _GGUF_STRING and key in keys:
-                    found[key] = _gguf_string(file)
-                else:
-                    _gguf_skip(file, kind)
-                if len(found) == len(keys):
-                    break
-        except (struct.error, KeyError, UnicodeDecodeError) as error:
-            raise ValueError(f"'{path}' is damaged: its GGUF header cannot be read.") from error
-    return found
-
-
-def _unpack(file: BinaryIO, layout: str) -> tuple[Any, ...]:
-    return struct.unpack(layout, file.read(struct.calcsize(layout)))
-
-
-def _gguf_string(file: BinaryIO) -> str:
-    (length,) = _unpack(file, "<Q")
-    return file.read(length).decode()
-
-
-def _gguf_skip(file: BinaryIO, kind: int) -> None:
-    if kind == _GGUF_STRING:
-        (length,) = _unpack(file, "<Q")
-        file.seek(length, os.SEEK_CUR)
-    elif kind == _GGUF_ARRAY:
-        inner, count = _unpack(file, "<IQ")
-        if inner in _GGUF_SCALAR_BYTES:
-            file.seek(count * _GGUF_SCALAR_BYTES[inner], os.SEEK_CUR)
-        else:
-            for _ in range(count):
-                _gguf_skip(file, inner)
-    else:
-        file.seek(_GGUF_SCALAR_BYTES[kind], os.SEEK_CUR)
-
-
 def cache_directory() -> Path:
     """``softtrellis`` in ``$XDG_CACHE_HOME``, or in ``~/.cache``."""
     base = os.environ.get("XDG_CACHE_HOME")
@@ -373,6 +340,14 @@ def _check(path: Path, sha256: str, by_hand: str) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # the readers of damaged files raise errors of every kind
+        raise ValueError(f"Cannot load '{name}': {first_line(error)}") from error
 
 
 @contextmanager

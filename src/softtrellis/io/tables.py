@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from softtrellis.codes.codebook import WHOLE_CODES
-from softtrellis.codes.hybrid import table_of
+from softtrellis.codes.hybrid import TABLE_ROWS, table_of
 from softtrellis.io.manifest import CheckpointError, codes_of
 from softtrellis.modules.quantized_linear import QuantizedLinear
 from softtrellis.quantizers.hard import TrellisCode
@@ -45,7 +45,7 @@ def codebooks_of(
     """The codebooks that ``stored_tables`` was taken from, bit for bit.
 
     Raises:
-        CheckpointError: a table is missing.
+        CheckpointError: a table is missing or of another shape.
     """
     return {code: _codebook(code, tables.get(table_name(i))) for i, code in enumerate(codes)}
 
@@ -79,6 +79,12 @@ def _codebook(code: TrellisCode, table: Tensor | None) -> Tensor:
     if table is None:
         raise CheckpointError(
             f"the checkpoint lacks the table of code {code.name!r}; copy it again"
+        )
+    shape = (code.spec.num_states, code.spec.V) if code.name in WHOLE_CODES else (TABLE_ROWS, 2)
+    if tuple(table.shape) != shape or table.dtype != torch.float32:
+        raise CheckpointError(
+            f"the table of code {code.name!r} is {table.dtype} {list(table.shape)} and must be "
+            f"float32 {list(shape)}; copy the checkpoint again"
         )
     if code.name in WHOLE_CODES:
         return table

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from softtrellis.io.manifest import WEIGHTS, CheckpointError
+from softtrellis.io.manifest import WEIGHTS, CheckpointError, is_plain_name
 
 INDEX = "model.safetensors.index.json"
 
@@ -33,6 +33,27 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def files_in_index(directory: Path) -> dict[str, str]:
+    """File names by tensor; empty where there is one file and no index.
+
+    Raises:
+        CheckpointError: the index is damaged, or names something else than a safetensors file in
+            the same directory.
+    """
+    if not (directory / INDEX).is_file():
+        return {}
+    listed = read_json(directory / INDEX).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise CheckpointError(f"{directory / INDEX} lists no tensors")
+    for file in listed.values():
+        if not is_plain_name(file) or not file.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{directory / INDEX} names {file!r}, which is no safetensors file "
+                "beside it; do not use this model"
+            )
+    return listed
+
+
 class TensorFiles:
     """The tensors in ``model.safetensors``, or in the files that an index lists; a context.
 
@@ -43,8 +64,8 @@ class TensorFiles:
         shapes: the shape of every tensor by name.
     """
 
-    def __init__(self, directory: Path) -> None:
-        """Opens the files.
+    def __init__(self, directory: Path, *, index: bool = True) -> None:
+        """Opens the files; without ``index`` the one file, whatever an index says.
 
         Raises:
             CheckpointError: a file is missing or damaged, or the index names another place.
@@ -54,7 +75,7 @@ class TensorFiles:
         self._stack = ExitStack()
         self.shapes: dict[str, tuple[int, ...]] = {}
         try:
-            listed = self._index()
+            listed = files_in_index(directory) if index else {}
             for file in sorted(set(listed.values())) if listed else [WEIGHTS]:
                 self._open(file)
         except BaseException:
@@ -89,22 +110,6 @@ class TensorFiles:
             path = self._directory / file
             raise CheckpointError(f"{name} in {path} cannot be read: {error}") from error
         return tensor
-
-    def _index(self) -> dict[str, str]:
-        """File names by tensor; empty where there is one file and no index."""
-        if not (self._directory / INDEX).is_file():
-            return {}
-        listed = read_json(self._directory / INDEX).get("weight_map")
-        if not isinstance(listed, dict) or not listed:
-            raise CheckpointError(f"{self._directory / INDEX} lists no tensors")
-        for file in listed.values():
-            plain = isinstance(file, str) and "\\" not in file and Path(file).name == file
-            if not plain or not file.endswith(".safetensors"):
-                raise CheckpointError(
-                    f"{self._directory / INDEX} names {file!r}, which is no safetensors file "
-                    "beside it; do not use this model"
-                )
-        return listed
 
     def _open(self, file: str) -> None:
         from safetensors import SafetensorError, safe_open

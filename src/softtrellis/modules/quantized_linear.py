@@ -49,6 +49,16 @@ class LayerFormat:
     in_scales: bool = False
     bias: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("in_features", "out_features", "multiple", "block"):
+            value = getattr(self, name)
+            whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+            if not whole and (name, value) != ("block", None):
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        for name in ("channel_scales", "in_scales", "bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
+
     @property
     def padded(self) -> tuple[int, int]:
         """(out, in) after padding."""
@@ -302,3 +312,10 @@ _EXACT = ("scale", "out_scale", "in_scale", "codebook")
 
 def _bits(buffer: Tensor) -> int:
     return buffer.numel() * buffer.element_size() * 8
+
+
+def meta_layer(layer: LayerFormat) -> QuantizedLinear:
+    """A layer of this format on the device "meta": shapes without memory."""
+    spec = layer.code.spec
+    with torch.device("meta"):
+        return QuantizedLinear(layer, torch.empty(spec.num_states, spec.V, dtype=torch.float32))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softtrellis.io.files import STATE
+from softtrellis.io.errors import DAMAGED
+from softtrellis.io.files import STATE, whole_file, write_text
 
 LOG = "log.jsonl"
 DIGESTS = ("checkpoint", "text")
@@ -23,16 +23,18 @@ class RunLog:
     """One JSON object per training step, kept in memory and appended to ``log.jsonl``."""
 
     def __init__(self, directory: Path | None, *, resume_at: int = 0) -> None:
-        """Starts anew, or keeps the records of the steps before ``resume_at``."""
+        """Starts anew, or keeps the records of the steps before ``resume_at``.
+
+        Raises:
+            ValueError: some of these are missing or damaged.
+        """
         self.records: list[dict[str, Any]] = []
         self.path = None if directory is None else directory / LOG
         if self.path is None:
             return
-        if resume_at and self.path.is_file():
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            self.records = [json.loads(line) for line in lines[:resume_at]]
-        kept = "".join(json.dumps(record) + "\n" for record in self.records)
-        self.path.write_text(kept, encoding="utf-8")
+        if resume_at:
+            self.records = _first_records(self.path, resume_at)
+        write_text(self.path, "".join(json.dumps(record) + "\n" for record in self.records))
 
     @property
     def seconds(self) -> float:
@@ -45,6 +47,17 @@ class RunLog:
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
+
+
+def _first_records(path: Path, count: int) -> list[dict[str, Any]]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        records = [json.loads(line) for line in lines[:count]]
+        if len(records) < count or not all(record["step"] == i for i, record in enumerate(records)):
+            raise ValueError(f"it does not have the steps 0 to {count - 1}")
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error}); start over with --force") from error
+    return records
 
 
 def digest(tensors: Iterable[Tensor]) -> str:
@@ -79,9 +92,12 @@ def load_state(directory: Path, *, settings: Mapping[str, Any]) -> tuple[int, di
     if not path.is_file():
         return 0, {}
     metadata, tensors = read_tensors(path, torch.device("cpu"))
-    saved = json.loads(metadata["settings"])
+    try:
+        step, saved = int(metadata["step"]), dict(json.loads(metadata["settings"]))
+    except DAMAGED as error:
+        raise ValueError(f"{path} is damaged ({error}); start over with --force") from error
     check_settings(saved, json.loads(json.dumps(settings, sort_keys=True)), digests=DIGESTS)
-    return int(metadata["step"]), tensors
+    return step, tensors
 
 
 def check_settings(
@@ -104,10 +120,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     """Writes a safetensors file, whole or not at all."""
     from safetensors.torch import save_file
 
-    beside = path.with_name(path.name + ".tmp")
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(stored, str(beside), metadata=metadata)
-    os.replace(beside, path)
+    with whole_file(path) as beside:
+        save_file(stored, str(beside), metadata=metadata)
 
 
 def read_tensors(path: Path, device: torch.device) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -117,6 +132,6 @@ def read_tensors(path: Path, device: torch.device) -> tuple[dict[str, str], dict
     try:
         with safe_open(str(path), "pt", device=str(device)) as file:
             tensors = {n: torch.clone(file.get_tensor(n)) for n in file.keys()}  # noqa: SIM118
-            return file.metadata(), tensors
+            return file.metadata() or {}, tensors
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged ({error}); start over with --force") from error

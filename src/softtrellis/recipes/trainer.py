@@ -46,6 +46,7 @@ from softtrellis.recipes.trainables import (
     trained_parameters,
 )
 from softtrellis.trellis.bcjr import FLOAT32_TEMPERATURES
+from softtrellis.trellis.memory import halvings
 
 if TYPE_CHECKING:
     from softtrellis.recipes.qat import DistillConfig
@@ -214,6 +215,8 @@ class Trainer:
         }
         if not finite:
             record["skipped"] = self.skipped
+        if halvings():
+            record["memory_halvings"] = halvings()
         every = config.measure_every
         if every and (step % every == 0 or share >= 1):
             record |= self._drift()

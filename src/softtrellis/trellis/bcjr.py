@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from softtrellis.backend import Backend, ResolvedBackend, resolve_backend
 from softtrellis.spec import TrellisSpec
+from softtrellis.trellis.memory import BCJR, BCJR_BACKWARD
 from softtrellis.trellis.reference import log_marginals
 from softtrellis.trellis.validation import (
     EXACT_OVERLAPS,
@@ -58,6 +60,10 @@ def _implementation(backend: ResolvedBackend) -> ModuleType:
     return bcjr_torch
 
 
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
 torch.library.define(
     "softtrellis::soft_forward",
     "(Tensor w, Tensor codebook, Tensor temperature, Tensor? pins, int L, int k, int V, "
@@ -86,10 +92,18 @@ def _soft_forward(
     backend: Backend,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The backend's ``soft_forward``; an entropy that was not asked for is empty, [0]."""
-    values, log_z, entropy = _implementation(resolve_backend(backend, w)).soft_forward(
-        w.contiguous(), codebook.contiguous(), TrellisSpec(L, k, V), temperature, pins, with_entropy
-    )
-    return values, log_z, w.new_empty(0) if entropy is None else entropy
+    w, codebook, spec = w.contiguous(), codebook.contiguous(), TrellisSpec(L, k, V)
+    module = _implementation(resolve_backend(backend, w))
+
+    def forward(part: slice) -> tuple[Tensor, Tensor, Tensor]:
+        ends = None if pins is None else pins[part]
+        values, log_z, entropy = module.soft_forward(
+            w[part], codebook, spec, temperature[part], ends, with_entropy
+        )
+        return values, log_z, w.new_empty(0) if entropy is None else entropy
+
+    values, log_z, entropy = map(_joined, zip(*BCJR.run(forward, w, spec), strict=True))
+    return values, log_z, entropy
 
 
 def _soft_forward_shapes(
@@ -126,18 +140,26 @@ def _soft_backward(
     backend: Backend,
 ) -> tuple[Tensor, Tensor]:
     """The backend's ``soft_backward``; a gradient that was not asked for is empty, [0]."""
-    grad_w, grad_codebook = _implementation(resolve_backend(backend, w)).soft_backward(
-        w.contiguous(),
-        codebook.contiguous(),
-        TrellisSpec(L, k, V),
-        temperature,
-        pins,
-        values,
-        grad_values.contiguous(),
-        grad_log_z.contiguous(),
-        with_codebook,
-    )
-    return grad_w, w.new_empty(0) if grad_codebook is None else grad_codebook.contiguous()
+    w, codebook, spec = w.contiguous(), codebook.contiguous(), TrellisSpec(L, k, V)
+    grad_values, grad_log_z = grad_values.contiguous(), grad_log_z.contiguous()
+    module = _implementation(resolve_backend(backend, w))
+
+    def backward(part: slice) -> tuple[Tensor, Tensor]:
+        grad_w, grad_codebook = module.soft_backward(
+            w[part],
+            codebook,
+            spec,
+            temperature[part],
+            None if pins is None else pins[part],
+            values[part],
+            grad_values[part],
+            grad_log_z[part],
+            with_codebook,
+        )
+        return grad_w, w.new_empty(0) if grad_codebook is None else grad_codebook.contiguous()
+
+    grad_w, grad_codebooks = zip(*BCJR_BACKWARD.run(backward, w, spec), strict=True)
+    return _joined(grad_w), sum(grad_codebooks[1:], start=grad_codebooks[0])
 
 
 def _soft_backward_shapes(
@@ -240,6 +262,8 @@ def bcjr(
     Raises:
         ValueError: shapes, values or a temperature that do not fit, or ends without a path.
         RuntimeError: a backend that is not installed.
+        torch.OutOfMemoryError: the device cannot hold one tile's messages; more tiles than it
+            can hold are taken in parts (``trellis.memory``).
     """
     check_problem(w, codebook, spec)
     if isinstance(ends, str) and ends == "tail_biting_exact":

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from softtrellis.backend import Backend, ResolvedBackend, resolve_backend
 from softtrellis.spec import TrellisSpec
+from softtrellis.trellis.memory import VITERBI
 from softtrellis.trellis.tail_biting import two_passes
 from softtrellis.trellis.validation import EXACT_OVERLAPS, Ends, check_problem, resolve_pins
 
@@ -69,14 +70,17 @@ def _best_path_op(
     resolved = resolve_backend(backend, w)
     module, spec = _implementation(resolved), TrellisSpec(L, k, V)
     w, codebook = w.contiguous(), codebook.contiguous()
-    states: Tensor
-    if not tail_biting:
-        states = module.best_path(w, codebook, spec, pins)
-    elif resolved == "cuda":
-        states = module.tail_biting_path(w, codebook, spec)
-    else:
-        states = two_passes(w, spec, lambda x, seam: module.best_path(x, codebook, spec, seam))
-    return states
+
+    def path(part: slice) -> tuple[Tensor]:
+        x = w[part]
+        if not tail_biting:
+            return (module.best_path(x, codebook, spec, None if pins is None else pins[part]),)
+        if resolved == "cuda":
+            return (module.tail_biting_path(x, codebook, spec),)
+        return (two_passes(x, spec, lambda y, seam: module.best_path(y, codebook, spec, seam)),)
+
+    states = [part for (part,) in VITERBI.run(path, w, spec)]
+    return states[0] if len(states) == 1 else torch.cat(states)
 
 
 def _best_path_shape(
