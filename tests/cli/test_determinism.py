@@ -1,4 +1,7 @@
-"""The same seed on the same device gives the same bytes, on several threads too."""
+"""The same seed on the same device gives the same bytes, on several threads too.
+
+The backend "torch" is compared in ``test_faults``, on one thread.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,6 @@ def comparable(run: Path) -> dict[str, object]:
     return files
 
 
-@pytest.mark.parametrize("backend", ["cpu", "torch"])
 @pytest.mark.parametrize("command", ["quantize", "quantize and tune", "train"])
 def test_two_runs_are_the_same(
     softtrellis: Command,
@@ -31,11 +33,10 @@ def test_two_runs_are_the_same(
     train: Start,
     tmp_path: Path,
     command: str,
-    backend: str,
 ) -> None:
     torch.set_num_threads(2)  # the fixture `one_thread` sets it back
     start = train if command == "train" else quantize
-    options = ["--backend", backend, *(FEATURES if "tune" in command else [])]
+    options = FEATURES if "tune" in command else []
     runs = [tmp_path / "one", tmp_path / "two", tmp_path / "other"]
     for run, seed in zip(runs, ["3", "3", "4"], strict=True):
         result = softtrellis(*start(run), *options, "--seed", seed)

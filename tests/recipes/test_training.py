@@ -145,6 +145,16 @@ def test_the_best_step_on_held_out_text_is_kept(setting: Setting) -> None:
     assert found == pytest.approx(kept[1], rel=1e-3)
 
 
+def test_a_step_without_a_finite_divergence_is_not_kept(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hard = [float("nan"), 0.5, float("inf"), 0.7]
+    answers = [answer for value in hard for answer in (0.1, value)]  # as trained, and hardened
+    monkeypatch.setattr(trainer.Trainer, "_divergence", lambda _: answers.pop(0))
+    result = setting.train(setting.student(), steps=4, evaluate_every=1, held_out=4)
+    assert result.kept == [(1, 0.5)]
+
+
 def test_an_interrupted_run_keeps_the_best_step(
     setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -294,7 +294,7 @@ class Trainer:
             layer.held = hardened[name].weight()
         hard = self._divergence()
         release(layers)
-        if self.best is None or hard < self.best[0]:
+        if math.isfinite(hard) and (self.best is None or hard < self.best[0]):
             self.best, self._kept = (hard, step), self._snapshot(hardened)
         return {"heldout_kl": soft, "heldout_kl_hard": hard}
 
