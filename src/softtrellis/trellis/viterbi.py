@@ -169,9 +169,8 @@ def best_states(
     check_problem(w, codebook, spec, values=check_values)
     pins = resolve_pins(ends, w, spec, values=check_values)
     w = w.detach()
-    table = (codebook.detach() if codebook.requires_grad else codebook).to(
-        w
-    )  # else the same object
+    # Without gradients it stays the same object, by which the CUDA kernels know it again.
+    table = (codebook.detach() if codebook.requires_grad else codebook).to(w)
     if isinstance(ends, str) and ends == "tail_biting_exact":
         return _exact_tail_biting(w, table, spec, backend)
     return _best_path(
