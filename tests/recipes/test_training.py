@@ -130,9 +130,8 @@ def test_a_table_is_trained_with_all_that_share_it(setting: Setting) -> None:
 
 def test_the_best_step_on_held_out_text_is_kept(setting: Setting) -> None:
     student = setting.student()
-    result = setting.train(student, lr=0.3, steps=12, evaluate_every=1, held_out=4)
+    result = setting.train(student, lr=1.0, steps=12, evaluate_every=1, held_out=4)
     measured = [record["heldout_kl_hard"] for record in result.history]
-    assert result.history[0]["heldout_kl_start"] > min(measured)
     kept = result.kept[0]
     assert kept is not None
     assert kept[1] == min(measured)
@@ -146,19 +145,10 @@ def test_the_best_step_on_held_out_text_is_kept(setting: Setting) -> None:
     assert found == pytest.approx(kept[1], rel=1e-3)
 
 
-def test_training_that_only_harms_keeps_what_it_started_from(setting: Setting) -> None:
-    student = setting.student()
-    result = setting.train(student, lr=30.0, steps=3, evaluate_every=1, held_out=4)
-    start = result.history[0]["heldout_kl_start"]
-    assert min(record["heldout_kl_hard"] for record in result.history) > start
-    assert result.kept == [(trainer.START, start)]
-    assert same(result.model, student)
-
-
 def test_a_step_without_a_finite_divergence_is_not_kept(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hard = [float("nan"), 0.6, 0.5, float("inf"), 0.7]  # the first is the start's
+    hard = [float("nan"), 0.5, float("inf"), 0.7]
     answers = [answer for value in hard for answer in (0.1, value)]  # as trained, and hardened
     monkeypatch.setattr(trainer.Trainer, "_divergence", lambda _: answers.pop(0))
     result = setting.train(setting.student(), steps=4, evaluate_every=1, held_out=4)

@@ -191,7 +191,6 @@ def run(options: argparse.Namespace) -> int:
     """Trains and saves."""
     from softtrellis.io.checkpoint import describe_sizes
     from softtrellis.recipes.pipeline import train_to
-    from softtrellis.recipes.trainer import START
 
     with usage_errors(options):
         config = config_of(options)
@@ -218,8 +217,7 @@ def run(options: argparse.Namespace) -> int:
     )
     for best in result.kept:
         if best is not None:
-            whose = "that it started from" if best[0] == START else f"of step {best[0] + 1}"
-            print(f"kept the code {whose}, held-out KL {best[1]:.4f} nats per token")
+            print(f"kept the code of step {best[0] + 1}, held-out KL {best[1]:.4f} nats per token")
     print(describe_sizes(output))
     following = ["eval", options.teacher, options.checkpoint, str(output), "--data", "pydoc"]
     print(f"Next: softtrellis {shlex.join(following)}")

@@ -53,8 +53,6 @@ if TYPE_CHECKING:
 
 _MEASURED_TILES = 4096
 _MOST_SKIPPED = 10
-START = -1
-"""The step of the code that training starts from, where codes are compared."""
 
 
 class Trainer:
@@ -280,12 +278,6 @@ class Trainer:
         return total / len(self.held_out)
 
     @torch.no_grad()
-    def evaluate_start(self) -> dict[str, float]:
-        """``heldout_kl_start``: of the code that training starts from, so that no worse is kept."""
-        if not len(self.held_out) or not self.config.evaluate_every:
-            return {}
-        return {"heldout_kl_start": self.evaluate(START)["heldout_kl_hard"]}
-
     def evaluate(self, step: int) -> dict[str, float]:
         """Divergences on the held-out windows, as trained and hardened; keeps the best hard code.
 
