@@ -78,8 +78,8 @@ def flush() -> None:
     _flush[0].amax()
 
 
-def graph_time(call: Callable[[], object]) -> float:
-    """Microseconds of one of CALLS calls in a CUDA graph; the median of REPLAYS."""
+def captured(call: Callable[[], object], calls: int = 1) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of so many calls, after two others that compile and fill caches."""
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         call()
@@ -87,8 +87,14 @@ def graph_time(call: Callable[[], object]) -> float:
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(CALLS):
+        for _ in range(calls):
             call()
+    return graph
+
+
+def graph_time(call: Callable[[], object]) -> float:
+    """Microseconds of one of CALLS calls in a CUDA graph; the median of REPLAYS."""
+    graph = captured(call, CALLS)
     graph.replay()
     times = []
     for _ in range(REPLAYS):

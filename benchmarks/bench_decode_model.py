@@ -22,6 +22,8 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
+from bench_decode import captured
+
 from softtrellis.modules.quantized_linear import LayerFormat, QuantizedLinear
 from softtrellis.quantizers.hard import TrellisCode
 from softtrellis.spec import TrellisSpec
@@ -145,14 +147,7 @@ def tokens_per_second(model: Model, steps: int, device: str) -> float:
         for _ in range(steps):
             step()
         return steps / (time.perf_counter() - start)
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        step()
-        step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
+    graph = captured(step)
     for _ in range(10):
         graph.replay()
     torch.cuda.synchronize()

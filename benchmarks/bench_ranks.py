@@ -17,10 +17,9 @@ import time
 from collections.abc import Callable
 
 import torch
-from bench_step import SHAPES, models
+from bench_step import SHAPES, models, step_config, step_parser
 
 from softtrellis.modules.latent_linear import _batches, _values, hold, release
-from softtrellis.recipes.qat import DistillConfig
 from softtrellis.recipes.ranks import Ranks, join, shard_frozen_
 from softtrellis.recipes.trainer import Trainer
 
@@ -85,16 +84,7 @@ def measure(trainer: Trainer, clock: Clock, step: int, size: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("shape", choices=SHAPES)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--L", type=int, default=16)
-    parser.add_argument("--estimator", default="soft")
-    parser.add_argument("--temperature", type=float, default=0.05)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--ctx", type=int, default=1024)
-    parser.add_argument("--micro-batch", type=int, default=4)
-    parser.add_argument("--checkpoint-layers", action="store_true")
+    parser = step_parser(__doc__)
     parser.add_argument("--steps", type=int, default=5, help="timed ones, after two others")
     options = parser.parse_args()
     with join(options.device) as ranks:
@@ -108,19 +98,7 @@ def run(options: argparse.Namespace, ranks: Ranks) -> None:
     generator = torch.Generator().manual_seed(0)
     count, vocabulary = 4 * options.batch, SHAPES[options.shape]["vocab_size"]
     windows = torch.randint(vocabulary, (count * options.steps, options.ctx), generator=generator)
-    config = DistillConfig(
-        estimator=options.estimator,
-        t_init=options.temperature,
-        t_min=options.temperature,
-        batch=options.batch,
-        micro_batch=options.micro_batch,
-        ctx=options.ctx,
-        checkpoint_layers=options.checkpoint_layers,
-        measure_every=0,
-        reencode_every=0,
-        held_out=0,
-        device=options.device,
-    )
+    config = step_config(options, reencode_every=0)
     trainer = Trainer(student, teacher, names, windows, windows[:0], config, ranks)
     for step in range(2):
         trainer.step(step, 0.5)

@@ -86,8 +86,9 @@ def models(shape: str, L: int, device: str) -> tuple[Any, Any, list[str]]:
     return teacher, student, names
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def step_parser(description: str | None) -> argparse.ArgumentParser:
+    """The options of a measured step."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--L", type=int, default=16)
@@ -97,6 +98,28 @@ def main() -> None:
     parser.add_argument("--ctx", type=int, default=1024)
     parser.add_argument("--micro-batch", type=int, default=4)
     parser.add_argument("--checkpoint-layers", action="store_true")
+    return parser
+
+
+def step_config(options: argparse.Namespace, **more: Any) -> DistillConfig:
+    """A run that only trains, with these options."""
+    return DistillConfig(
+        estimator=options.estimator,
+        t_init=options.temperature,
+        t_min=options.temperature,
+        batch=options.batch,
+        micro_batch=options.micro_batch,
+        ctx=options.ctx,
+        checkpoint_layers=options.checkpoint_layers,
+        measure_every=0,
+        held_out=0,
+        device=options.device,
+        **more,
+    )
+
+
+def main() -> None:
+    parser = step_parser(__doc__)
     parser.add_argument("--optimizer", default="adamw")
     parser.add_argument("--steps", type=int, default=3)
     options = parser.parse_args()
@@ -105,19 +128,7 @@ def main() -> None:
     vocabulary = SHAPES[options.shape]["vocab_size"]
     generator = torch.Generator().manual_seed(0)
     windows = torch.randint(vocabulary, (64, options.ctx), generator=generator)
-    config = DistillConfig(
-        estimator=options.estimator,
-        t_init=options.temperature,
-        t_min=options.temperature,
-        batch=options.batch,
-        micro_batch=options.micro_batch,
-        ctx=options.ctx,
-        checkpoint_layers=options.checkpoint_layers,
-        optimizer=options.optimizer,
-        measure_every=0,
-        held_out=0,
-        device=options.device,
-    )
+    config = step_config(options, optimizer=options.optimizer)
     trainer = Trainer(student, teacher, names, windows, windows[:0], config)
     layers = list(trainer.layers.values())
     weights = sum(layer.latent.numel() for layer in layers)

@@ -59,6 +59,15 @@ def smollm2_source() -> Source:
     return load_source(EMBEDDED)
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Models as small as the tests' are fastest on one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def tiny_llama() -> LlamaForCausalLM:
     """A random Llama, always the same: 2 layers, hidden 64, vocabulary 128, tied embeddings."""

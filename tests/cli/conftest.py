@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from cli.support import QUANTIZE, TRAIN, Command, Interrupt, Refused, Result, Start
 
 from softtrellis.cli.main import main
@@ -18,12 +16,8 @@ from softtrellis.recipes.trainer import Trainer
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small are fastest on one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def fast(one_thread: None) -> None:
+    """All tests of commands have models that small."""
 
 
 @pytest.fixture

@@ -71,13 +71,13 @@ def _start(
     if fits is None and _can_remember(codebook):
         fits = not bool(left)
         _known_to_fit[codebook] = (codebook._version, fits)
-        if not fits:
-            return _triton(w, codebook, spec, pins, ends)
-    if fits is None and ends == _TAIL_BITING:
+    if fits:
+        return states
+    if ends == _TAIL_BITING:
         two_passes(
             w, spec, lambda x, seam: viterbi_triton.fill(x, codebook, spec, seam, states, left)
         )
-    elif fits is None:
+    else:
         viterbi_triton.fill(w, codebook, spec, pins, states, left)
     return states
 
