@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -158,6 +159,7 @@ def join(device: str) -> Iterator[Ranks]:
     try:
         yield Ranks(init_device_mesh(device, (dist.get_world_size(),)))
     finally:
+        gc.collect()  # what still held the group in a cycle could abort the process as it exits
         dist.destroy_process_group()
 
 
