@@ -40,7 +40,7 @@ def main() -> None:
     )
     generator = torch.Generator().manual_seed(0)
     windows = torch.randint(1024, (options.windows, options.ctx), generator=generator)
-    settings = QuantizeConfig(L=options.L, device=options.device)
+    settings = QuantizeConfig(L=options.L, ctx=options.ctx, device=options.device)
     for repeat in range(options.repeats):
         torch.manual_seed(repeat)
         model = LlamaForCausalLM(config).eval()

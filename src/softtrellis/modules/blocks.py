@@ -187,9 +187,12 @@ class Blocks:
         if len(self.calls) < len(catchers) or not alike or any(map(_changeable, self.calls)):
             raise ValueError(_NOT_ALONE)
         self.states = torch.cat([states.detach() for states in catchers[0].states])
+        second = catchers[1].states[0] if len(catchers) > 1 else None
+        for catcher in catchers:  # which are in cycles with themselves
+            catcher.states.clear()
         with self.on_device(0):
-            if len(catchers) > 1:
-                self._check_replay(catchers[1].states[0])
+            if second is not None:
+                self._check_replay(second)
             self.batch = batch if self._takes(min(batch, len(windows))) else 1
         if self.batch < batch:
             _log.warning("this model's layers take one window at a time; that is slower")

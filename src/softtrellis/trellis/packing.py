@@ -34,13 +34,13 @@ def pack(states: Tensor, spec: TrellisSpec) -> Tensor:
     """
     check_path(states, spec, tail_biting=True)
     batch, steps = states.shape
-    symbols = states.to(torch.int64) >> (spec.L - spec.shift)
-    bit = torch.arange(spec.shift - 1, -1, -1, device=states.device)
+    symbols = states.to(torch.int32) >> (spec.L - spec.shift)
+    bit = torch.arange(spec.shift - 1, -1, -1, dtype=torch.int32, device=states.device)
     bits = ((symbols.unsqueeze(-1) >> bit) & 1).reshape(batch, steps * spec.shift)
     padded = bits.new_zeros(batch, words_per_tile(spec, steps) * _WORD)
     padded[:, : bits.shape[1]] = bits
-    place = torch.arange(_WORD - 1, -1, -1, device=states.device)
-    words = (padded.reshape(batch, -1, _WORD) << place).sum(-1)
+    place = torch.arange(_WORD - 1, -1, -1, dtype=torch.int32, device=states.device)
+    words = (padded.reshape(batch, -1, _WORD) << place).sum(-1, dtype=torch.int32)
     return torch.where(words >= 1 << 15, words - (1 << 16), words).to(torch.int16)
 
 
