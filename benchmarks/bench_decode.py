@@ -4,12 +4,15 @@
 
 ``table`` compares whole layers (rotations of the activations included) and bare products with
 bf16 ``F.linear``; ``variants`` ranks launches; ``rows`` finds how many rows the fused kernel should
-take. A time is that of a CUDA graph of 16 times (read 256 MiB, call), less that of the reads.
+take. A time is that of a CUDA graph of calls, each with weights of its own, over their number: the
+weights together are larger than the L2 cache, so they come from memory, as in a model; the kernels'
+instructions stay where they are, likewise.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import multiprocessing
 import statistics
 import sys
@@ -40,7 +43,8 @@ OTHERS = [
     *(TrellisCode(TrellisSpec(16, k, 2), "hyb") for k in (1, 3, 4)),
     *(TrellisCode(TrellisSpec(16, 2, 1), name) for name in ("1mad", "3inst", "mcg", "mul1")),
 ]
-CALLS, REPLAYS = 16, 9
+REPLAYS = 9
+COLD_BYTES = 192 << 20  # a multiple of the L2 cache, which has 50 or 60 MB
 LAUNCHES = [
     Launch(out_blocks=o, in_blocks=i, warps=w, splits=s, dot=dot)
     for dot, (o, i, w, s) in itertools.product(
@@ -68,14 +72,9 @@ def random_layer(out: int, inputs: int, code: TrellisCode, backend: str) -> Quan
     return layer
 
 
-_flush: list[Tensor] = []
-_flush_time: list[float] = []
-
-
-def flush() -> None:
-    if not _flush:
-        _flush.append(torch.zeros(256 << 18, dtype=torch.int32, device="cuda"))
-    _flush[0].amax()
+def copies(size: int) -> int:
+    """How many weights of so many bytes do not fit the L2 cache."""
+    return max(4, min(512, math.ceil(COLD_BYTES / size)))
 
 
 def captured(call: Callable[[], object], calls: int = 1) -> torch.cuda.CUDAGraph:
@@ -92,9 +91,10 @@ def captured(call: Callable[[], object], calls: int = 1) -> torch.cuda.CUDAGraph
     return graph
 
 
-def graph_time(call: Callable[[], object]) -> float:
-    """Microseconds of one of CALLS calls in a CUDA graph; the median of REPLAYS."""
-    graph = captured(call, CALLS)
+def cold(call: Callable[[int], object], count: int) -> float:
+    """Microseconds of ``call(i)``, i below ``count``, in a CUDA graph; the median of REPLAYS."""
+    turns = itertools.cycle(range(count))
+    graph = captured(lambda: call(next(turns)), count)
     graph.replay()
     times = []
     for _ in range(REPLAYS):
@@ -103,20 +103,32 @@ def graph_time(call: Callable[[], object]) -> float:
         graph.replay()
         stop.record()
         stop.synchronize()
-        times.append(start.elapsed_time(stop) * 1e3 / CALLS)
+        times.append(start.elapsed_time(stop) * 1e3 / count)
     return statistics.median(times)
 
 
-def cold(call: Callable[[], object]) -> float:
-    """Microseconds of a call with nothing of its own in the L2 cache."""
+def many_codes(out: int, inputs: int, k: int) -> Tensor:
+    """[copies, tiles, words]."""
+    one = random_codes(out, inputs, k)
+    return torch.stack([one, *(torch.randint_like(one, -(1 << 15), 1 << 15)
+                               for _ in range(copies(2 * one.numel()) - 1))])  # fmt: skip
 
-    def flushed() -> None:
-        flush()
-        call()
 
-    if not _flush_time:
-        _flush_time.append(graph_time(flush))
-    return graph_time(flushed) - _flush_time[0]
+def dense_time(x: Tensor, out: int) -> float:
+    """Of bf16 ``F.linear``."""
+    count = copies(2 * out * x.shape[1])
+    weights = torch.randn(count, out, x.shape[1], device="cuda", dtype=torch.bfloat16)
+    return cold(lambda i: functional.linear(x, weights[i]), count)
+
+
+def layer_time(layer: QuantizedLinear, codes: Tensor, x: Tensor) -> float:
+    """Of a whole layer."""
+
+    def call(i: int) -> Tensor:
+        layer.codes = codes[i]
+        return layer(x)
+
+    return cold(call, len(codes))
 
 
 def relative(ours: Tensor, exact: Tensor) -> float:
@@ -156,20 +168,26 @@ def table() -> None:
     print(
         "| shape, rows | bf16 | HYB layer | its product | mul1 layer | its product | Triton HYB |"
     )
-    for (out, inputs), rows in itertools.product(SHAPES, BATCHES):
-        x = torch.randn(rows, inputs, device="cuda", dtype=torch.bfloat16)
-        dense = torch.randn(out, inputs, device="cuda", dtype=torch.bfloat16)
-        times = [cold(partial(functional.linear, x, dense))]
-        for code in (HYB, MUL1):
-            layer = random_layer(out, inputs, code, "cuda")
-            padded_out, padded_in = layer.layer.padded
-            halves = torch.randn(rows, padded_in, device="cuda").half()
-            times.append(cold(partial(layer, x)))
-            product = partial(decode_cuda.multiply, halves, layer.codes, layer.table, code)
-            times.append(cold(partial(product, padded_out)))
-        times.append(cold(partial(random_layer(out, inputs, HYB, "triton"), x)))
-        cells = " | ".join(f"{t:.2f}" for t in times)
-        print(f"| {out}x{inputs}, {rows} | {cells} | {times[0] / times[1]:.2f}x", flush=True)
+    for out, inputs in SHAPES:
+        layers = [(random_layer(out, inputs, code, "cuda"), code) for code in (HYB, MUL1)]
+        codes = {code: many_codes(*layer.layer.padded, code.spec.k) for layer, code in layers}
+        slow = random_layer(out, inputs, HYB, "triton")
+        for rows in BATCHES:
+            x = torch.randn(rows, inputs, device="cuda", dtype=torch.bfloat16)
+            times = [dense_time(x, out)]
+            for layer, code in layers:
+                padded_out, padded_in = layer.layer.padded
+                halves = torch.randn(rows, padded_in, device="cuda").half()
+                times.append(layer_time(layer, codes[code], x))
+                times.append(product_time(halves, codes[code], layer.table, code, padded_out))
+            times.append(layer_time(slow, codes[HYB], x))
+            cells = " | ".join(f"{t:.2f}" for t in times)
+            print(f"| {out}x{inputs}, {rows} | {cells} | {times[0] / times[1]:.2f}x", flush=True)
+
+
+def product_time(x: Tensor, codes: Tensor, table: Tensor, code: TrellisCode, out: int) -> float:
+    """Of the product alone."""
+    return cold(lambda i: decode_cuda.multiply(x, codes[i], table, code, out), len(codes))
 
 
 def _compile(case: tuple[TrellisCode, Launch]) -> None:
@@ -197,19 +215,22 @@ def variants() -> None:
 
 
 def rank(out: int, inputs: int, code: TrellisCode) -> list[tuple[float, str]]:
-    codes = random_codes(out, inputs, 2)
+    codes = many_codes(out, inputs, 2)
     table = CodeValues.of(code, code.codebook().cuda()).table
     x = torch.randn(1, inputs, device="cuda").half()
     key = code.name, code.order, True
     kernel, found = decode_cuda._KERNELS[key], []
     for threads in (512, 448, 384, 256):
         decode_cuda._KERNELS[key] = replace(kernel, threads=threads)
-        time = cold(partial(decode_cuda.multiply, x, codes, table, code, out))
+        time = product_time(x, codes, table, code, out)
         found.append((time, f"cuda, {threads} threads"))
     decode_cuda._KERNELS[key] = kernel
     for launch in LAUNCHES:
-        time = cold(partial(decode_triton.multiply, x, codes, table, code, out, launch))
-        found.append((time, str(launch)))
+
+        def call(i: int, launch: Launch = launch) -> Tensor:
+            return decode_triton.multiply(x, codes[i], table, code, out, launch)
+
+        found.append((cold(call, len(codes)), str(launch)))
     return found
 
 
@@ -219,33 +240,34 @@ def rotations(n: int) -> tuple[float, float]:
     shares, one = torch.randn(4, 1, n, device="cuda"), torch.ones(1, device="cuda")
     back = partial(rotation_triton.unrotate_output, shares, one, signs, one, None, None)
     return (
-        cold(partial(rotation_triton.rotate_input, x, signs, None)),
-        cold(partial(back, features=n, factor=1.0, dtype=torch.bfloat16)),
+        cold(lambda _: rotation_triton.rotate_input(x, signs, None), 16),
+        cold(lambda _: back(features=n, factor=1.0, dtype=torch.bfloat16), 16),
     )
 
 
 @torch.no_grad()
 def rows() -> None:
     for (out, inputs), code in itertools.product(((4096, 11008), (2048, 8192)), (HYB, MUL1)):
-        codes = random_codes(out, inputs, 2)
+        codes = many_codes(out, inputs, 2)
         table = CodeValues.of(code, code.codebook().cuda()).table
         for batch in (16, 32, 48, 64, 128):
             x = torch.randn(batch, inputs, device="cuda").half()
-            ways = (
-                partial(fused, x, codes, table, code, out),
-                partial(decoded, x, codes, table, code, out),
-            )
-            times = [cold(way) for way in ways]
+            times = [
+                cold(partial(way, x, codes, table, code, out), len(codes))
+                for way in (fused, decoded)
+            ]
             print(f"{out}x{inputs} {code.name} {batch} rows: fused {times[0]:.1f}, "
                   f"decoded first {times[1]:.1f}", flush=True)  # fmt: skip
 
 
-def fused(x: Tensor, codes: Tensor, table: Tensor, code: TrellisCode, out: int) -> list[Tensor]:
-    return [decode_cuda.multiply(part, codes, table, code, out) for part in x.split(16)]
+def fused(
+    x: Tensor, codes: Tensor, table: Tensor, code: TrellisCode, out: int, i: int
+) -> list[Tensor]:
+    return [decode_cuda.multiply(part, codes[i], table, code, out) for part in x.split(16)]
 
 
-def decoded(x: Tensor, codes: Tensor, table: Tensor, code: TrellisCode, out: int) -> Tensor:
-    matrix = decode_triton.decode(codes, table, code, out, x.shape[1], torch.half)
+def decoded(x: Tensor, codes: Tensor, table: Tensor, code: TrellisCode, out: int, i: int) -> Tensor:
+    matrix = decode_triton.decode(codes[i], table, code, out, x.shape[1], torch.half)
     return torch.matmul(x, matrix.T)
 
 
