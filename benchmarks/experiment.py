@@ -49,6 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--test-ctx", type=int, default=2048)
     parser.add_argument("--quantize", default="", help="more options of softtrellis quantize")
     parser.add_argument("--json", type=Path, required=True, help="results are added to this file")
+    parser.add_argument(
+        "--claims", type=Path, help="processes with one of these share the runs"
+    )
 
 
 class Experiment:
@@ -77,7 +80,7 @@ class Experiment:
         if words not in self._quantized:
             o = self.options
             line = f"quantize x -o x --data {shlex.quote(o.calibration)} --ctx {o.test_ctx} "
-            line += f"--windows {o.calibration_windows} --batch 8 --device {o.device} {words}"
+            line += f"--windows {o.calibration_windows} --device {o.device} {words}"
             config, fine_tune, _ = configs(build_parser().parse_args(shlex.split(line)))
             config = replace(config, show_progress=False)
             model = copy.deepcopy(self.teacher)
@@ -94,6 +97,18 @@ class Experiment:
         scores = score_many(models, self.test, "teacher", batch_size=4, chunk=2048)
         model.cpu()
         return scores["model"]
+
+    def claim(self, name: str, seed: int) -> bool:
+        """Whether a run is this process's: the first of those with these claims to ask for it."""
+        claims = self.options.claims
+        if claims is None:
+            return True
+        claims.mkdir(parents=True, exist_ok=True)
+        try:
+            (claims / f"{name}.{seed}").touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
 
     def run(
         self, name: str, train: str | None, *, quantize: str = "", seed: int = 0
@@ -158,7 +173,8 @@ def main() -> None:
     for text in options.runs:
         name, given, train = text.partition("=")
         for seed in options.seeds:
-            experiment.run(name, train if given else None, seed=seed)
+            if experiment.claim(name, seed):
+                experiment.run(name, train if given else None, seed=seed)
 
 
 if __name__ == "__main__":
