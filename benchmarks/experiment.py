@@ -49,9 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--test-ctx", type=int, default=2048)
     parser.add_argument("--quantize", default="", help="more options of softtrellis quantize")
     parser.add_argument("--json", type=Path, required=True, help="results are added to this file")
-    parser.add_argument(
-        "--claims", type=Path, help="processes with one of these share the runs"
-    )
+    parser.add_argument("--claims", type=Path, help="processes with one of these share the runs")
 
 
 class Experiment:
