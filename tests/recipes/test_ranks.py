@@ -19,6 +19,7 @@ from ranks_worker import STEPS, codes, run_jobs
 from safetensors.torch import load_file
 
 from softtrellis.io.checkpoint import base_of, load_quantized, save_quantized
+from softtrellis.io.files import STATE
 from softtrellis.io.sources import load_source
 from softtrellis.recipes.finetune import FineTuneConfig
 from softtrellis.recipes.ptq import QuantizeConfig, quantize_model
@@ -30,6 +31,7 @@ ALL = {"train": EVERYTHING, "batch": 4, "micro_batch": 1}
 HALF = {"steps": 8, "batch": 3, "start": 0.5, "clip": 0.05, "t_init": "auto", "save_every": 4}
 HALF |= {"estimator": "straight_through", "reencode_every": 3}
 STOPPED = HALF | {"stop_after": 6}
+GREEDY = {"mode": "greedy", "steps": 4, "batch": 2, "save_every": 1}
 
 
 @pytest.fixture(scope="module")
@@ -52,13 +54,16 @@ def folder(shelf: Path, request: pytest.FixtureRequest) -> Path:
         inputs="quantized",
         ctx=32,
         windows=8,
-        layers=("1.self_attn.q_proj", "1.self_attn.k_proj", "1.mlp.up_proj"),
+        layers=("1.self_attn.q_proj", "1.self_attn.k_proj", "1.mlp.up_proj", "0.self_attn.v_proj"),
         data=(str(shelf / "text.txt"),),
     )
     student = quantize_model(source.model, config, tokenizer=source.tokenizer)
     (shelf / "student").mkdir()
     save_quantized(student, source.tokenizer, shelf / "student", base=base)
-    run_jobs(shelf, {"all-1": ("train", ALL), "half-1": ("train", HALF)})
+    (shelf / "saved-by-one").mkdir()
+    stopped = STOPPED | {"directory": "saved-by-one"}
+    jobs = {"all-1": ("train", ALL), "half-1": ("train", HALF), "stopped-1": ("train", stopped)}
+    run_jobs(shelf, jobs)
     return shelf
 
 
@@ -85,14 +90,17 @@ def commands(folder: Path, output: str) -> list[str]:
 
 @pytest.fixture
 def two(folder: Path) -> Path:
-    """What two ranks gave: a whole run, an interrupted one, and a quantization."""
+    """What two ranks gave: a whole run, interrupted ones, one gone on with, a quantization."""
     jobs = {
         "all-2": ("train", ALL),
         "half-2": ("train", STOPPED | {"directory": "saved"}),
+        "half-12": ("train", HALF | {"directory": "saved-by-one", "resume": True}),
+        "greedy-2": ("train", GREEDY | {"stop_after": 6, "directory": "saved-greedy"}),
         "ptq-2": ("quantize", {}),
         "commands": [commands(folder, "by-two")],
     }
-    (folder / "saved").mkdir(exist_ok=True)
+    for name in ("saved", "saved-greedy"):
+        (folder / name).mkdir(exist_ok=True)
     torchrun(folder, 2, jobs)
     return folder
 
@@ -149,18 +157,39 @@ def test_a_run_saved_on_two_ranks_goes_on_on_one(two: Path) -> None:
     check_alike(two, "half-1", "half-21")
 
 
-def test_the_saved_state_is_that_of_one_process(two: Path) -> None:
-    (two / "saved-of-one").mkdir()
-    job = STOPPED | {"directory": "saved-of-one"}
-    run_jobs(two, {"half-of-one": ("train", job)})
-    name = "train_state.safetensors"
-    one, both = load_file(two / "saved-of-one" / name), load_file(two / "saved" / name)
-    assert one.keys() == both.keys()
-    for key, tensor in one.items():
-        assert tensor.shape == both[key].shape
-        assert tensor.dtype == both[key].dtype
-        if key.endswith(".latent"):
-            torch.testing.assert_close(both[key], tensor, atol=1e-3, rtol=0)
+def test_a_run_saved_on_one_rank_goes_on_on_two(two: Path) -> None:
+    check_alike(two, "half-1", "half-12")
+
+
+def test_a_run_saved_on_two_ranks_and_then_on_one_goes_on_on_one(two: Path) -> None:
+    """The first one leaves a directory of parts; the second one removes it."""
+    shutil.copytree(two / "saved", two / "saved-21")
+    (parts,) = (two / "saved-21").glob("train_state-*")
+    job = HALF | {"directory": "saved-21", "resume": True}
+    run_jobs(two, {"stopped-21": ("train", job | {"stop_after": 3, "save_every": 1})})
+    assert not parts.exists()
+    assert len(load_file(two / "saved-21" / STATE)) > 10
+    run_jobs(two, {"half-211": ("train", job)})
+    check_alike(two, "half-1", "half-211")
+
+
+def test_stages_saved_on_two_ranks_go_on_on_one(two: Path) -> None:
+    run_jobs(two, {"greedy-1": ("train", GREEDY)})
+    job = GREEDY | {"directory": "saved-greedy", "resume": True}
+    run_jobs(two, {"greedy-21": ("train", job)})
+    first, second = (load_file(two / f"greedy-{name}.safetensors") for name in ("1", "21"))
+    assert min(float((first[k] == second[k]).float().mean()) for k in first) > 0.98
+    a, b = history(two, "greedy-1"), history(two, "greedy-21")
+    assert [x["loss"] for x in a] == pytest.approx([x["loss"] for x in b], rel=1e-4)
+
+
+def test_each_rank_writes_its_own_part(two: Path) -> None:
+    state, (parts,) = two / "saved" / STATE, (two / "saved").glob("train_state-*")
+    assert not [name for name in load_file(state) if ".latent" in name and ".step" not in name]
+    first, second = (load_file(path) for path in sorted(parts.iterdir()))
+    assert first.keys() == second.keys()
+    (latent,) = {tuple(t.shape[1:]) for k, t in first.items() if k.endswith(".latent")}
+    assert latent == (128, 2)
 
 
 def check_quantized_alike(folder: Path, job: str, other: str) -> None:
