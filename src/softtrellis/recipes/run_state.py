@@ -198,7 +198,7 @@ def _shared_of(directory: Path, metadata: Mapping[str, str]) -> SharedTensors | 
     name, names = metadata["shared"], json.loads(metadata["shared_names"])
     if not _SHARED_NAME.fullmatch(name):
         raise ValueError(f"it names {name!r}, which is no directory of a state beside it")
-    return SharedTensors(directory / name, frozenset(names))
+    return SharedTensors(directory / name, frozenset(map(str, names)))
 
 
 def check_settings(

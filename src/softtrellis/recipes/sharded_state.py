@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
     from torch.distributed.tensor import DTensor
 
-_FILE_BYTES = 1 << 30
-"""About the size of one file of a rank; it is put together in memory."""
+_FILE_BYTES = 1 << 28
+"""About the size of one file of a rank, which takes twice that memory while it is written."""
 
 
 @dataclass(frozen=True)
@@ -188,10 +188,11 @@ def _headers(shared: SharedTensors) -> dict[str, TensorStorageMetadata]:
 def _is_whole(saved: TensorStorageMetadata, shape: torch.Size) -> bool:
     """Whether the parts of a tensor, one after the other, are all of its tiles."""
     end = 0
-    for first, *place, size in sorted((*c.offsets, c.sizes) for c in saved.chunks):
-        if first != end or any(place) or size[1:] != shape[1:]:
+    for part in sorted(saved.chunks, key=lambda part: (part.offsets, part.sizes)):
+        place = (end, *[0] * (len(shape) - 1))
+        if part.offsets != place or len(part.sizes) != len(shape) or part.sizes[1:] != shape[1:]:
             return False
-        end += size[0]
+        end += part.sizes[0]
     return end == shape[0] and saved.size == shape
 
 

@@ -116,7 +116,12 @@ class Run:
                 _log.warning(warning)
         saved = self.resumed.part(prefix, trainer.layers, self.ranks)
         if saved:
-            trainer.restore(saved)
+            try:
+                trainer.restore(saved)
+            except KeyError as error:
+                raise ValueError(
+                    f"the saved state lacks {error}; start over with --force"
+                ) from error
         before = [record["seconds"] for record in self.log.records if record["stage"] < index]
         own = [record for record in self.log.records if record["stage"] == index]
         start = before[-1] if before else 0.0
