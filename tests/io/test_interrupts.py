@@ -104,9 +104,11 @@ def test_directories_of_a_state_are_none(tmp_path: Path) -> None:
     """Ranks that were killed in their first save leave one; a finished run's are removed."""
     parts = tmp_path / "out.partial" / "train_state-0123abcd"
     parts.mkdir(parents=True)
-    with pytest.raises(FileNotFoundError, match="no interrupted run"):
-        with whole_directory(tmp_path / "out", resume=True):
-            pytest.fail("nothing to resume")
+    with (
+        pytest.raises(FileNotFoundError, match="no interrupted run"),
+        whole_directory(tmp_path / "out", resume=True),
+    ):
+        pytest.fail("nothing to resume")
     with whole_directory(tmp_path / "out") as partial:
         assert not parts.exists()
         parts.mkdir()
