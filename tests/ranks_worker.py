@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,10 @@ def train(folder: Path, ranks: Ranks, job: dict[str, Any]) -> tuple[list[Any], d
     settings = {"steps": STEPS, "ctx": 32, "lr": 3e-2, "held_out": 2, "measure_every": 10}
     settings |= {"evaluate_every": 10, "save_minutes": 0.0, "windows": 24, "reencode_every": 6}
     settings |= job
-    whole = trainer.Trainer.step
+    whole, calls = trainer.Trainer.step, count()
 
     def step(self: trainer.Trainer, number: int, share: float) -> dict[str, Any]:
-        if number == stop_after:
+        if next(calls) == stop_after:
             raise KeyboardInterrupt
         return whole(self, number, share)
 

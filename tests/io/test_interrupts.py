@@ -100,6 +100,23 @@ def test_the_second_writer_is_refused(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_directories_of_a_state_are_none(tmp_path: Path) -> None:
+    """Ranks that were killed in their first save leave one; a finished run's are removed."""
+    parts = tmp_path / "out.partial" / "train_state-0123abcd"
+    parts.mkdir(parents=True)
+    with (
+        pytest.raises(FileNotFoundError, match="no interrupted run"),
+        whole_directory(tmp_path / "out", resume=True),
+    ):
+        pytest.fail("nothing to resume")
+    with whole_directory(tmp_path / "out") as partial:
+        assert not parts.exists()
+        parts.mkdir()
+        (partial / "train_state.safetensors").write_text("names it")
+        (partial / "file").write_text("mine")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["file"]
+
+
 def test_a_lock_of_a_dead_process_is_free(tmp_path: Path) -> None:
     lock = tmp_path / "out.lock"
     program = (

@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from untrusted import altered, bounded, copy_of, damaged
 
@@ -27,18 +28,21 @@ from softtrellis.io.checkpoint import (
     load_tokenizer,
     save_quantized,
 )
-from softtrellis.io.files import sha256_of, write_json
+from softtrellis.io.files import STATE, sha256_of, write_json
 from softtrellis.io.manifest import MANIFEST, CheckpointError, read_manifest
 from softtrellis.io.qtip import refuse_qtip
 from softtrellis.io.sources import load_source
 from softtrellis.io.tensor_files import INDEX
+from softtrellis.modules.latent_linear import LatentLinear
 from softtrellis.modules.replace import quantized_layers
 from softtrellis.recipes.ptq import QuantizeConfig, quantize_model
+from softtrellis.recipes.ranks import ONE
 from softtrellis.recipes.run_state import RunLog, load_state, save_state
 from softtrellis.spec import TrellisSpec
 from softtrellis.trellis.packing import pack, unpack, words_per_tile
 
 LAYERS = ("1.mlp.down_proj", "1.self_attn.k_proj")
+SHARED = "train_state-0123abcd"
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -218,6 +222,80 @@ def test_saved_states(shelf: Path, data: st.DataObject) -> None:
     with bounded(directory), suppress(ValueError):
         load_state(directory, settings={"lr": 0.1})
     path.unlink()
+
+
+@pytest.fixture
+def shared_state(shelf: Path, checkpoint: Path) -> tuple[Path, dict[str, LatentLinear]]:
+    """A state that two ranks saved, and the layers that go on with it."""
+    quantized = quantized_layers(load_quantized(checkpoint))
+    name = next(name for name in quantized if name.endswith(LAYERS[1]))
+    layers = {name: LatentLinear.from_quantized(quantized[name])}
+    directory = shelf / "shared"
+    if not directory.exists():
+        whole = {}
+        for name, layer in layers.items():
+            tiles = layer.tiles().detach()
+            whole |= {f"0/{name}.latent": tiles, f"0/{name}.latent.exp_avg": tiles.clone()}
+            whole[f"0/{name}.pins"] = layer.pins
+        (directory / SHARED).mkdir(parents=True)
+        most = -(-len(layer.pins) // 2)
+        for rank in range(2):
+            part = slice(rank * most, rank * most + most)
+            places = {
+                k: {"saved_offsets": [rank * most] + [0] * (t.ndim - 1)} for k, t in whole.items()
+            }
+            written = {"DCP_SHARDING_INFO": json.dumps(places), "DCP_VERSION": "1.0"}
+            own = {k: t[part].contiguous() for k, t in whole.items()}
+            save_file(own, directory / SHARED / f"shard-0000{rank + 1}.safetensors", written)
+        metadata = {"step": "1", "settings": "{}", "shared": SHARED}
+        metadata["shared_names"] = json.dumps(sorted(whole))
+        save_file({"0/skipped": torch.tensor(0)}, directory / STATE, metadata)
+        assert load_state(directory, settings={}).part("0/", layers, ONE).keys() > {"skipped"}
+    return directory, layers
+
+
+def read_state(directory: Path, layers: dict[str, LatentLinear]) -> None:
+    """Reads a state as far as it goes."""
+    with bounded(directory), suppress(ValueError):
+        found = load_state(directory, settings={}).part("0/", layers, ONE)
+        for name, layer in layers.items():
+            if f"{name}.latent" in found:
+                assert found[f"{name}.latent"].shape == layer.latent.shape
+
+
+@given(data=st.data())
+def test_bytes_of_a_state_of_several_ranks(
+    shared_state: tuple[Path, dict[str, LatentLinear]], data: st.DataObject
+) -> None:
+    whole, layers = shared_state
+    with copy_of(whole) as directory:
+        files = sorted(path for path in directory.rglob("*") if path.is_file())
+        path = data.draw(st.sampled_from(files))
+        path.write_bytes(data.draw(damaged(path.read_bytes())))
+        read_state(directory, layers)
+
+
+@given(data=st.data())
+def test_values_of_a_state_of_several_ranks(
+    shared_state: tuple[Path, dict[str, LatentLinear]], data: st.DataObject
+) -> None:
+    """Places of parts, names of tensors and of the directory."""
+    whole, layers = shared_state
+    with copy_of(whole) as directory:
+        path = directory / SHARED / "shard-00002.safetensors"
+        key = "DCP_SHARDING_INFO"
+        if data.draw(st.booleans()):
+            path, key = directory / STATE, data.draw(st.sampled_from(["shared", "shared_names"]))
+        with safe_open(str(path), "pt") as file:
+            metadata = file.metadata()
+        if key == "shared":
+            metadata[key] = data.draw(
+                st.sampled_from(["..", ".", "", "/", "../shared", "x", SHARED])
+            )
+        else:
+            metadata[key] = json.dumps(data.draw(altered(json.loads(metadata[key]))))
+        save_file(load_file(path), path, metadata)
+        read_state(directory, layers)
 
 
 @given(data=st.data())

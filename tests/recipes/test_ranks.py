@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import random
 import shutil
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,11 @@ import pytest
 import ranks_worker
 import torch
 from ranks_worker import STEPS, codes, run_jobs
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from softtrellis.io.checkpoint import base_of, load_quantized, save_quantized
+from softtrellis.io.files import STATE
 from softtrellis.io.sources import load_source
 from softtrellis.recipes.finetune import FineTuneConfig
 from softtrellis.recipes.ptq import QuantizeConfig, quantize_model
@@ -30,6 +34,7 @@ ALL = {"train": EVERYTHING, "batch": 4, "micro_batch": 1}
 HALF = {"steps": 8, "batch": 3, "start": 0.5, "clip": 0.05, "t_init": "auto", "save_every": 4}
 HALF |= {"estimator": "straight_through", "reencode_every": 3}
 STOPPED = HALF | {"stop_after": 6}
+GREEDY = {"mode": "greedy", "steps": 4, "batch": 2, "save_every": 1}
 
 
 @pytest.fixture(scope="module")
@@ -52,13 +57,16 @@ def folder(shelf: Path, request: pytest.FixtureRequest) -> Path:
         inputs="quantized",
         ctx=32,
         windows=8,
-        layers=("1.self_attn.q_proj", "1.self_attn.k_proj", "1.mlp.up_proj"),
+        layers=("1.self_attn.q_proj", "1.self_attn.k_proj", "1.mlp.up_proj", "0.self_attn.v_proj"),
         data=(str(shelf / "text.txt"),),
     )
     student = quantize_model(source.model, config, tokenizer=source.tokenizer)
     (shelf / "student").mkdir()
     save_quantized(student, source.tokenizer, shelf / "student", base=base)
-    run_jobs(shelf, {"all-1": ("train", ALL), "half-1": ("train", HALF)})
+    (shelf / "saved-by-one").mkdir()
+    stopped = STOPPED | {"directory": "saved-by-one"}
+    jobs = {"all-1": ("train", ALL), "half-1": ("train", HALF), "stopped-1": ("train", stopped)}
+    run_jobs(shelf, jobs)
     return shelf
 
 
@@ -80,19 +88,34 @@ def commands(folder: Path, output: str) -> list[str]:
     """``softtrellis train`` of three steps."""
     text, student, teacher = (str(folder / name) for name in ("text.txt", "student", "teacher"))
     options = ["train", student, "--teacher", teacher, "-o", str(folder / output), "--data", text]
-    return [*options, "--steps", "3", "--ctx", "32", "--windows", "8", "--held-out", "0"]
+    return [
+        *options,
+        "--steps",
+        "3",
+        "--ctx",
+        "32",
+        "--windows",
+        "8",
+        "--held-out",
+        "0",
+        "--save-every",
+        "1",
+    ]
 
 
 @pytest.fixture
 def two(folder: Path) -> Path:
-    """What two ranks gave: a whole run, an interrupted one, and a quantization."""
+    """What two ranks gave: a whole run, interrupted ones, one gone on with, a quantization."""
     jobs = {
         "all-2": ("train", ALL),
         "half-2": ("train", STOPPED | {"directory": "saved"}),
+        "half-12": ("train", HALF | {"directory": "saved-by-one", "resume": True}),
+        "greedy-2": ("train", GREEDY | {"stop_after": 6, "directory": "saved-greedy"}),
         "ptq-2": ("quantize", {}),
         "commands": [commands(folder, "by-two")],
     }
-    (folder / "saved").mkdir(exist_ok=True)
+    for name in ("saved", "saved-greedy"):
+        (folder / name).mkdir(exist_ok=True)
     torchrun(folder, 2, jobs)
     return folder
 
@@ -149,18 +172,141 @@ def test_a_run_saved_on_two_ranks_goes_on_on_one(two: Path) -> None:
     check_alike(two, "half-1", "half-21")
 
 
-def test_the_saved_state_is_that_of_one_process(two: Path) -> None:
-    (two / "saved-of-one").mkdir()
-    job = STOPPED | {"directory": "saved-of-one"}
-    run_jobs(two, {"half-of-one": ("train", job)})
-    name = "train_state.safetensors"
-    one, both = load_file(two / "saved-of-one" / name), load_file(two / "saved" / name)
-    assert one.keys() == both.keys()
-    for key, tensor in one.items():
-        assert tensor.shape == both[key].shape
-        assert tensor.dtype == both[key].dtype
-        if key.endswith(".latent"):
-            torch.testing.assert_close(both[key], tensor, atol=1e-3, rtol=0)
+def test_a_run_saved_on_one_rank_goes_on_on_two(two: Path) -> None:
+    check_alike(two, "half-1", "half-12")
+
+
+def test_a_run_saved_on_two_ranks_and_then_on_one_goes_on_on_one(two: Path) -> None:
+    """The first one leaves a directory of parts; the second one removes it."""
+    shutil.copytree(two / "saved", two / "saved-21")
+    (parts,) = (two / "saved-21").glob("train_state-*")
+    job = HALF | {"directory": "saved-21", "resume": True}
+    run_jobs(two, {"stopped-21": ("train", job | {"stop_after": 3, "save_every": 1})})
+    assert not parts.exists()
+    assert len(load_file(two / "saved-21" / STATE)) > 10
+    run_jobs(two, {"half-211": ("train", job)})
+    check_alike(two, "half-1", "half-211")
+
+
+def test_stages_saved_on_two_ranks_go_on_on_one(two: Path) -> None:
+    run_jobs(two, {"greedy-1": ("train", GREEDY)})
+    job = GREEDY | {"directory": "saved-greedy", "resume": True}
+    run_jobs(two, {"greedy-21": ("train", job)})
+    first, second = (load_file(two / f"greedy-{name}.safetensors") for name in ("1", "21"))
+    assert min(float((first[k] == second[k]).float().mean()) for k in first) > 0.98
+    a, b = history(two, "greedy-1"), history(two, "greedy-21")
+    assert [x["loss"] for x in a] == pytest.approx([x["loss"] for x in b], rel=1e-4)
+
+
+def test_each_rank_writes_its_own_part(two: Path) -> None:
+    state, (parts,) = two / "saved" / STATE, (two / "saved").glob("train_state-*")
+    assert not [name for name in load_file(state) if ".latent" in name and ".step" not in name]
+    first, second = (load_file(path) for path in sorted(parts.iterdir()))
+    assert first.keys() == second.keys()
+    (latent,) = {tuple(t.shape[1:]) for k, t in first.items() if k.endswith(".latent")}
+    assert latent == (128, 2)
+
+
+def lose_a_part(saved: Path, parts: Path) -> None:
+    sorted(parts.iterdir())[0].unlink()
+
+
+def add_another(saved: Path, parts: Path) -> None:
+    save_file({"0/x.latent": torch.zeros(2)}, parts / "x.safetensors")
+
+
+def mix_in_another(saved: Path, parts: Path) -> None:
+    shutil.copy(sorted(parts.iterdir())[0], parts / "x.safetensors")
+
+
+def cut(saved: Path, parts: Path) -> None:
+    path = sorted(parts.iterdir())[0]
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def lose_all(saved: Path, parts: Path) -> None:
+    shutil.rmtree(parts)
+
+
+def lead_elsewhere(saved: Path, parts: Path) -> None:
+    parts.rename(saved.parent / "elsewhere")
+    with safe_open(str(saved / STATE), "pt") as file:
+        metadata = file.metadata() | {"shared": "../elsewhere"}
+    save_file(load_file(saved / STATE), saved / STATE, metadata)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lose_a_part, "lacks a part"),
+        (add_another, r"0/x\.latent is missing, or does not belong"),
+        (mix_in_another, "lacks a part"),
+        (cut, "is damaged"),
+        (lose_all, "is damaged"),
+        (lead_elsewhere, "no directory of a state beside it"),
+    ],
+)
+def test_a_damaged_state_is_refused(
+    two: Path, tmp_path: Path, damage: Callable[[Path, Path], None], message: str
+) -> None:
+    saved = shutil.copytree(two / "saved", tmp_path / "saved")
+    damage(saved, next(saved.glob("train_state-*")))
+    job = HALF | {"directory": str(saved), "resume": True}
+    with pytest.raises(ValueError, match=message) as error:
+        run_jobs(two, {"damaged": ("train", job)})
+    assert "start over with --force" in str(error.value)
+
+
+OPENED: list[str] = []
+
+
+@pytest.fixture
+def opened() -> list[str]:
+    """Paths that are opened from now on; the hook stays, and stays quiet."""
+    if not OPENED:
+        sys.addaudithook(
+            lambda event, args: OPENED.append(str(args[0])) if event == "open" else None
+        )
+    OPENED[:] = ["nothing yet"]
+    return OPENED
+
+
+class Trap:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_no_pickle_is_read(two: Path, tmp_path: Path, opened: list[str]) -> None:
+    saved = shutil.copytree(two / "saved", tmp_path / "saved")
+    (parts,) = saved.glob("train_state-*")
+    for name in (".metadata", "__0.metadata", "__0_0.distcp"):
+        (parts / name).write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
+    job = HALF | {"directory": str(saved), "resume": True}
+    opened.clear()
+    run_jobs(two, {"half-trap": ("train", job)})
+    assert any(path.startswith(str(saved)) for path in opened)
+    assert not [path for path in opened if path.endswith((".metadata", ".distcp"))]
+    assert not (tmp_path / "sprung").exists()
+    check_alike(two, "half-1", "half-trap")
+
+
+def test_a_killed_rank_leaves_a_whole_state(tmp_path: Path) -> None:
+    """Of every operation on files of two saves on two ranks."""
+    script = Path(__file__).with_name("kill_ranks.py")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, str(script), str(tmp_path), "24"]
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    left = json.loads(done.stdout)
+    assert left.keys() == {"0", "1", "2"}
+    assert sum(left.values()) == 48
 
 
 def check_quantized_alike(folder: Path, job: str, other: str) -> None:
@@ -187,6 +333,18 @@ def test_two_gpus_give_what_one_gives(folder: Path) -> None:
     torchrun(folder, 2, {f"all-{name}-gpu-2": job for name, job in jobs.items()} | gpu)
     check_alike(folder, "all-train-gpu-1", "all-train-gpu-2")
     check_quantized_alike(folder, "all-ptq-gpu-1", "all-ptq-gpu-2")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_run_saved_on_two_gpus_goes_on_on_one(folder: Path) -> None:
+    gpu = {"device": "cuda", "directory": "saved-gpu"}
+    (folder / "saved-gpu").mkdir()
+    jobs: dict[str, Any] = {"half-gpu-2": ("train", STOPPED | gpu), "device": "cuda"}
+    torchrun(folder, 2, jobs)
+    run_jobs(folder, {"half-gpu-1": ("train", HALF | {"device": "cuda"})})
+    run_jobs(folder, {"half-gpu-21": ("train", HALF | gpu | {"resume": True})})
+    check_alike(folder, "half-gpu-1", "half-gpu-21")
 
 
 class Two(Ranks):

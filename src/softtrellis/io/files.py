@@ -19,7 +19,9 @@ STATE = "train_state.safetensors"
 """What an interrupted training run can go on from."""
 
 STATES = "*_state*"
-"""Files that an interrupted run can go on from; a partial directory with one is never lost."""
+"""Files that an interrupted run can go on from; a partial directory with one is never lost.
+
+Directories of such a name belong to one of these files."""
 
 _KEPT = (STATES, "log*")
 _UNFINISHED = ".tmp"
@@ -84,7 +86,7 @@ def whole_directory(
             yield partial
         _exchange(partial, directory)
         for path in directory.glob(STATES):
-            path.unlink()
+            remove(path)
 
 
 @contextmanager
@@ -115,12 +117,21 @@ def _partial(partial: Path, *, force: bool, resume: bool) -> Iterator[None]:
         raise
 
 
+def remove(path: Path) -> None:
+    """Removes a file or a directory; of a link to one the link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
 def _free(partial: Path) -> int:
     return shutil.disk_usage(partial.parent).free
 
 
 def _has_state(partial: Path) -> bool:
-    return any(path.suffix != _UNFINISHED for path in partial.glob(STATES))
+    states = partial.glob(STATES)
+    return any(path.suffix != _UNFINISHED and not path.is_dir() for path in states)
 
 
 def _exchange(partial: Path, directory: Path) -> None:

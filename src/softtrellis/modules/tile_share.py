@@ -10,6 +10,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
@@ -37,18 +38,23 @@ class TileShare:
         first = self.most * self.mesh.get_local_rank()
         return slice(min(first, self.tiles), min(first + self.most, self.tiles))
 
+    def spread(self, own: Tensor) -> DTensor:
+        """``DTensor`` [tiles, ...] of which every rank has its own [n, ...]."""
+        from torch.distributed.tensor import DTensor, Shard  # takes a second
+
+        whole = torch.Size((self.tiles, *own.shape[1:]))
+        stride = torch.empty(whole, device="meta").stride()
+        return DTensor.from_local(own, self.mesh, [Shard(0)], shape=whole, stride=stride)
+
     def gather(self, own: Tensor) -> Tensor:
         """[tiles, ...] of every rank's own [n, ...]; all ranks call it together.
 
         Differentiable: the gradients that all ranks have for the whole are added up, and every
         rank gets the sum for its own tiles (an all-gather, and backwards a reduce-scatter).
         """
-        from torch.distributed.tensor import DTensor, Partial, Shard  # takes a second
+        from torch.distributed.tensor import Partial
 
-        whole = torch.Size((self.tiles, *own.shape[1:]))
-        stride = torch.empty(whole, device="meta").stride()
-        spread = DTensor.from_local(own, self.mesh, [Shard(0)], shape=whole, stride=stride)
-        gathered: Tensor = spread.full_tensor(grad_placements=[Partial()])
+        gathered: Tensor = self.spread(own).full_tensor(grad_placements=[Partial()])
         return gathered
 
     def gather_bytes(self, own: Tensor) -> Tensor:

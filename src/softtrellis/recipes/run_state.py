@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import secrets
+import shutil
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +17,23 @@ import torch
 from torch import Tensor
 
 from softtrellis.io.errors import DAMAGED
-from softtrellis.io.files import STATE, whole_file, write_text
+from softtrellis.io.files import STATE, remove, whole_file, write_text
+from softtrellis.modules.latent_linear import LatentLinear
+from softtrellis.recipes.ranks import ONE, Ranks
+from softtrellis.recipes.sharded_state import (
+    SharedTensors,
+    load_shared,
+    own_part,
+    save_shared,
+    shared_in,
+)
 
 LOG = "log.jsonl"
 DIGESTS = ("checkpoint", "text")
 """Settings that are a ``digest`` of what the run works on."""
+
+_SHARED = "train_state-*"
+_SHARED_NAME = re.compile(r"train_state-[0-9a-f]{8}")
 
 
 class RunLog:
@@ -74,30 +91,114 @@ def sampled(tensor: Tensor) -> Tensor:
     return flat[:: max(1, flat.numel() // 1024)].contiguous()
 
 
+@dataclass(frozen=True, eq=False)
+class SavedState:
+    """What a run goes on from.
+
+    Attributes:
+        step: how many are done; 0 where nothing was saved.
+        tensors: by name, on the CPU.
+        shared: what several ranks shared, and each of them wrote its part of.
+    """
+
+    step: int = 0
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    shared: SharedTensors | None = None
+
+    def part(
+        self, prefix: str, layers: Mapping[str, LatentLinear], ranks: Ranks
+    ) -> dict[str, Tensor]:
+        """The tensors whose names start with ``prefix``, which is taken off; empty if none.
+
+        Of what belongs to the tiles of ``layers``, this rank's part. All ranks call it together.
+
+        Raises:
+            ValueError: what was shared is damaged.
+        """
+        whole = {k.removeprefix(prefix): t for k, t in self.tensors.items() if k.startswith(prefix)}
+        if self.shared is None or not whole:
+            return own_part(whole, layers)
+        return whole | load_shared(self.shared, prefix, layers, ranks)
+
+
 def save_state(
-    directory: Path, tensors: Mapping[str, Tensor], *, step: int, settings: Mapping[str, Any]
+    directory: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    step: int,
+    settings: Mapping[str, Any],
+    ranks: Ranks = ONE,
 ) -> None:
-    """Writes the tensors of a run after ``step`` steps, whole or not at all."""
+    """Writes the tensors of a run after ``step`` steps, whole or not at all.
+
+    Rank 0 writes one file. With several ranks, which call this together, each of them writes its
+    part of the ``DTensor``s into a new directory, which the file names. The state before is
+    there until this one is.
+    """
     metadata = {"step": str(step), "settings": json.dumps(settings, sort_keys=True)}
+    shared = shared_in(tensors) if ranks.size > 1 else {}
+    new: Path | None = None
+    if shared:
+        new = directory / ranks.once(partial(_new_directory, directory))
+        metadata |= {"shared": new.name, "shared_names": json.dumps(sorted(shared))}
+        try:
+            save_shared(new, shared, ranks)
+        except BaseException:
+            if ranks.first:
+                shutil.rmtree(new, ignore_errors=True)
+            raise
+    own = {name: tensor for name, tensor in tensors.items() if name not in shared}
+    ranks.once(partial(_publish, directory, own, metadata))
+
+
+def _new_directory(directory: Path) -> str:
+    _tidy(directory)
+    name = _SHARED.replace("*", secrets.token_hex(4))
+    (directory / name).mkdir()
+    return name
+
+
+def _publish(directory: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     write_tensors(directory / STATE, tensors, metadata)
+    _tidy(directory)
 
 
-def load_state(directory: Path, *, settings: Mapping[str, Any]) -> tuple[int, dict[str, Tensor]]:
-    """(steps done, tensors); (0, {}) where nothing was saved.
+def _tidy(directory: Path) -> None:
+    """Removes the directories of older states, and what a killed run did not finish."""
+    named = None
+    if (directory / STATE).is_file():
+        named = _read_metadata(directory / STATE).get("shared")
+    for path in directory.glob(_SHARED):
+        if path.name != named:
+            remove(path)
+
+
+def load_state(directory: Path, *, settings: Mapping[str, Any]) -> SavedState:
+    """What ``save_state`` wrote; what ranks shared is not read yet.
 
     Raises:
         ValueError: the state is damaged, or was saved with other settings (named).
     """
     path = directory / STATE
     if not path.is_file():
-        return 0, {}
+        return SavedState()
     metadata, tensors = read_tensors(path, torch.device("cpu"))
     try:
         step, saved = int(metadata["step"]), dict(json.loads(metadata["settings"]))
-    except DAMAGED as error:
+        shared = _shared_of(directory, metadata)
+    except (*DAMAGED, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}); start over with --force") from error
     check_settings(saved, json.loads(json.dumps(settings, sort_keys=True)), digests=DIGESTS)
-    return step, tensors
+    return SavedState(step, tensors, shared)
+
+
+def _shared_of(directory: Path, metadata: Mapping[str, str]) -> SharedTensors | None:
+    if "shared" not in metadata:
+        return None
+    name, names = metadata["shared"], json.loads(metadata["shared_names"])
+    if not _SHARED_NAME.fullmatch(name):
+        raise ValueError(f"it names {name!r}, which is no directory of a state beside it")
+    return SharedTensors(directory / name, frozenset(map(str, names)))
 
 
 def check_settings(
@@ -133,5 +234,16 @@ def read_tensors(path: Path, device: torch.device) -> tuple[dict[str, str], dict
         with safe_open(str(path), "pt", device=str(device)) as file:
             tensors = {n: torch.clone(file.get_tensor(n)) for n in file.keys()}  # noqa: SIM118
             return file.metadata() or {}, tensors
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error}); start over with --force") from error
+
+
+def _read_metadata(path: Path) -> dict[str, str]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), "pt") as file:
+            metadata: dict[str, str] = file.metadata() or {}
+            return metadata
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged ({error}); start over with --force") from error

@@ -16,7 +16,7 @@ from softtrellis.io.interrupts import StopRequest
 from softtrellis.io.progress import progress
 from softtrellis.recipes.plan import short_run_warning
 from softtrellis.recipes.ranks import ONE, Ranks
-from softtrellis.recipes.run_state import RunLog, load_state, save_state
+from softtrellis.recipes.run_state import RunLog, SavedState, load_state, save_state
 from softtrellis.recipes.schedules import Pace
 from softtrellis.recipes.trainables import LATENTS
 from softtrellis.recipes.trainer import Trainer
@@ -66,9 +66,11 @@ class Run:
         self.student, self.teacher, self.config = student, teacher, config
         self.settings, self.directory = settings, directory
         self.windows, self.held_out = text
-        self.done, self.state = 0, dict[str, Tensor]()
+        self.finished = dict[str, Tensor]()
+        self.resumed = SavedState()
         if resume and directory is not None:
-            self.done, self.state = load_state(directory, settings=settings)
+            self.resumed = load_state(directory, settings=settings)
+        self.done = self.resumed.step
         self.log = RunLog(directory if ranks.first else None, resume_at=self.done)
         self.log.records = ranks.agree(self.log.records)
         self.board: TensorBoardLog | None = None
@@ -112,9 +114,14 @@ class Run:
             )
             if warning is not None:
                 _log.warning(warning)
-        saved = {k: t for k, t in self.state.items() if k.startswith(prefix)}
+        saved = self.resumed.part(prefix, trainer.layers, self.ranks)
         if saved:
-            trainer.restore({k.removeprefix(prefix): t for k, t in saved.items()})
+            try:
+                trainer.restore(saved)
+            except KeyError as error:
+                raise ValueError(
+                    f"the saved state lacks {error}; start over with --force"
+                ) from error
         before = [record["seconds"] for record in self.log.records if record["stage"] < index]
         own = [record for record in self.log.records if record["stage"] == index]
         start = before[-1] if before else 0.0
@@ -135,7 +142,8 @@ class Run:
                     self._save(index, trainer)
                 stop.check()
         if stages > 1:  # the next stages' saved states hold this one's
-            self.state |= {prefix + k: t.detach().cpu().clone() for k, t in trainer.state().items()}
+            state = trainer.state()
+            self.finished |= {prefix + k: t.detach().cpu().clone() for k, t in state.items()}
         return trainer.harden(), trainer.best
 
     def _append(self, record: dict[str, Any], bar: Any) -> None:
@@ -165,8 +173,7 @@ class Run:
 
     def _save(self, index: int, trainer: Trainer) -> None:
         assert self.directory is not None
-        tensors = self.state | {f"{index}/{key}": t for key, t in trainer.state().items()}
+        tensors = self.finished | {f"{index}/{key}": t for key, t in trainer.state().items()}
         step, settings = len(self.log.records), self.settings
-        if self.ranks.first:
-            save_state(self.directory, tensors, step=step, settings=settings)
+        save_state(self.directory, tensors, step=step, settings=settings, ranks=self.ranks)
         self.saved = time.monotonic()

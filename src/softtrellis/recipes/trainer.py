@@ -38,7 +38,7 @@ from softtrellis.recipes.optimizer import (
 )
 from softtrellis.recipes.ranks import ONE, Ranks, whole_weight
 from softtrellis.recipes.schedules import learning_rate_at, temperature_at
-from softtrellis.recipes.sharded_state import gathered, own_part
+from softtrellis.recipes.sharded_state import spread
 from softtrellis.recipes.trainables import (
     TABLE,
     learning_rates,
@@ -328,7 +328,7 @@ class Trainer:
         return found
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that a step changes; with several ranks on rank 0, and nothing elsewhere."""
+        """Everything that a step changes; what ranks share of it as ``DTensor``s."""
         tensors: dict[str, Tensor] = dict(self.parameters)
         tensors |= {f"{name}.pins": layer.pins for name, layer in self.layers.items()}
         tensors |= optimizer_tensors(self.optimizer, self.parameters)
@@ -336,12 +336,11 @@ class Trainer:
         if self.best is not None:
             tensors |= {f"best/{name}": tensor for name, tensor in self._kept.items()}
             tensors["best"] = torch.tensor(self.best, dtype=torch.float64)
-        return tensors if self.ranks.size == 1 else gathered(tensors, self.layers, self.ranks)
+        return spread(tensors, self.layers)
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Takes over what ``state`` gave on rank 0, with these ranks or others."""
-        tensors = own_part(tensors, self.layers)
+        """Takes over what ``state`` gave, of what ranks share this rank's own part."""
         load_optimizer_tensors(self.optimizer, self.parameters, tensors)
         for name, parameter in self.parameters.items():
             parameter.copy_(tensors[name])
