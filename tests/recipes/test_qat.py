@@ -145,10 +145,14 @@ def test_automatic_start_is_twice_the_quantization_error(setting: Setting) -> No
     assert 0.05 < result.history[0]["temperature"] < 0.5
 
 
-def test_mode_single_takes_one_layer(setting: Setting) -> None:
-    with pytest.raises(ValueError, match="mode 'single' trains one decoder layer"):
-        setting.train(mode="single")
-    setting.train(mode="single", layers=("1",), steps=1)
+def test_mode_single_trains_the_named_layers_together(setting: Setting) -> None:
+    change = {"layers": ("0.mlp.up_proj", "1.self_attn.q_proj"), "lr": 0.3}
+    result = setting.train(mode="single", **change)
+    before, after = setting.codes(setting.student), setting.codes(result.model)
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert changed == ["model.layers.0.mlp.up_proj", "model.layers.1.self_attn.q_proj"]
+    assert len(result.history) == 6
+    assert same(after, setting.codes(setting.train(mode="joint", **change).model))
 
 
 def test_models_without_quantized_layers(setting: Setting) -> None:
@@ -170,6 +174,7 @@ def test_models_without_quantized_layers(setting: Setting) -> None:
         ({"lr": float("nan")}, "lr must be a positive number"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"mode": "all"}, "unknown mode"),
+        ({"mode": "single"}, "layers must name some layers in mode 'single'"),
         ({"estimator": "hard"}, "unknown estimator"),
         ({"schedule": "linear"}, "unknown schedule"),
         ({"save_every": -1}, "save_every must be 0"),

@@ -46,7 +46,9 @@ def add_parser(commands: Commands) -> None:
         "--mode",
         choices=["single", "greedy", "joint"],
         default="joint",
-        help="joint: all layers at once; greedy: one decoder layer after the other; single: one",
+        help="joint: all layers at once, or those of --layers; greedy: one decoder layer after the "
+        "other; single: like joint, but refused without --layers: the layers named there, with the "
+        "rest of the model frozen",
     )
     estimators = ["soft", "straight_through", "identity"]
     parser.add_argument(
