@@ -6,6 +6,7 @@ import copy
 import math
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,7 +18,7 @@ from softtrellis.io.sources import Source
 from softtrellis.modules.latent_linear import LatentLinear
 from softtrellis.modules.quantized_linear import QuantizedLinear
 from softtrellis.modules.replace import get_linear, quantized_layers
-from softtrellis.recipes import objective, trainer
+from softtrellis.recipes import objective, schedules, stages, trainer
 from softtrellis.recipes.optimizer import load_optimizer_tensors, make_optimizer, optimizer_tensors
 from softtrellis.recipes.ptq import QuantizeConfig, quantize_model
 from softtrellis.recipes.qat import DistillConfig, distill
@@ -226,6 +227,83 @@ def test_a_run_by_the_clock_ends_its_schedules(setting: Setting) -> None:
     ends = [record["seconds"] for record in result.history]
     longest = max(end - start for start, end in pairwise([0.0, *ends]))
     assert 3.0 - 3 * longest < ends[-1] < 3.0 + 2 * longest
+
+
+@pytest.fixture
+def ten_seconds_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that runs only while steps are taken."""
+    now, original = [0.0], trainer.Trainer.step
+
+    def step(self: Any, number: int, share: float) -> dict[str, Any]:
+        now[0] += 10.0 if number else 25.0  # the first one compiles
+        return original(self, number, share)
+
+    monkeypatch.setattr(trainer.Trainer, "step", step)
+    monkeypatch.setattr(schedules, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if "change a code" in r.getMessage()]
+
+
+@pytest.mark.usefixtures("ten_seconds_a_step")
+def test_a_run_by_the_clock_is_warned_of_when_its_pace_is_known(
+    setting: Setting, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    student, change = setting.student(), {"steps": None, "minutes": 2.0, "evaluate_every": 0}
+    result = setting.train(student, tmp_path, lr=1e-4, **change)
+    assert len(result.history) == 10
+    (warning,) = warnings_of(caplog)
+    assert warning.startswith(
+        "about 10 steps fit into 2 minutes, and with so many this run cannot change a code: AdamW"
+    )
+    assert (tmp_path / "log.jsonl").read_text("utf-8").count("\n") == 10
+    caplog.clear()
+    setting.train(student, lr=1e-4, **(change | {"minutes": 0.5}))  # over before the pace is known
+    (warning,) = warnings_of(caplog)
+    assert warning.startswith("about 2 steps fit into 0.5 minutes")
+    caplog.clear()
+    setting.train(student, lr=0.2, **change)
+    assert not warnings_of(caplog)
+
+
+@pytest.mark.usefixtures("ten_seconds_a_step")
+def test_a_run_that_steps_and_the_clock_end_is_warned_of_once(
+    setting: Setting, caplog: pytest.LogCaptureFixture
+) -> None:
+    student, change = setting.student(), {"evaluate_every": 0, "minutes": 2.0, "lr": 5e-3}
+    setting.train(student, steps=6, **change)
+    (warning,) = warnings_of(caplog)
+    assert warning.startswith("this run cannot change a code")
+    caplog.clear()
+    setting.train(student, steps=10_000, **change)
+    (warning,) = warnings_of(caplog)
+    assert warning.startswith("about 10 steps fit into 2 minutes")
+    caplog.clear()
+    setting.train(student, mode="greedy", steps=None, **(change | {"minutes": 4.0}))
+    (warning,) = warnings_of(caplog)
+    assert warning.startswith("about 10 steps fit into 2 minutes")
+
+
+@pytest.mark.usefixtures("ten_seconds_a_step")
+def test_a_warning_changes_nothing_in_what_is_trained(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    student, change = setting.student(), {"steps": None, "minutes": 2.0, "lr": 3e-3}
+    warned = setting.train(student, **change)
+    assert len(warnings_of(caplog)) == 1
+    monkeypatch.setattr(stages, "TIMED_STEPS", 0)
+    quiet = setting.train(student, **change)
+    assert len(warnings_of(caplog)) == 1
+    assert losses(warned) == losses(quiet)
+    assert same(warned.model, quiet.model)
+
+
+def test_how_many_steps_fit() -> None:
+    assert schedules.reckoned_steps([30.0, 32.0, 34.0, 36.0], 60.0) == 16
+    assert schedules.reckoned_steps([30.0], 60.0) == 1
+    assert schedules.reckoned_steps([70.0, 80.0], 60.0) == 2
+    assert schedules.reckoned_steps([1.0, 1.0], 60.0) == 2
 
 
 def test_steps_without_a_finite_gradient_are_left_out(
