@@ -97,8 +97,14 @@ def test_resuming_gives_the_weights_of_an_uninterrupted_run(
 ) -> None:
     from softtrellis.recipes import trainer
 
-    change = {"mode": mode, "save_every": 2, "reencode_every": 3, "measure_every": 0}
-    whole = setting.codes(setting.train(**change).model)
+    change = {"mode": mode, "save_every": 2, "reencode_every": 3, "measure_every": 0, "lr": 0.2}
+    result = setting.train(**change)
+    whole, start = setting.codes(result.model), setting.codes(setting.student)
+    assert not any(torch.equal(whole[name], start[name]) for name in start)
+    for stage, best in enumerate(result.kept):
+        records = [record for record in result.history if record["stage"] == stage]
+        assert best is not None
+        assert best[1] < records[0]["heldout_kl_start"]
     original, calls = trainer.Trainer.step, 0
     stop_at = 5 if mode == "joint" else 9
 

@@ -131,11 +131,12 @@ def test_a_table_is_trained_with_all_that_share_it(setting: Setting) -> None:
 
 def test_the_best_step_on_held_out_text_is_kept(setting: Setting) -> None:
     student = setting.student()
-    result = setting.train(student, lr=1.0, steps=12, evaluate_every=1, held_out=4)
+    result = setting.train(student, lr=0.3, steps=12, evaluate_every=1, held_out=4)
     measured = [record["heldout_kl_hard"] for record in result.history]
     kept = result.kept[0]
     assert kept is not None
-    assert kept[1] == min(measured)
+    assert kept[1] == min(measured) < result.history[0]["heldout_kl_start"]
+    assert min(result.changed_codes.values()) > 0
     assert kept[0] == measured.index(min(measured)) < 11  # such a rate spoils the end
     from softtrellis.io.text import train_and_held_out_windows
 
@@ -146,22 +147,62 @@ def test_the_best_step_on_held_out_text_is_kept(setting: Setting) -> None:
     assert found == pytest.approx(kept[1], rel=1e-3)
 
 
+@pytest.mark.parametrize("start", [0.0, 0.5])
+def test_training_that_only_harms_keeps_what_it_started_from(
+    setting: Setting, start: float
+) -> None:
+    student = setting.student()
+    change = {"lr": 30.0, "steps": 3, "evaluate_every": 1, "start": start}
+    result = setting.train(student, held_out=4, **change)
+    divergence = result.history[0]["heldout_kl_start"]
+    assert min(record["heldout_kl_hard"] for record in result.history) > divergence
+    assert result.kept == [(trainer.START, divergence)]
+    assert set(result.changed_codes.values()) == {0.0}
+    assert same(result.model, student)
+    unseen = setting.train(student, held_out=0, **change)
+    assert "heldout_kl_start" not in unseen.history[0]
+    assert unseen.kept == [None]
+    assert not same(unseen.model, student)
+
+
+def test_the_start_is_evaluated_in_one_pass(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes, original = [0], trainer.Trainer._divergence
+
+    def counted(self: Any) -> float:
+        passes[0] += 1
+        return original(self)
+
+    monkeypatch.setattr(trainer.Trainer, "_divergence", counted)
+    for held_out, expected in ((4, 1 + 2), (0, 0)):  # of the last step two: soft and hard
+        passes[0] = 0
+        setting.train(setting.student(), steps=2, held_out=held_out)
+        assert passes[0] == expected
+
+
 def test_a_step_without_a_finite_divergence_is_not_kept(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hard = [float("nan"), 0.5, float("inf"), 0.7]
-    answers = [answer for value in hard for answer in (0.1, value)]  # as trained, and hardened
+    answers = [0.6]  # of the start
+    answers += [answer for value in hard for answer in (0.1, value)]  # as trained, and hardened
     monkeypatch.setattr(trainer.Trainer, "_divergence", lambda _: answers.pop(0))
     result = setting.train(setting.student(), steps=4, evaluate_every=1, held_out=4)
     assert result.kept == [(1, 0.5)]
 
 
+@pytest.mark.parametrize(("lr", "best"), [(0.5, 0), (30.0, trainer.START)])
 def test_an_interrupted_run_keeps_the_best_step(
-    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lr: float, best: int
 ) -> None:
+    """Of steps before the state was saved, which it holds."""
     student = setting.student("hyb", 10)
-    change = {"train": EVERYTHING, "lr": 0.5, "evaluate_every": 1, "held_out": 4, "save_every": 3}
+    change = {"train": EVERYTHING, "lr": lr, "evaluate_every": 1, "held_out": 4, "save_every": 3}
     whole = setting.train(student, steps=7, **change)
+    assert whole.kept[0] is not None
+    assert whole.kept[0][0] == best
+    assert (max(whole.changed_codes.values()) > 0) == (best != trainer.START)
     original, calls = trainer.Trainer.step, 0
 
     def step(self: Any, number: int, share: float) -> dict[str, Any]:

@@ -193,6 +193,7 @@ def run(options: argparse.Namespace) -> int:
     """Trains and saves."""
     from softtrellis.io.checkpoint import describe_sizes
     from softtrellis.recipes.pipeline import train_to
+    from softtrellis.recipes.trainer import START
 
     with usage_errors(options):
         config = config_of(options)
@@ -218,8 +219,12 @@ def run(options: argparse.Namespace) -> int:
         f"{last['loss']:.4f}, {changed:.2%} of codes changed"
     )
     for best in result.kept:
-        if best is not None:
-            print(f"kept the code of step {best[0] + 1}, held-out KL {best[1]:.4f} nats per token")
+        if best is None:
+            continue
+        which = f"of step {best[0] + 1}"
+        if best[0] == START:
+            which = "it started from: no step was better on held-out text"
+        print(f"kept the code {which}, held-out KL {best[1]:.4f} nats per token")
     print(describe_sizes(output))
     following = ["eval", options.teacher, options.checkpoint, str(output), "--data", "pydoc"]
     print(f"Next: softtrellis {shlex.join(following)}")

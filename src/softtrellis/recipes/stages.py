@@ -40,8 +40,9 @@ class DistillResult:
         model: with the trained layers hardened to ``QuantizedLinear``.
         history: one record per step, as in ``log.jsonl``.
         changed_codes: share of trellis steps whose state differs from the start's, by layer.
-        kept: for every stage the step whose code was kept, and its divergence on the held-out
-            windows in nats per token; None where the last one's was kept unseen.
+        kept: for every stage the step whose code was kept, ``trainer.START`` (-1) for the code it
+            started from, and its divergence on the held-out windows in nats per token; None where
+            the last one's was kept unseen.
     """
 
     model: PreTrainedModel
@@ -120,6 +121,8 @@ class Run:
             while not finished:
                 share = self.ranks.agree(pace.share(step))
                 record = {"step": len(self.log.records), "stage": index, "share": share}
+                if step == 0:
+                    record |= trainer.evaluate_start()
                 record |= trainer.step(step, share)
                 record["seconds"] = start + pace.elapsed
                 self._append(record, bar)
