@@ -90,6 +90,7 @@ class Trainer:
         """
         self.student, self.names, self.config, self.ranks = student, names, config, ranks
         self.windows, self.held_out = windows, held_out
+        self._permutation: tuple[int, list[int]] = (-1, [])
         self._objective = Objective(student, teacher, names, windows, held_out, ranks)
 
         for parameter in student.parameters():
@@ -159,13 +160,18 @@ class Trainer:
             layer.latent.lerp_(layer.own(layer.basis.to_latent(weight)), self.config.start)
 
     def _batch(self, step: int) -> list[int]:
-        """Indices of the windows of a step: every epoch a new permutation, from the seed."""
-        count, chosen = self.windows.shape[0], []
-        for position in range(step * self.config.batch, (step + 1) * self.config.batch):
-            epoch, place = divmod(position, count)
+        """Indices of the windows of a step."""
+        first, count = step * self.config.batch, len(self.windows)
+        positions = (divmod(i, count) for i in range(first, first + self.config.batch))
+        return [self._order(epoch)[place] for epoch, place in positions]
+
+    def _order(self, epoch: int) -> list[int]:
+        """Of the windows in an epoch: a permutation from the seed, kept until the next epoch."""
+        if epoch != self._permutation[0]:
             generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
-            chosen.append(int(torch.randperm(count, generator=generator)[place]))
-        return chosen
+            order = torch.randperm(len(self.windows), generator=generator)
+            self._permutation = epoch, order.tolist()
+        return self._permutation[1]
 
     def step(self, step: int, share: float) -> dict[str, Any]:
         """One optimizer step of the stage; its record for the log, without the step's number.
