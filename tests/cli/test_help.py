@@ -146,6 +146,7 @@ def test_quantize_settings(refused: Refused, tmp_path: Path, options: str, messa
         ("--windows 0", "--windows must be at least 1, got 0"),
         ("--warmup -1", "--warmup must be at least 0, got -1"),
         ("--save-every -1", "--save-every must be 0 (never) or more, got -1"),
+        ("--mode single", "--layers must name some layers in mode 'single'"),
     ],
 )
 def test_train_settings(refused: Refused, tmp_path: Path, options: str, message: str) -> None:

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from cli.support import QUANTIZE, SMALL, TRAIN, Command, Interrupt, Refused, Start, contents
+from safetensors.torch import load_file
 
 from softtrellis.io.checkpoint import WEIGHTS
 from softtrellis.io.files import STATE
@@ -24,14 +26,21 @@ def weights_and_losses(run: Path) -> tuple[bytes, list[dict[str, Any]]]:
     return (run / WEIGHTS).read_bytes(), [r | {"seconds": 0.0} for r in records]
 
 
+def codes(run: Path) -> dict[str, torch.Tensor]:
+    return {n: t for n, t in load_file(run / WEIGHTS).items() if n.endswith(".codes")}
+
+
 def test_resume_equals_no_interruption(
     softtrellis: Command,
     refused: Refused,
     train: Start,
     trained: Path,
+    checkpoint: Path,
     tmp_path: Path,
     interrupt: Interrupt,
 ) -> None:
+    assert codes(trained).keys() == codes(checkpoint).keys()
+    assert not any(torch.equal(t, codes(checkpoint)[n]) for n, t in codes(trained).items())
     output, partial = tmp_path / "out", tmp_path / "out.partial"
     interrupt(3)
     result = softtrellis(*train(output))
@@ -46,7 +55,7 @@ def test_resume_equals_no_interruption(
     assert message.startswith(f"an interrupted run lies in {partial}; go on with")
     assert "--resume" in message
     assert "--force" in message
-    for change, name in ((["--lr", "0.2"], "lr=0.3"), (["--seed", "1"], "seed=0")):
+    for change, name in ((["--lr", "0.2"], "lr=0.15"), (["--seed", "1"], "seed=0")):
         result = softtrellis(*train(output), *change, "--resume")
         assert result.code == 1
         assert f"the interrupted run had {name}" in result.error

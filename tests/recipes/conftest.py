@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
+from recipes.support import Setting
 
 from softtrellis.recipes.ptq import QuantizeConfig, quantize_model
 
@@ -39,3 +41,14 @@ def quantize(
         return quantize_model(model, config, tokenizer=tiny_tokenizer, **options)
 
     return run
+
+
+@pytest.fixture
+def setting(
+    tmp_path: Path, tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
+) -> Setting:
+    generator = torch.Generator().manual_seed(0)
+    letters = torch.randint(97, 123, (6000,), generator=generator)
+    path = tmp_path / "text.txt"
+    path.write_text("".join(map(chr, letters.tolist())), encoding="utf-8")
+    return Setting(tiny_llama, tiny_tokenizer, str(path))

@@ -97,8 +97,14 @@ def test_resuming_gives_the_weights_of_an_uninterrupted_run(
 ) -> None:
     from softtrellis.recipes import trainer
 
-    change = {"mode": mode, "save_every": 2, "reencode_every": 3, "measure_every": 0}
-    whole = setting.codes(setting.train(**change).model)
+    change = {"mode": mode, "save_every": 2, "reencode_every": 3, "measure_every": 0, "lr": 0.2}
+    result = setting.train(**change)
+    whole, start = setting.codes(result.model), setting.codes(setting.student)
+    assert not any(torch.equal(whole[name], start[name]) for name in start)
+    for stage, best in enumerate(result.kept):
+        records = [record for record in result.history if record["stage"] == stage]
+        assert best is not None
+        assert best[1] < records[0]["heldout_kl_start"]
     original, calls = trainer.Trainer.step, 0
     stop_at = 5 if mode == "joint" else 9
 
@@ -145,10 +151,14 @@ def test_automatic_start_is_twice_the_quantization_error(setting: Setting) -> No
     assert 0.05 < result.history[0]["temperature"] < 0.5
 
 
-def test_mode_single_takes_one_layer(setting: Setting) -> None:
-    with pytest.raises(ValueError, match="mode 'single' trains one decoder layer"):
-        setting.train(mode="single")
-    setting.train(mode="single", layers=("1",), steps=1)
+def test_mode_single_trains_the_named_layers_together(setting: Setting) -> None:
+    change = {"layers": ("0.mlp.up_proj", "1.self_attn.q_proj"), "lr": 0.3}
+    result = setting.train(mode="single", **change)
+    before, after = setting.codes(setting.student), setting.codes(result.model)
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert changed == ["model.layers.0.mlp.up_proj", "model.layers.1.self_attn.q_proj"]
+    assert len(result.history) == 6
+    assert same(after, setting.codes(setting.train(mode="joint", **change).model))
 
 
 def test_models_without_quantized_layers(setting: Setting) -> None:
@@ -170,6 +180,7 @@ def test_models_without_quantized_layers(setting: Setting) -> None:
         ({"lr": float("nan")}, "lr must be a positive number"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"mode": "all"}, "unknown mode"),
+        ({"mode": "single"}, "layers must name some layers in mode 'single'"),
         ({"estimator": "hard"}, "unknown estimator"),
         ({"schedule": "linear"}, "unknown schedule"),
         ({"save_every": -1}, "save_every must be 0"),

@@ -151,6 +151,7 @@ def check_alike(folder: Path, job: str, other: str) -> None:
     first, second = (load_file(folder / f"{name}.safetensors") for name in (job, other))
     same = [float((first[name] == second[name]).float().mean()) for name in first]
     assert min(same) > 0.98
+    assert bool((first["changed"] > 0).all())
 
 
 def test_two_ranks_give_the_losses_of_one(two: Path) -> None:

@@ -1,17 +1,15 @@
-"""What a run may train, how it ends, and which code it keeps."""
+"""What a run may train."""
 
 from __future__ import annotations
 
-import copy
 import math
-from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
+from recipes.support import EVERYTHING, Setting, losses
 
-from softtrellis.evaluation.perplexity import score_windows
 from softtrellis.io.checkpoint import base_of, load_quantized, save_quantized
 from softtrellis.io.sources import Source
 from softtrellis.modules.latent_linear import LatentLinear
@@ -19,59 +17,7 @@ from softtrellis.modules.quantized_linear import QuantizedLinear
 from softtrellis.modules.replace import get_linear, quantized_layers
 from softtrellis.recipes import objective, trainer
 from softtrellis.recipes.optimizer import load_optimizer_tensors, make_optimizer, optimizer_tensors
-from softtrellis.recipes.ptq import QuantizeConfig, quantize_model
-from softtrellis.recipes.qat import DistillConfig, distill
-from softtrellis.recipes.stages import DistillResult
-
-if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
-
-EVERYTHING = ("latents", "scales", "norms", "table")
-
-
-class Setting:
-    """A tiny teacher, its student in a 2-bit code, and a way to train it."""
-
-    def __init__(self, teacher: Any, tokenizer: Any, text: str) -> None:
-        self.teacher, self.tokenizer, self.text = teacher, tokenizer, text
-
-    def student(self, code: str = "gaussian", L: int = 6) -> Any:
-        """Rough, so that there is much to mend."""
-        rough = {"inputs": "quantized", "code": code, "L": L, "ctx": 64, "windows": 16}
-        config = QuantizeConfig(data=(self.text,), **rough)  # type: ignore[arg-type]
-        return quantize_model(copy.deepcopy(self.teacher), config, tokenizer=self.tokenizer)
-
-    def train(self, student: Any, directory: Path | None = None, **change: Any) -> DistillResult:
-        settings = {"steps": 6, "batch": 4, "ctx": 64, "measure_every": 0, "lr": 3e-2} | change
-        resume = settings.pop("resume", False)
-        return distill(
-            copy.deepcopy(student),
-            DistillConfig(data=(self.text,), **settings),
-            teacher=self.teacher,
-            tokenizer=self.tokenizer,
-            run_directory=directory,
-            resume=resume,
-        )
-
-
-@pytest.fixture
-def setting(
-    tmp_path: Path, tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
-) -> Setting:
-    generator = torch.Generator().manual_seed(0)
-    letters = torch.randint(97, 123, (6000,), generator=generator)
-    path = tmp_path / "text.txt"
-    path.write_text("".join(map(chr, letters.tolist())), encoding="utf-8")
-    return Setting(tiny_llama, tiny_tokenizer, str(path))
-
-
-def losses(result: DistillResult) -> list[float]:
-    return [record["loss"] for record in result.history]
-
-
-def same(a: Any, b: Any) -> bool:
-    x, y = a.state_dict(), b.state_dict()
-    return x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x)
+from softtrellis.recipes.qat import DistillConfig
 
 
 def test_passes_in_parts_and_recomputed_ones_change_nothing(setting: Setting) -> None:
@@ -128,59 +74,6 @@ def test_a_table_is_trained_with_all_that_share_it(setting: Setting) -> None:
         setting.train(setting.student(), train=("table",))
 
 
-def test_the_best_step_on_held_out_text_is_kept(setting: Setting) -> None:
-    student = setting.student()
-    result = setting.train(student, lr=1.0, steps=12, evaluate_every=1, held_out=4)
-    measured = [record["heldout_kl_hard"] for record in result.history]
-    kept = result.kept[0]
-    assert kept is not None
-    assert kept[1] == min(measured)
-    assert kept[0] == measured.index(min(measured)) < 11  # such a rate spoils the end
-    from softtrellis.io.text import train_and_held_out_windows
-
-    _, held_out = train_and_held_out_windows(
-        setting.tokenizer, (setting.text,), 64, held_out_windows=4
-    )
-    found = score_windows(result.model, held_out, reference=setting.teacher).kl_mean
-    assert found == pytest.approx(kept[1], rel=1e-3)
-
-
-def test_a_step_without_a_finite_divergence_is_not_kept(
-    setting: Setting, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hard = [float("nan"), 0.5, float("inf"), 0.7]
-    answers = [answer for value in hard for answer in (0.1, value)]  # as trained, and hardened
-    monkeypatch.setattr(trainer.Trainer, "_divergence", lambda _: answers.pop(0))
-    result = setting.train(setting.student(), steps=4, evaluate_every=1, held_out=4)
-    assert result.kept == [(1, 0.5)]
-
-
-def test_an_interrupted_run_keeps_the_best_step(
-    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    student = setting.student("hyb", 10)
-    change = {"train": EVERYTHING, "lr": 0.5, "evaluate_every": 1, "held_out": 4, "save_every": 3}
-    whole = setting.train(student, steps=7, **change)
-    original, calls = trainer.Trainer.step, 0
-
-    def step(self: Any, number: int, share: float) -> dict[str, Any]:
-        nonlocal calls
-        calls += 1
-        if calls > 5:
-            raise KeyboardInterrupt
-        return original(self, number, share)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer.Trainer, "step", step)
-        with pytest.raises(KeyboardInterrupt):
-            setting.train(student, tmp_path, steps=7, **change)
-    resumed = setting.train(student, tmp_path, steps=7, resume=True, **change)
-    assert [record["step"] for record in resumed.history] == list(range(7))
-    assert losses(resumed) == losses(whole)
-    assert resumed.kept == whole.kept
-    assert same(resumed.model, whole.model)
-
-
 def test_latents_can_start_at_the_original_weights(setting: Setting) -> None:
     student = setting.student()
     starts: dict[float, LatentLinear] = {}
@@ -218,14 +111,36 @@ def test_another_estimator_finishes_the_run(setting: Setting) -> None:
     assert seen == ["soft", "soft", "soft", "identity", "identity"]
 
 
-def test_a_run_by_the_clock_ends_its_schedules(setting: Setting) -> None:
-    result = setting.train(setting.student(), steps=None, minutes=0.05, evaluate_every=0)
-    last = result.history[-1]
-    assert last["share"] == 1.0
-    assert last["temperature"] == pytest.approx(0.03)
-    ends = [record["seconds"] for record in result.history]
-    longest = max(end - start for start, end in pairwise([0.0, *ends]))
-    assert 3.0 - 3 * longest < ends[-1] < 3.0 + 2 * longest
+def test_every_epoch_has_one_permutation_from_the_seed(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With batches over the ends of epochs, and over several of them."""
+    made: list[trainer.Trainer] = []
+    original = trainer.Trainer.harden
+
+    def spy(self: trainer.Trainer) -> dict[str, float]:
+        made.append(self)
+        return original(self)
+
+    monkeypatch.setattr(trainer.Trainer, "harden", spy)
+    setting.train(setting.student(), steps=1, windows=5, held_out=0, batch=3, seed=7)
+    setting.train(setting.student(), steps=1, windows=5, held_out=0, batch=12, seed=7)
+    drawn, permutation = [0], torch.randperm
+
+    def counted(*sizes: int, **options: Any) -> torch.Tensor:
+        drawn[0] += 1
+        return permutation(*sizes, **options)
+
+    epochs = []
+    for epoch in range(12):
+        generator = torch.Generator().manual_seed(7 * 1_000_003 + epoch)
+        epochs += permutation(5, generator=generator).tolist()
+    monkeypatch.setattr(torch, "randperm", counted)
+    for found, steps, expected in zip(made, (20, 5), (12, 12), strict=True):
+        drawn[0], found._permutation = 0, (-1, [])
+        assert [row for step in range(steps) for row in found._batch(step)] == epochs
+        assert drawn[0] == expected
+    assert made[0]._batch(3) == epochs[9:12], "a resumed run starts in the middle"
 
 
 def test_steps_without_a_finite_gradient_are_left_out(

@@ -46,7 +46,9 @@ def add_parser(commands: Commands) -> None:
         "--mode",
         choices=["single", "greedy", "joint"],
         default="joint",
-        help="joint: all layers at once; greedy: one decoder layer after the other; single: one",
+        help="joint: all layers at once, or those of --layers; greedy: one decoder layer after the "
+        "other; single: like joint, but refused without --layers: the layers named there, with the "
+        "rest of the model frozen",
     )
     estimators = ["soft", "straight_through", "identity"]
     parser.add_argument(
@@ -191,6 +193,7 @@ def run(options: argparse.Namespace) -> int:
     """Trains and saves."""
     from softtrellis.io.checkpoint import describe_sizes
     from softtrellis.recipes.pipeline import train_to
+    from softtrellis.recipes.trainer import START
 
     with usage_errors(options):
         config = config_of(options)
@@ -216,8 +219,12 @@ def run(options: argparse.Namespace) -> int:
         f"{last['loss']:.4f}, {changed:.2%} of codes changed"
     )
     for best in result.kept:
-        if best is not None:
-            print(f"kept the code of step {best[0] + 1}, held-out KL {best[1]:.4f} nats per token")
+        if best is None:
+            continue
+        which = f"of step {best[0] + 1}"
+        if best[0] == START:
+            which = "it started from: no step was better on held-out text"
+        print(f"kept the code {which}, held-out KL {best[1]:.4f} nats per token")
     print(describe_sizes(output))
     following = ["eval", options.teacher, options.checkpoint, str(output), "--data", "pydoc"]
     print(f"Next: softtrellis {shlex.join(following)}")

@@ -186,6 +186,10 @@ class LatentLinear(nn.Module):
         weight = self.weight() if self.held is None else self.held
         return functional.linear(x, weight.to(x.dtype), self.bias)
 
+    def start_states(self) -> Tensor:
+        """int32 [tiles, N]: the code that training started from."""
+        return self._all_states(self.start)
+
     @torch.no_grad()
     def hard_states(self) -> Tensor:
         """int32 [tiles, N]: the code that T to 0 leads to with the current pins."""

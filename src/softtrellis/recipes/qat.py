@@ -65,8 +65,9 @@ class DistillConfig:
 
     Attributes:
         layers: which quantized layers are trained, see ``select_layers``; None is all.
-        mode: "joint" trains all at once; "greedy" one decoder layer after the other, each with
-            the earlier ones hardened; "single" trains exactly one decoder layer.
+        mode: "joint" trains all of ``layers`` at once; "greedy" one decoder layer after the
+            other, each with the earlier ones hardened; "single" some layers, which ``layers`` has
+            to name, at once and with the rest of the model frozen as it is.
         estimator: "soft", "straight_through" or "identity", see ``estimate``.
         finish: another estimator for the end of the run, or None.
         finish_share: the share of the run that ``finish`` takes.
@@ -153,6 +154,11 @@ class DistillConfig:
         is_teacher_text(self.data)
         if self.mode not in get_args(Mode):
             raise ValueError(f"unknown mode {self.mode!r}; use one of {', '.join(get_args(Mode))}")
+        if self.mode == "single" and self.layers is None:
+            raise ValueError(
+                "layers must name some layers in mode 'single', which trains only these; "
+                "mode 'joint' trains all"
+            )
         for name in ("t_init", "t_min", "lr", "scale_lr", "table_lr", "clip", "minutes"):
             value = getattr(self, name)
             if (name == "t_init" and value == "auto") or value is None:
@@ -286,14 +292,10 @@ def _trained_layers(model: nn.Module, patterns: Sequence[str] | None) -> list[st
 
 
 def _stages(model: nn.Module, names: Sequence[str], mode: Mode) -> list[list[str]]:
+    """The layers of every stage: "joint" and "single" have one of all names."""
+    if mode != "greedy":
+        return [list(names)]
     by_layer: dict[int, list[str]] = {}
     for name in names:
         by_layer.setdefault(decoder_index(model, name), []).append(name)
-    if mode == "greedy":
-        return [by_layer[index] for index in sorted(by_layer)]
-    if mode == "single" and len(by_layer) > 1:
-        raise ValueError(
-            f"mode 'single' trains one decoder layer, {len(by_layer)} are chosen; "
-            "name one with layers, or use mode 'joint' or 'greedy'"
-        )
-    return [list(names)]
+    return [by_layer[index] for index in sorted(by_layer)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 TemperatureSchedule = Literal["exponential", "cosine"]
@@ -46,6 +47,21 @@ class Pace:
             left = self._seconds - 1.5 * length
             shares.append(elapsed / left if left > 0 else 1.0)
         return min(1.0, max(shares))
+
+
+def reckoned_steps(ends: Sequence[float], seconds: float) -> int:
+    """How many steps fit into a run of so many seconds, from when its first steps ended.
+
+    The first one does not count for their length: it compiles and fills caches.
+
+    Args:
+        ends: of all steps so far, in seconds since the start, one at least.
+        seconds: of the whole run.
+    """
+    done = len(ends)
+    length = (ends[-1] - ends[0]) / (done - 1) if done > 1 else ends[0]
+    left = seconds - ends[-1]
+    return done + int(left / length) if left > length > 0 else done
 
 
 def temperature_at(

@@ -17,7 +17,7 @@ from softtrellis.io.progress import progress
 from softtrellis.recipes.plan import short_run_warning
 from softtrellis.recipes.ranks import ONE, Ranks
 from softtrellis.recipes.run_state import RunLog, SavedState, load_state, save_state
-from softtrellis.recipes.schedules import Pace
+from softtrellis.recipes.schedules import Pace, reckoned_steps
 from softtrellis.recipes.trainables import LATENTS
 from softtrellis.recipes.trainer import Trainer
 
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+TIMED_STEPS = 4
+"""Steps after which a run that the clock ends reckons how many it will take."""
+
 
 @dataclass(frozen=True, eq=False)
 class DistillResult:
@@ -37,8 +40,9 @@ class DistillResult:
         model: with the trained layers hardened to ``QuantizedLinear``.
         history: one record per step, as in ``log.jsonl``.
         changed_codes: share of trellis steps whose state differs from the start's, by layer.
-        kept: for every stage the step whose code was kept, and its divergence on the held-out
-            windows in nats per token; None where the last one's was kept unseen.
+        kept: for every stage the step whose code was kept, ``trainer.START`` (-1) for the code it
+            started from, and its divergence on the held-out windows in nats per token; None where
+            the last one's was kept unseen.
     """
 
     model: PreTrainedModel
@@ -102,18 +106,9 @@ class Run:
         text = self.windows, self.held_out
         trainer = Trainer(self.student, self.teacher, names, *text, config, self.ranks)
         prefix = f"{index}/"
-        starting = index == 0 and not self.done and self.ranks.first
-        if starting and config.steps is not None and LATENTS in config.train:
-            warning = short_run_warning(
-                trainer.layers,
-                lr=config.lr,
-                steps=config.steps,
-                warmup=config.warmup,
-                temperature=trainer.t_init,
-                backend=config.backend,
-            )
-            if warning is not None:
-                _log.warning(warning)
+        warned = False
+        if index == 0 and not self.done and config.steps is not None:
+            warned = self._warn(trainer, config.steps)
         saved = self.resumed.part(prefix, trainer.layers, self.ranks)
         if saved:
             try:
@@ -133,10 +128,15 @@ class Run:
             while not finished:
                 share = self.ranks.agree(pace.share(step))
                 record = {"step": len(self.log.records), "stage": index, "share": share}
+                if step == 0:
+                    record |= trainer.evaluate_start()
                 record |= trainer.step(step, share)
                 record["seconds"] = start + pace.elapsed
                 self._append(record, bar)
                 step, finished = step + 1, share >= 1
+                timed = step == TIMED_STEPS or (finished and step < TIMED_STEPS)
+                if index == 0 and timed and seconds is not None and not warned:
+                    self._warn_by_the_clock(trainer, seconds)
                 stop.number = self._agreed_stop(stop.number)
                 if self._save_is_due() or (stop.number is not None and self.directory is not None):
                     self._save(index, trainer)
@@ -145,6 +145,33 @@ class Run:
             state = trainer.state()
             self.finished |= {prefix + k: t.detach().cpu().clone() for k, t in state.items()}
         return trainer.harden(), trainer.best
+
+    def _warn(self, trainer: Trainer, steps: int, when: str = "") -> bool:
+        """Says, on one rank, if so many steps are too few to change codes; whether it did."""
+        if not self.ranks.first or LATENTS not in self.config.train:
+            return False
+        warning = short_run_warning(
+            trainer.layers,
+            lr=self.config.lr,
+            steps=steps,
+            warmup=self.config.warmup,
+            temperature=trainer.t_init,
+            backend=self.config.backend,
+        )
+        if warning is not None:
+            _log.warning(when + warning)
+        return warning is not None
+
+    def _warn_by_the_clock(self, trainer: Trainer, seconds: float) -> None:
+        """``_warn`` of as many steps as a first stage of so many seconds will take.
+
+        The radii are measured from where the first steps have led, which lowers them by no more
+        than these steps' travel.
+        """
+        steps = reckoned_steps([record["seconds"] for record in self.log.records], seconds)
+        if self.config.steps is None or steps < self.config.steps:
+            fit = f"about {steps} steps fit into {seconds / 60:.3g} minutes, and with so many "
+            self._warn(trainer, steps, fit)
 
     def _append(self, record: dict[str, Any], bar: Any) -> None:
         self.log.append(record)

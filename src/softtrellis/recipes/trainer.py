@@ -53,6 +53,8 @@ if TYPE_CHECKING:
 
 _MEASURED_TILES = 4096
 _MOST_SKIPPED = 10
+START = -1
+"""The step of the code that training starts from, where steps are compared."""
 
 
 class Trainer:
@@ -88,6 +90,7 @@ class Trainer:
         """
         self.student, self.names, self.config, self.ranks = student, names, config, ranks
         self.windows, self.held_out = windows, held_out
+        self._permutation: tuple[int, list[int]] = (-1, [])
         self._objective = Objective(student, teacher, names, windows, held_out, ranks)
 
         for parameter in student.parameters():
@@ -157,13 +160,18 @@ class Trainer:
             layer.latent.lerp_(layer.own(layer.basis.to_latent(weight)), self.config.start)
 
     def _batch(self, step: int) -> list[int]:
-        """Indices of the windows of a step: every epoch a new permutation, from the seed."""
-        count, chosen = self.windows.shape[0], []
-        for position in range(step * self.config.batch, (step + 1) * self.config.batch):
-            epoch, place = divmod(position, count)
+        """Indices of the windows of a step."""
+        first, count = step * self.config.batch, len(self.windows)
+        positions = (divmod(i, count) for i in range(first, first + self.config.batch))
+        return [self._order(epoch)[place] for epoch, place in positions]
+
+    def _order(self, epoch: int) -> list[int]:
+        """Of the windows in an epoch: a permutation from the seed, kept until the next epoch."""
+        if epoch != self._permutation[0]:
             generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
-            chosen.append(int(torch.randperm(count, generator=generator)[place]))
-        return chosen
+            order = torch.randperm(len(self.windows), generator=generator)
+            self._permutation = epoch, order.tolist()
+        return self._permutation[1]
 
     def step(self, step: int, share: float) -> dict[str, Any]:
         """One optimizer step of the stage; its record for the log, without the step's number.
@@ -289,14 +297,30 @@ class Trainer:
             table.hold()
         hold(layers)
         soft = self._divergence()
-        hardened = self._harden()
+        return {"heldout_kl": soft, "heldout_kl_hard": self._judge(self._harden(), step)}
+
+    @torch.no_grad()
+    def evaluate_start(self) -> dict[str, float]:
+        """``heldout_kl_start`` of the code that training starts from, so that no worse is kept.
+
+        In nats per token; nothing where no step will be evaluated.
+        """
+        if not len(self.held_out) or not self.config.evaluate_every:
+            return {}
+        for table in self.tables:
+            table.hold()
+        start = {name: layer.harden(layer.start_states()) for name, layer in self.layers.items()}
+        return {"heldout_kl_start": self._judge(start, START)}
+
+    def _judge(self, hardened: dict[str, QuantizedLinear], step: int) -> float:
+        """The divergence of a step's hard code, which is kept if it is the best so far."""
         for name, layer in self.layers.items():
             layer.held = hardened[name].weight()
-        hard = self._divergence()
-        release(layers)
-        if math.isfinite(hard) and (self.best is None or hard < self.best[0]):
-            self.best, self._kept = (hard, step), self._snapshot(hardened)
-        return {"heldout_kl": soft, "heldout_kl_hard": hard}
+        divergence = self._divergence()
+        release(self.layers.values())
+        if math.isfinite(divergence) and (self.best is None or divergence < self.best[0]):
+            self.best, self._kept = (divergence, step), self._snapshot(hardened)
+        return divergence
 
     def _harden(self) -> dict[str, QuantizedLinear]:
         names = {id(layer): name for name, layer in self.layers.items()}
@@ -356,6 +380,8 @@ class Trainer:
     @torch.no_grad()
     def harden(self) -> dict[str, float]:
         """Exchanges the trained layers for inference layers of the best step, or of the last one.
+
+        The best step may be ``START``.
 
         Returns:
             The share of changed codes by layer.
