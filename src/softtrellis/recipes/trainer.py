@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +21,7 @@ from softtrellis.modules.latent_linear import (
 )
 from softtrellis.modules.quantized_linear import QuantizedLinear
 from softtrellis.modules.replace import (
+    decoder_index,
     get_linear,
     get_quantized,
     hold_weights_,
@@ -38,8 +41,10 @@ from softtrellis.recipes.optimizer import (
 )
 from softtrellis.recipes.ranks import ONE, Ranks, whole_weight
 from softtrellis.recipes.schedules import learning_rate_at, temperature_at
+from softtrellis.recipes.sharded_layers import ShardedLayers
 from softtrellis.recipes.sharded_state import gathered, own_part
 from softtrellis.recipes.trainables import (
+    LATENTS,
     TABLE,
     learning_rates,
     shared_tables,
@@ -88,23 +93,25 @@ class Trainer:
         """
         self.student, self.names, self.config, self.ranks = student, names, config, ranks
         self.windows, self.held_out = windows, held_out
-        self._objective = Objective(student, teacher, names, windows, held_out, ranks)
+        self._sharded: ShardedLayers | None = None
+        if ranks.size > 1:
+            dtype = torch.bfloat16 if next(student.parameters()).is_cuda else None
+            self._sharded = ShardedLayers(student, names, ranks, dtype=dtype)
+        self._objective = Objective(
+            student, teacher, names, windows, held_out, ranks, self._sharded
+        )
 
         for parameter in student.parameters():
             parameter.requires_grad_(False)
         self.t_init = self._initial_temperature(teacher)
-        self.layers: dict[str, LatentLinear] = {}
-        for name in names:
-            self.layers[name] = LatentLinear.from_quantized(
-                get_quantized(student, name),
-                estimator=config.estimator,
-                temperature=self.t_init,
-                backend=config.backend,
-                mesh=ranks.mesh,
-            )
         self._check_temperatures()
+        self.layers: dict[str, LatentLinear] = {}
+        place = partial(decoder_index, student)
+        for _, members in groupby(sorted(names, key=place), place):
+            replace_modules(student, members, self._make_layer)
+            if self._sharded is not None:
+                self._sharded.shard()
         self._move_to_start(teacher)
-        replace_modules(student, names, lambda name, _: self.layers[name])
         hold_weights_(student, torch.float32)  # the frozen layers', not in every pass
         self._undo: Callable[[], None] | None = None
         if config.checkpoint_layers:
@@ -124,6 +131,20 @@ class Trainer:
         self._kept: dict[str, Tensor] = {}
         self.skipped = 0
 
+    def _make_layer(self, name: str, module: nn.Module) -> LatentLinear:
+        assert isinstance(module, QuantizedLinear)
+        layer = LatentLinear.from_quantized(
+            module,
+            estimator=self.config.estimator,
+            temperature=self.t_init,
+            backend=self.config.backend,
+            mesh=self.ranks.mesh,
+        )
+        if layer.codewords is not None:
+            layer.codewords.requires_grad_(not {LATENTS, TABLE}.isdisjoint(self.config.train))
+        self.layers[name] = layer
+        return layer
+
     def _initial_temperature(self, teacher: nn.Module) -> float:
         """``t_init``, or twice the mean squared quantization error over the weights' variance."""
         if self.config.t_init != "auto":
@@ -138,8 +159,9 @@ class Trainer:
 
     def _check_temperatures(self) -> None:
         low, high = FLOAT32_TEMPERATURES
-        for layer in self.layers.values():
-            variance = layer.variance
+        for name in self.names:
+            module = get_quantized(self.student, name)
+            variance = module.layer.code.sigma(module.codebook) ** 2
             if self.config.t_min * variance < low * (1 - 1e-6) or self.t_init * variance > high:
                 raise ValueError(
                     f"temperatures of this code must lie between {low / variance:.3g} and "
@@ -187,8 +209,7 @@ class Trainer:
             hold(layers)
             for part in self._objective.parts(rows, size):
                 loss = self._objective.loss(part) * (len(part) / len(rows))
-                if part:
-                    loss.backward()
+                loss.backward()
                 total += float(loss.detach())
             release(layers)
             for table in self.tables:
@@ -291,7 +312,7 @@ class Trainer:
         soft = self._divergence()
         hardened = self._harden()
         for name, layer in self.layers.items():
-            layer.held = hardened[name].weight()
+            layer.hold_hard(hardened[name])
         hard = self._divergence()
         release(layers)
         if math.isfinite(hard) and (self.best is None or hard < self.best[0]):
@@ -363,6 +384,8 @@ class Trainer:
         """
         if self._undo is not None:
             self._undo()
+        if self._sharded is not None:
+            self._sharded.undo()
         release_weights_(self.student)
         for table in self.tables:
             table.hold()
