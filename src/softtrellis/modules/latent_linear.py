@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -46,7 +45,7 @@ class LatentLinear(nn.Module):
         codewords: with a ``share`` a float32 parameter [tiles, N, V], what passes make the weight
             of; ``hold`` sets them, and until ``release`` their gradient collects the passes'.
             None without.
-        calls: forward passes since ``hold``; counted with a ``share`` only.
+        calls: forward passes so far; counted with a ``share`` only.
         variance: of the latent weights at the start, about.
         temperature: T over ``variance``; set it before every pass. A tensor [] on the
             layer's device where a CUDA graph or ``torch.compile`` is to follow its changes: every
@@ -227,7 +226,7 @@ class LatentLinear(nn.Module):
             self.held = self._graph.detach().requires_grad_(self._graph.requires_grad)
             return
         assert self.codewords is not None
-        self._graph, self.calls = own, 0
+        self._graph = own
         self.share.local(self.codewords).copy_(own.detach())
 
     def _release(self) -> tuple[Tensor, Tensor] | None:
@@ -294,23 +293,10 @@ def hold(layers: Iterable[LatentLinear]) -> None:
 
 def release(layers: Iterable[LatentLinear]) -> None:
     """Ends ``hold``, and carries the gradients that were collected to the parameters."""
-    layers = list(layers)
-    _forget_unused([layer for layer in layers if layer.share is not None])
     for batch in _batches(layers):
         pairs = [pair for layer in batch if (pair := layer._release()) is not None]
         if pairs:
             torch.autograd.backward([graph for graph, _ in pairs], [grad for _, grad in pairs])
-
-
-def _forget_unused(layers: Sequence[LatentLinear]) -> None:
-    """Takes the gradients of zero from layers that no rank called, as one process has none."""
-    if not layers or layers[0].share is None:
-        return
-    calls = torch.tensor([layer.calls for layer in layers], device=layers[0].latent.device)
-    dist.all_reduce(calls, dist.ReduceOp.MAX, group=layers[0].share.mesh.get_group())
-    for layer, count in zip(layers, calls.tolist(), strict=True):
-        if not count and layer.codewords is not None:
-            layer.codewords.grad = None
 
 
 @torch.no_grad()

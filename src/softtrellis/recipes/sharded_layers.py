@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from torch.autograd.function import once_differentiable
 from softtrellis.modules.latent_linear import LatentLinear
 from softtrellis.modules.replace import decoder_index, decoder_layers
 from softtrellis.recipes.ranks import Ranks
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 
 class ShardedLayers(nn.Module):
@@ -78,6 +81,10 @@ class ShardedLayers(nn.Module):
     def forward(self, run: Callable[[Tensor], Tensor], states: Tensor) -> Tensor:
         """``run(states)``, a pass through the student; all ranks call it together."""
         return run(states).clone()  # FSDP2's hooks on a view would be lost where that is changed
+
+    def units(self) -> list[FSDPModule]:
+        """The decoder layers, each gathered and dropped as one; after ``shard`` of all."""
+        return [cast("FSDPModule", unit) for unit in self._units]
 
     def undo(self) -> None:
         """Puts the student's own decoder layers back."""
