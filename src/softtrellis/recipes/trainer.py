@@ -93,14 +93,13 @@ class Trainer:
         """
         self.student, self.names, self.config, self.ranks = student, names, config, ranks
         self.windows, self.held_out = windows, held_out
+        cuda = next(student.parameters()).is_cuda
         self._sharded: ShardedLayers | None = None
         if ranks.size > 1:
-            dtype = torch.bfloat16 if next(student.parameters()).is_cuda else None
+            dtype = torch.bfloat16 if cuda else None
             self._sharded = ShardedLayers(student, names, ranks, dtype=dtype)
-        self._objective = Objective(
-            student, teacher, names, windows, held_out, ranks, self._sharded
-        )
-
+        text = windows, held_out
+        self._objective = Objective(student, teacher, names, *text, ranks, self._sharded)
         for parameter in student.parameters():
             parameter.requires_grad_(False)
         self.t_init = self._initial_temperature(teacher)
@@ -124,9 +123,7 @@ class Trainer:
             {"params": [parameter], "lr": rate}
             for parameter, rate in zip(self.parameters.values(), self._rates, strict=True)
         ]
-        self.optimizer = make_optimizer(
-            config.optimizer, groups, fused=next(student.parameters()).is_cuda
-        )
+        self.optimizer = make_optimizer(config.optimizer, groups, fused=cuda)
         self.best: tuple[float, int] | None = None
         self._kept: dict[str, Tensor] = {}
         self.skipped = 0
