@@ -5,8 +5,11 @@
 
 Weights are random. The global batch is the same whatever the number of ranks. Prints the median
 seconds of each part of a step on the slowest rank, and the peak of the memory of every rank. The
-parts are measured one after the other, with a barrier before each: what overlaps in training does
-not overlap here, and "whole step" is what counts.
+parts are measured one after the other, with a barrier before each, and "whole step" is what counts.
+
+On several ranks "network" has in it, for every micro-batch, what decoder layers do as they run:
+two gathers, three rotations and a reduce-scatter. "gathers alone" are one round of them without
+anything that they overlap with. On one rank the rotations are in "hold" and "release".
 """
 
 from __future__ import annotations
@@ -47,37 +50,36 @@ class Clock:
 
 @torch.no_grad()
 def codewords(trainer: Trainer) -> None:
-    """BCJR forward on this rank's tiles, without the gather."""
+    """BCJR forward on this rank's tiles, without a graph."""
     for batch in _batches(trainer.layers.values()):
         _values(batch)
 
 
-@torch.no_grad()
-def gather(trainer: Trainer) -> None:
-    """All tiles of all layers to all ranks, in float32."""
-    for layer in trainer.layers.values():
-        if layer.share is not None:
-            layer.share.gather(layer.tiles().detach())
+def gathers(trainer: Trainer) -> None:
+    """Every decoder layer's codewords to all ranks, one after the other."""
+    sharded = [] if trainer._sharded is None else trainer._sharded.units()
+    for unit in sharded:
+        unit.unshard()
+        unit.reshard()
 
 
 def network(trainer: Trainer, step: int, size: int) -> None:
-    """Teacher, student and its backward pass on this rank's windows, with the weights held."""
+    """Teacher, student and its backward pass on this rank's windows, between hold and release."""
     rows = trainer._batch(step)
     with torch.enable_grad():
         for part in trainer._objective.parts(rows, size):
             loss = trainer._objective.loss(part) * (len(part) / len(rows))
-            if part:
-                loss.backward()
+            loss.backward()
 
 
 def measure(trainer: Trainer, clock: Clock, step: int, size: int) -> None:
     layers = list(trainer.layers.values())
     clock.time("whole step", lambda: trainer.step(step, 0.5))
     clock.time("codewords (BCJR forward)", lambda: codewords(trainer))
-    clock.time("all-gather", lambda: gather(trainer))
-    clock.time("codewords, all-gather and rotation", lambda: hold(layers))
+    clock.time("gathers alone", lambda: gathers(trainer))
+    clock.time("hold (codewords for the passes)", lambda: hold(layers))
     clock.time("network", lambda: network(trainer, step + 1, size))
-    clock.time("reduce-scatter and BCJR backward", lambda: release(layers))
+    clock.time("release (BCJR backward)", lambda: release(layers))
     clock.time("common gradients and norm", trainer._reduce_gradients)
     clock.time("optimizer", trainer.optimizer.step)
     trainer.optimizer.zero_grad()

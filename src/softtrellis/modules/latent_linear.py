@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from softtrellis.backend import Backend
 from softtrellis.modules.quantized_linear import LayerFormat, QuantizedLinear
@@ -32,7 +32,9 @@ class LatentLinear(nn.Module):
     stay pinned to the overlap of a hard tail-biting code, so that T to 0 gives a code that packs.
 
     Where several ranks share the layer (``share``), each has the latent weights, pins and start of
-    its own tiles only, and computes the codewords of these; ``hold``, ``release``, ``weight`` and
+    its own tiles only, and computes the codewords of these. ``fully_shard`` of a module around the
+    layer spreads ``codewords`` likewise and gathers them when that module runs; a pass makes the
+    weight from them, and its backward pass makes it again. ``hold``, ``release``, ``weight`` and
     whatever gives hard codes are called by all ranks together, with the same layers.
 
     Attributes:
@@ -40,6 +42,10 @@ class LatentLinear(nn.Module):
         pins: int32 buffer [own tiles], the overlap at both ends.
         start: int32 buffer [own tiles, N], the states at the start.
         share: this rank's part of the tiles; None is all of them.
+        codewords: with a ``share`` a float32 parameter [tiles, N, V], what passes make the weight
+            of; ``hold`` sets them, and until ``release`` their gradient collects the passes'.
+            None without.
+        calls: forward passes so far; counted with a ``share`` only.
         variance: of the latent weights at the start, about.
         temperature: T over ``variance``; set it before every pass. A tensor [] on the
             layer's device where a CUDA graph or ``torch.compile`` is to follow its changes: every
@@ -49,7 +55,7 @@ class LatentLinear(nn.Module):
         in_scale, out_scale: float32 parameters [in_features] and [out_features] once
             ``train_scales`` was called; None before.
         held: [out_features, in_features], the weight that passes take between ``hold`` and
-            ``release``; its gradient collects theirs.
+            ``release``; its gradient collects theirs. With a ``share`` always None.
     """
 
     pins: Tensor
@@ -57,6 +63,7 @@ class LatentLinear(nn.Module):
     bias: Tensor | None
     in_scale: nn.Parameter | None
     out_scale: nn.Parameter | None
+    codewords: nn.Parameter | None
 
     def __init__(
         self,
@@ -94,8 +101,12 @@ class LatentLinear(nn.Module):
         self.register_buffer("bias", bias)
         self.register_parameter("in_scale", None)
         self.register_parameter("out_scale", None)
+        whole = None if share is None else nn.Parameter(codebook[states.to(torch.int64)])
+        self.register_parameter("codewords", whole)
+        self.calls = 0
         self.held: Tensor | None = None
         self._graph: Tensor | None = None
+        self._hard_weight: Callable[[], Tensor] | None = None
 
     @classmethod
     def from_quantized(
@@ -136,12 +147,6 @@ class LatentLinear(nn.Module):
         tiles = to_tiles(matrix, self.layer.code.spec, self.layer.code.order)
         return tiles[self.share.owned]
 
-    def whole(self, own: Tensor) -> Tensor:
-        """[out_pad, in_pad] of what all ranks have in the shape of ``latent``; undoes ``own``."""
-        if self.share is None:
-            return own
-        return from_tiles(self.share.gather(own), *self.layer.padded, self.layer.code.order)
-
     def train_scales(self) -> dict[str, nn.Parameter]:
         """Makes the scales of input and output channels parameters, where there are none as ones.
 
@@ -167,11 +172,11 @@ class LatentLinear(nn.Module):
 
     def weight(self) -> Tensor:
         """[out_features, in_features] at the current temperature, differentiable."""
-        return self._weight_of(_values([self]))
+        own = _values([self])
+        return self._weight_of(own if self.share is None else self.share.gather(own))
 
-    def _weight_of(self, values: Tensor) -> Tensor:
-        whole = values if self.share is None else self.share.gather(values)
-        latent = from_tiles(whole, *self.layer.padded, self.layer.code.order)
+    def _weight_of(self, codewords: Tensor) -> Tensor:
+        latent = from_tiles(codewords, *self.layer.padded, self.layer.code.order)
         return self.current_basis().to_weight(latent)
 
     def _all_states(self, own: Tensor) -> Tensor:
@@ -183,8 +188,54 @@ class LatentLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]."""
+        if self.codewords is not None:
+            self.calls += 1
+            y: Tensor = checkpoint(
+                self._multiply, x, self.codewords, use_reentrant=False, preserve_rng_state=False
+            )
+            return y
         weight = self.weight() if self.held is None else self.held
         return functional.linear(x, weight.to(x.dtype), self.bias)
+
+    def _multiply(self, x: Tensor, codewords: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            hard = self._hard_weight
+            weight = self._weight_of(codewords.float()) if hard is None else hard()
+        return functional.linear(x, weight.to(x.dtype), self.bias)
+
+    def hold_hard(self, hardened: QuantizedLinear) -> None:
+        """Lets passes take the weight of what ``harden`` gave, until ``release``; no gradients.
+
+        With a ``share`` it is decoded in every pass, so that no weight stays whole.
+        """
+        if self.share is None:
+            self.held = hardened.weight()
+        else:
+            self._hard_weight = hardened.weight
+
+    def _hold(self, own: Tensor) -> None:
+        """Lets passes take these codewords [own tiles, N, V]."""
+        if self.share is None:
+            self._graph = self._weight_of(own)
+            self.held = self._graph.detach().requires_grad_(self._graph.requires_grad)
+            return
+        assert self.codewords is not None
+        self._graph = own
+        self.share.local(self.codewords).copy_(own.detach())
+
+    def _release(self) -> tuple[Tensor, Tensor] | None:
+        """What ``_hold`` was given or made, with its gradient, if there is one."""
+        graph, held = self._graph, self.held
+        self._graph = self.held = self._hard_weight = None
+        if self.share is None:
+            gradient = None if held is None else held.grad
+        else:
+            assert self.codewords is not None
+            gradient, self.codewords.grad = self.codewords.grad, None
+            gradient = None if gradient is None else self.share.local(gradient)
+        if graph is None or gradient is None or not graph.requires_grad:
+            return None
+        return graph, gradient
 
     def start_states(self) -> Tensor:
         """int32 [tiles, N]: the code that training started from."""
@@ -227,45 +278,23 @@ MOST_TILES = 1 << 17
 
 
 def hold(layers: Iterable[LatentLinear]) -> None:
-    """Computes the layers' weights once for any number of passes, until ``release``.
+    """Computes the layers' codewords once for any number of passes, until ``release``.
 
-    Where gradients are enabled the weights' graph is kept, and the passes see weights of their own
-    that collect gradients.
+    Of layers that this process has alone, their weights. Where gradients are enabled the graph is
+    kept, and the passes see codewords or weights of their own that collect gradients.
     """
     for batch in _batches(layers):
         counts = [len(layer.pins) for layer in batch]
         for layer, values in zip(batch, _values(batch).split(counts), strict=True):
-            layer._graph = layer._weight_of(values)
-            layer.held = layer._graph.detach().requires_grad_(layer._graph.requires_grad)
+            layer._hold(values)
 
 
 def release(layers: Iterable[LatentLinear]) -> None:
-    """Ends ``hold``, and carries the gradients that the weights collected to the parameters."""
-    layers = list(layers)
-    _share_gradients([layer for layer in layers if layer.share is not None])
+    """Ends ``hold``, and carries the gradients that were collected to the parameters."""
     for batch in _batches(layers):
-        pairs = [
-            (layer._graph, layer.held.grad)
-            for layer in batch
-            if layer._graph is not None and layer.held is not None and layer.held.grad is not None
-        ]
-        for layer in batch:
-            layer.held = layer._graph = None
+        pairs = [pair for layer in batch if (pair := layer._release()) is not None]
         if pairs:
             torch.autograd.backward([graph for graph, _ in pairs], [grad for _, grad in pairs])
-
-
-def _share_gradients(layers: Sequence[LatentLinear]) -> None:
-    """Gives a weight without a gradient zeros, where other ranks have one for it."""
-    if not layers or layers[0].share is None:
-        return
-    weights = [layer.held for layer in layers]
-    found = torch.tensor([w is not None and w.grad is not None for w in weights])
-    found = found.to(layers[0].latent.device, torch.int32)
-    dist.all_reduce(found, dist.ReduceOp.MAX, group=layers[0].share.mesh.get_group())
-    for weight, anywhere in zip(weights, found.tolist(), strict=True):
-        if anywhere and weight is not None and weight.grad is None:
-            weight.grad = torch.zeros_like(weight)
 
 
 @torch.no_grad()

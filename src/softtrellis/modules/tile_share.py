@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 class TileShare:
     """The contiguous tiles of one layer that this rank owns: ``Shard(0)`` of a ``DTensor``.
 
-    All ranks but the last ones own ``most`` tiles; with few tiles the last ones may own none.
+    All ranks but the last ones own ``most`` tiles; with few tiles the last ones may own none. That
+    is how ``torch.chunk`` and ``fully_shard`` cut them, too.
 
     Attributes:
         mesh: of one dimension, the ranks that share the layer.
@@ -56,6 +57,23 @@ class TileShare:
 
         gathered: Tensor = self.spread(own).full_tensor(grad_placements=[Partial()])
         return gathered
+
+    @torch.no_grad()
+    def local(self, spread: Tensor) -> Tensor:
+        """[n, ...], this rank's tiles in the memory of a ``DTensor`` [tiles, ...].
+
+        Raises:
+            TypeError: a tensor that is not spread.
+        """
+        from torch.distributed.tensor import DTensor
+
+        if not isinstance(spread, DTensor):
+            raise TypeError(
+                "the codewords lie whole on every rank; call fully_shard on a module around the "
+                "layer first"
+            )
+        own: Tensor = spread.to_local()
+        return own
 
     def gather_bytes(self, own: Tensor) -> Tensor:
         """``gather`` for any dtype, without gradients: NCCL has no int16."""

@@ -11,6 +11,7 @@ from softtrellis.modules.replace import decoder_index, linear_names, quantized_l
 from softtrellis.recipes.losses import forward_kl
 from softtrellis.recipes.network import Network
 from softtrellis.recipes.ranks import Ranks
+from softtrellis.recipes.sharded_layers import ShardedLayers
 
 _CACHE_BYTES = 2 << 30
 _CHUNKS = {"cpu": 256, "cuda": 2048}
@@ -31,9 +32,11 @@ class Objective:
         windows: Tensor,
         held_out: Tensor,
         ranks: Ranks,
+        sharded: ShardedLayers | None = None,
     ) -> None:
-        """See ``Trainer``."""
+        """See ``Trainer``; ``sharded`` are the student's layers where several ranks share them."""
         self.windows, self.held_out, self._ranks = windows, held_out, ranks
+        self._sharded = sharded
         device = next(student.parameters()).device
         autocast = torch.bfloat16 if device.type == "cuda" else None
         self._chunk = _CHUNKS[device.type]
@@ -51,7 +54,7 @@ class Objective:
     def parts(self, rows: Sequence[int], size: int) -> list[Sequence[int]]:
         """This rank's share of windows, ``size`` or fewer at once; as many parts on every rank.
 
-        A part may be empty: ranks that share a teacher run it together.
+        A part may be empty: ranks that share both models run them together, see ``loss``.
         """
         own = rows[self._ranks.part(len(rows))]
         return [own[i : i + size] for i in range(0, self._ranks.most(len(rows)), size)]
@@ -80,13 +83,16 @@ class Objective:
         return [found[row] for row in rows]
 
     def loss(self, rows: Sequence[int], *, held_out: bool = False) -> Tensor:
-        """float32 [], the mean divergence per position of windows, in nats; 0 of none."""
-        pairs = self._inputs(rows, held_out=held_out)
-        if not pairs:
-            return torch.zeros(())
+        """float32 [], the mean divergence per position of windows, in nats.
+
+        Of no windows it is that of the first one to train on, which counts 0 times: its backward
+        pass is run with those of the other ranks.
+        """
+        pairs = self._inputs(rows or (0,), held_out=held_out and bool(rows))
         states = torch.stack([state for state, _ in pairs])
+        run, sharded = self._student.features, self._sharded
         return forward_kl(
-            self._student.features(states),
+            run(states) if sharded is None else sharded(run, states),
             self._student.head,
             torch.cat([target for _, target in pairs]),
             self._teacher.head,

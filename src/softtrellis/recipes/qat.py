@@ -261,8 +261,8 @@ def distill(
     quantized = quantized_layers(student).values()
     settings["checkpoint"] = digest(t for layer in quantized for t in (layer.codes, layer.scale))
     settings["text"] = digest(text)
+    shard_frozen_(teacher, ranks)  # on the device: it never lies there whole
     with on_device(student, config.device), on_device(teacher, config.device):
-        shard_frozen_(teacher, ranks)
         run = Run(
             student, teacher, text, config, settings, run_directory, resume=resume, ranks=ranks
         )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,8 +21,8 @@ from softtrellis.modules.latent_linear import (
 )
 from softtrellis.modules.quantized_linear import QuantizedLinear
 from softtrellis.modules.replace import (
+    decoder_index,
     get_linear,
-    get_quantized,
     hold_weights_,
     quantized_layers,
     release_weights_,
@@ -38,14 +40,16 @@ from softtrellis.recipes.optimizer import (
 )
 from softtrellis.recipes.ranks import ONE, Ranks, whole_weight
 from softtrellis.recipes.schedules import learning_rate_at, temperature_at
+from softtrellis.recipes.sharded_layers import ShardedLayers
 from softtrellis.recipes.sharded_state import spread
+from softtrellis.recipes.temperatures import check_temperatures, initial_temperature
 from softtrellis.recipes.trainables import (
+    LATENTS,
     TABLE,
     learning_rates,
     shared_tables,
     trained_parameters,
 )
-from softtrellis.trellis.bcjr import FLOAT32_TEMPERATURES
 from softtrellis.trellis.memory import halvings
 
 if TYPE_CHECKING:
@@ -91,23 +95,24 @@ class Trainer:
         self.student, self.names, self.config, self.ranks = student, names, config, ranks
         self.windows, self.held_out = windows, held_out
         self._permutation: tuple[int, list[int]] = (-1, [])
-        self._objective = Objective(student, teacher, names, windows, held_out, ranks)
-
+        cuda = next(student.parameters()).is_cuda
+        self._sharded: ShardedLayers | None = None
+        if ranks.size > 1:
+            dtype = torch.bfloat16 if cuda else None
+            self._sharded = ShardedLayers(student, names, ranks, dtype=dtype)
+        text = windows, held_out
+        self._objective = Objective(student, teacher, names, *text, ranks, self._sharded)
         for parameter in student.parameters():
             parameter.requires_grad_(False)
-        self.t_init = self._initial_temperature(teacher)
+        self.t_init = initial_temperature(config, teacher, student, names)
+        check_temperatures(self.layers.values(), self.t_init, config.t_min)
         self.layers: dict[str, LatentLinear] = {}
-        for name in names:
-            self.layers[name] = LatentLinear.from_quantized(
-                get_quantized(student, name),
-                estimator=config.estimator,
-                temperature=self.t_init,
-                backend=config.backend,
-                mesh=ranks.mesh,
-            )
-        self._check_temperatures()
+        place = partial(decoder_index, student)
+        for _, members in groupby(sorted(names, key=place), place):
+            replace_modules(student, members, self._make_layer)
+            if self._sharded is not None:
+                self._sharded.shard()
         self._move_to_start(teacher)
-        replace_modules(student, names, lambda name, _: self.layers[name])
         hold_weights_(student, torch.float32)  # the frozen layers', not in every pass
         self._undo: Callable[[], None] | None = None
         if config.checkpoint_layers:
@@ -120,35 +125,24 @@ class Trainer:
             {"params": [parameter], "lr": rate}
             for parameter, rate in zip(self.parameters.values(), self._rates, strict=True)
         ]
-        self.optimizer = make_optimizer(
-            config.optimizer, groups, fused=next(student.parameters()).is_cuda
-        )
+        self.optimizer = make_optimizer(config.optimizer, groups, fused=cuda)
         self.best: tuple[float, int] | None = None
         self._kept: dict[str, Tensor] = {}
         self.skipped = 0
 
-    def _initial_temperature(self, teacher: nn.Module) -> float:
-        """``t_init``, or twice the mean squared quantization error over the weights' variance."""
-        if self.config.t_init != "auto":
-            return float(self.config.t_init)
-        error = energy = 0.0
-        for name in self.names:
-            weight = whole_weight(get_linear(teacher, name))
-            found = get_quantized(self.student, name).weight()
-            error += float((found - weight).double().square().sum())
-            energy += float(weight.double().square().sum())
-        return max(2.0 * error / energy, self.config.t_min)
-
-    def _check_temperatures(self) -> None:
-        low, high = FLOAT32_TEMPERATURES
-        for layer in self.layers.values():
-            variance = layer.variance
-            if self.config.t_min * variance < low * (1 - 1e-6) or self.t_init * variance > high:
-                raise ValueError(
-                    f"temperatures of this code must lie between {low / variance:.3g} and "
-                    f"{high / variance:.3g}, got t_init={self.t_init:.3g}, "
-                    f"t_min={self.config.t_min:.3g}"
-                )
+    def _make_layer(self, name: str, module: nn.Module) -> LatentLinear:
+        assert isinstance(module, QuantizedLinear)
+        layer = LatentLinear.from_quantized(
+            module,
+            estimator=self.config.estimator,
+            temperature=self.t_init,
+            backend=self.config.backend,
+            mesh=self.ranks.mesh,
+        )
+        if layer.codewords is not None:
+            layer.codewords.requires_grad_(not {LATENTS, TABLE}.isdisjoint(self.config.train))
+        self.layers[name] = layer
+        return layer
 
     @torch.no_grad()
     def _move_to_start(self, teacher: nn.Module) -> None:
@@ -195,8 +189,7 @@ class Trainer:
             hold(layers)
             for part in self._objective.parts(rows, size):
                 loss = self._objective.loss(part) * (len(part) / len(rows))
-                if part:
-                    loss.backward()
+                loss.backward()
                 total += float(loss.detach())
             release(layers)
             for table in self.tables:
@@ -315,7 +308,7 @@ class Trainer:
     def _judge(self, hardened: dict[str, QuantizedLinear], step: int) -> float:
         """The divergence of a step's hard code, which is kept if it is the best so far."""
         for name, layer in self.layers.items():
-            layer.held = hardened[name].weight()
+            layer.hold_hard(hardened[name])
         divergence = self._divergence()
         release(self.layers.values())
         if math.isfinite(divergence) and (self.best is None or divergence < self.best[0]):
@@ -388,6 +381,8 @@ class Trainer:
         """
         if self._undo is not None:
             self._undo()
+        if self._sharded is not None:
+            self._sharded.undo()
         release_weights_(self.student)
         for table in self.tables:
             table.hold()
