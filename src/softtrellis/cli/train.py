@@ -111,7 +111,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--held-out",
         type=int,
-        default=8,
+        default=16,
         help="windows of the text's last documents that only choose the step whose code is kept",
     )
     parser.add_argument(
