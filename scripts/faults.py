@@ -67,7 +67,7 @@ QUANTIZE = [
 QUANTIZE += ["--end-to-end", "2"]
 TRAIN = ["--backend", "torch", "--ctx", "32", "--windows", "8", "--batch", "2", "--held-out", "2"]
 TRAIN += ["--steps", "6"]
-TRAIN += ["--warmup", "1", "--lr", "0.3", "--save-every", "2", "--evaluate-every", "3"]
+TRAIN += ["--warmup", "1", "--lr", "0.1", "--save-every", "2", "--evaluate-every", "3"]
 TRAIN += ["--measure-every", "2", "--reencode-every", "3"]
 OPERATIONS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"}
 
@@ -170,6 +170,7 @@ class Trials:
         self.messages = place / f"{name}.txt"
         reference = place / f"{name}-reference" / "out"
         self._undisturbed(reference, None)
+        assert "kept the code it started from" not in self.messages.read_text("utf-8"), name
         self.reference = contents(reference)
         self.largest = max(map(len, self.reference.values()))
         tally = place / f"{name}-operations"

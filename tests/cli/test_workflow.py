@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli.support import LAYERS, QUANTIZE, SMALL, Command, contents
+from cli.support import LAYERS, QUANTIZE, SMALL, Command, Start, contents
 
 from softtrellis.cli.main import build_parser
 from softtrellis.io.checkpoint import load_quantized
@@ -98,6 +98,19 @@ def test_bits(softtrellis: Command, model: Path, text: Path, tmp_path: Path, bit
     assert f"codes {bits}.0000 bits per weight" in out
 
 
+def test_training_that_only_harms(
+    softtrellis: Command, train: Start, checkpoint: Path, tmp_path: Path
+) -> None:
+    result = softtrellis(*train(tmp_path / "out"), "--lr", "30")
+    assert result.code == 0, result.err
+    assert ", 0.00% of codes changed\n" in result.out
+    assert "kept the code it started from: no step was better on held-out text (KL " in result.out
+    for name, layer in quantized_layers(load_quantized(checkpoint)).items():
+        found = quantized_layers(load_quantized(tmp_path / "out"))[name]
+        assert torch.equal(found.codes, layer.codes)
+        assert torch.equal(found.weight(), layer.weight())
+
+
 def test_train(softtrellis: Command, checkpoint: Path, trained: Path, shelf: Path) -> None:
     out, err = json.loads((shelf / "train.json").read_text(encoding="utf-8"))
     found = re.search(
@@ -105,6 +118,7 @@ def test_train(softtrellis: Command, checkpoint: Path, trained: Path, shelf: Pat
     )
     assert found
     assert float(found[1]) > 0
+    assert re.search(r"^kept the code of step 4, held-out KL [\d.]+ nats per token$", out, re.M)
     assert "train: " in err
     assert "%|" not in out
     lines = (trained / "log.jsonl").read_text(encoding="utf-8").splitlines()

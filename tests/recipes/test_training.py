@@ -18,6 +18,7 @@ from softtrellis.modules.replace import get_linear, quantized_layers
 from softtrellis.recipes import objective, trainer
 from softtrellis.recipes.optimizer import load_optimizer_tensors, make_optimizer, optimizer_tensors
 from softtrellis.recipes.qat import DistillConfig
+from softtrellis.recipes.training_text import WindowOrder
 
 
 def test_passes_in_parts_and_recomputed_ones_change_nothing(setting: Setting) -> None:
@@ -111,36 +112,27 @@ def test_another_estimator_finishes_the_run(setting: Setting) -> None:
     assert seen == ["soft", "soft", "soft", "identity", "identity"]
 
 
+@pytest.mark.parametrize(("batch", "steps"), [(3, 20), (12, 5)])
 def test_every_epoch_has_one_permutation_from_the_seed(
-    setting: Setting, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch, batch: int, steps: int
 ) -> None:
-    """With batches over the ends of epochs, and over several of them."""
-    made: list[trainer.Trainer] = []
-    original = trainer.Trainer.harden
-
-    def spy(self: trainer.Trainer) -> dict[str, float]:
-        made.append(self)
-        return original(self)
-
-    monkeypatch.setattr(trainer.Trainer, "harden", spy)
-    setting.train(setting.student(), steps=1, windows=5, held_out=0, batch=3, seed=7)
-    setting.train(setting.student(), steps=1, windows=5, held_out=0, batch=12, seed=7)
-    drawn, permutation = [0], torch.randperm
-
-    def counted(*sizes: int, **options: Any) -> torch.Tensor:
-        drawn[0] += 1
-        return permutation(*sizes, **options)
-
-    epochs = []
+    """With batches over the end of an epoch, and over several of them."""
+    expected: list[int] = []
     for epoch in range(12):
         generator = torch.Generator().manual_seed(7 * 1_000_003 + epoch)
-        epochs += permutation(5, generator=generator).tolist()
+        expected += torch.randperm(5, generator=generator).tolist()
+    drawn, permutation = [0], torch.randperm
+
+    def counted(size: int, **options: Any) -> torch.Tensor:
+        drawn[0] += 1
+        return permutation(size, **options)
+
     monkeypatch.setattr(torch, "randperm", counted)
-    for found, steps, expected in zip(made, (20, 5), (12, 12), strict=True):
-        drawn[0], found._permutation = 0, (-1, [])
-        assert [row for step in range(steps) for row in found._batch(step)] == epochs
-        assert drawn[0] == expected
-    assert made[0]._batch(3) == epochs[9:12], "a resumed run starts in the middle"
+    order = WindowOrder(5, batch, seed=7)
+    assert [row for step in range(steps) for row in order.rows(step)] == expected
+    assert drawn[0] == 12
+    middle = WindowOrder(5, batch, seed=7).rows(3)  # where a resumed run starts
+    assert middle == expected[3 * batch : 4 * batch]
 
 
 def test_steps_without_a_finite_gradient_are_left_out(

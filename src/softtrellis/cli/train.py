@@ -111,7 +111,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--held-out",
         type=int,
-        default=8,
+        default=16,
         help="windows of the text's last documents that only choose the step whose code is kept",
     )
     parser.add_argument(
@@ -221,10 +221,11 @@ def run(options: argparse.Namespace) -> int:
     for best in result.kept:
         if best is None:
             continue
-        which = f"of step {best[0] + 1}"
+        kl = f"KL {best[1]:.4f} nats per token"
         if best[0] == START:
-            which = "it started from: no step was better on held-out text"
-        print(f"kept the code {which}, held-out KL {best[1]:.4f} nats per token")
+            print(f"kept the code it started from: no step was better on held-out text ({kl})")
+        else:
+            print(f"kept the code of step {best[0] + 1}, held-out {kl}")
     print(describe_sizes(output))
     following = ["eval", options.teacher, options.checkpoint, str(output), "--data", "pydoc"]
     print(f"Next: softtrellis {shlex.join(following)}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from softtrellis.modules.latent_linear import LatentLinear
+from softtrellis.modules.quantized_linear import QuantizedLinear
 from softtrellis.modules.replace import get_linear, get_quantized
 from softtrellis.recipes.ranks import whole_weight
 from softtrellis.trellis.bcjr import FLOAT32_TEMPERATURES
@@ -31,11 +31,11 @@ def initial_temperature(
     return max(2.0 * error / energy, config.t_min)
 
 
-def check_temperatures(layers: Iterable[LatentLinear], t_init: float, t_min: float) -> None:
-    """ValueError where a layer's variance takes a temperature out of what BCJR can do."""
+def check_temperatures(layers: Iterable[QuantizedLinear], t_init: float, t_min: float) -> None:
+    """ValueError where a code's variance takes a temperature out of what BCJR can do."""
     low, high = FLOAT32_TEMPERATURES
     for layer in layers:
-        variance = layer.variance
+        variance = layer.layer.code.sigma(layer.codebook) ** 2
         if t_min * variance < low * (1 - 1e-6) or t_init * variance > high:
             raise ValueError(
                 f"temperatures of this code must lie between {low / variance:.3g} and "

@@ -50,6 +50,7 @@ from softtrellis.recipes.trainables import (
     shared_tables,
     trained_parameters,
 )
+from softtrellis.recipes.training_text import WindowOrder
 from softtrellis.trellis.memory import halvings
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class Trainer:
         """
         self.student, self.names, self.config, self.ranks = student, names, config, ranks
         self.windows, self.held_out = windows, held_out
-        self._permutation: tuple[int, list[int]] = (-1, [])
+        self._order = WindowOrder(len(windows), config.batch, config.seed)
         cuda = next(student.parameters()).is_cuda
         self._sharded: ShardedLayers | None = None
         if ranks.size > 1:
@@ -105,7 +106,8 @@ class Trainer:
         for parameter in student.parameters():
             parameter.requires_grad_(False)
         self.t_init = initial_temperature(config, teacher, student, names)
-        check_temperatures(self.layers.values(), self.t_init, config.t_min)
+        modules = (get_quantized(student, name) for name in names)
+        check_temperatures(modules, self.t_init, config.t_min)
         self.layers: dict[str, LatentLinear] = {}
         place = partial(decoder_index, student)
         for _, members in groupby(sorted(names, key=place), place):
@@ -153,20 +155,6 @@ class Trainer:
             weight = whole_weight(get_linear(teacher, name)).float()
             layer.latent.lerp_(layer.own(layer.basis.to_latent(weight)), self.config.start)
 
-    def _batch(self, step: int) -> list[int]:
-        """Indices of the windows of a step."""
-        first, count = step * self.config.batch, len(self.windows)
-        positions = (divmod(i, count) for i in range(first, first + self.config.batch))
-        return [self._order(epoch)[place] for epoch, place in positions]
-
-    def _order(self, epoch: int) -> list[int]:
-        """Of the windows in an epoch: a permutation from the seed, kept until the next epoch."""
-        if epoch != self._permutation[0]:
-            generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
-            order = torch.randperm(len(self.windows), generator=generator)
-            self._permutation = epoch, order.tolist()
-        return self._permutation[1]
-
     def step(self, step: int, share: float) -> dict[str, Any]:
         """One optimizer step of the stage; its record for the log, without the step's number.
 
@@ -181,7 +169,7 @@ class Trainer:
         temperature = self._set_schedule(step, share)
         if config.reencode_every and step and step % config.reencode_every == 0:
             reencode(layers)
-        rows, total = self._batch(step), 0.0
+        rows, total = self._order.rows(step), 0.0
         size = config.micro_batch or config.batch
         with torch.enable_grad():
             for table in self.tables:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from softtrellis.io.sources import cache_directory
@@ -51,3 +52,24 @@ def training_windows(
     documents = stream_documents(config.data, split="train", tokenizer=tokenizer)
     windows = token_windows(tokenizer, documents, config.ctx, limit=config.windows)
     return windows, windows[:0]
+
+
+class WindowOrder:
+    """Which windows the steps of a run take: every epoch a new permutation, from the seed."""
+
+    def __init__(self, count: int, batch: int, seed: int) -> None:
+        """Of so many windows, ``batch`` a step."""
+        self._count, self._batch, self._seed = count, batch, seed
+        self._permutation: tuple[int, list[int]] = (-1, [])
+
+    def rows(self, step: int) -> list[int]:
+        """Indices of the windows of a step, which may be those of two epochs or more."""
+        first = step * self._batch
+        positions = (divmod(i, self._count) for i in range(first, first + self._batch))
+        return [self._epoch(epoch)[place] for epoch, place in positions]
+
+    def _epoch(self, epoch: int) -> list[int]:
+        if epoch != self._permutation[0]:
+            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
+            self._permutation = epoch, torch.randperm(self._count, generator=generator).tolist()
+        return self._permutation[1]
