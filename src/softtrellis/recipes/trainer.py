@@ -23,6 +23,7 @@ from softtrellis.modules.quantized_linear import QuantizedLinear
 from softtrellis.modules.replace import (
     decoder_index,
     get_linear,
+    get_quantized,
     hold_weights_,
     quantized_layers,
     release_weights_,
