@@ -100,8 +100,7 @@ class Trainer:
         cuda = next(student.parameters()).is_cuda
         self._sharded: ShardedLayers | None = None
         if ranks.size > 1:
-            dtype = torch.bfloat16 if cuda else None
-            self._sharded = ShardedLayers(student, names, ranks, dtype=dtype)
+            self._sharded = ShardedLayers(student, names, ranks)
         text = windows, held_out
         self._objective = Objective(student, teacher, names, *text, ranks, self._sharded)
         for parameter in student.parameters():
