@@ -87,7 +87,8 @@ def measure(trainer: Trainer, clock: Clock, step: int, size: int) -> None:
 
 def main() -> None:
     parser = step_parser(__doc__)
-    parser.add_argument("--steps", type=int, default=5, help="timed ones, after two others")
+    parser.add_argument("--steps", type=int, default=5, help="timed ones")
+    parser.add_argument("--warm-up", type=int, default=2, help="steps before them")
     options = parser.parse_args()
     with join(options.device) as ranks:
         run(options, ranks)
@@ -102,13 +103,13 @@ def run(options: argparse.Namespace, ranks: Ranks) -> None:
     windows = torch.randint(vocabulary, (count * options.steps, options.ctx), generator=generator)
     config = step_config(options, reencode_every=0)
     trainer = Trainer(student, teacher, names, windows, windows[:0], config, ranks)
-    for step in range(2):
+    for step in range(options.warm_up):
         trainer.step(step, 0.5)
     if options.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     clock = Clock(ranks, options.device)
     for step in range(options.steps):
-        measure(trainer, clock, 2 + 2 * step, options.micro_batch)
+        measure(trainer, clock, options.warm_up + 2 * step, options.micro_batch)
     peak = torch.cuda.max_memory_allocated() / 2**30 if options.device == "cuda" else 0.0
     peaks = ranks.gather(peak)
     if not ranks.first:
