@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The search of docs/results.md, one process a GPU: bash benchmarks/search.sh MODEL C4 TRAIN TEST FOLDER
-# Results are lines of FOLDER/runs-GPU.jsonl; runs whose names lie in FOLDER/claims are left out.
+# The search of docs/results.md: bash benchmarks/search.sh MODEL C4 TRAIN TEST FOLDER
+# Processes with one FOLDER share the runs: start one on every GPU, each with its CUDA_VISIBLE_DEVICES.
+# Results are lines of FOLDER/runs-*.jsonl; runs whose names lie in FOLDER/claims are left out.
 set -eu
 model=$1 calibration=$2 train=$3 test=$4 out=$5
 mkdir -p "$out"
@@ -22,11 +23,6 @@ runs+=(
     "identity-start=$identity --lr 6e-2 --scale-lr 1e-2 --start 0.1"
     "identity-6e-2-5e-3=$identity --lr 6e-2 --scale-lr 5e-3"
 )
-gpus=$(python3 -c 'import torch; print(max(1, torch.cuda.device_count()))')
-for ((gpu = 0; gpu < gpus; gpu++)); do
-    CUDA_VISIBLE_DEVICES=$gpu python3 benchmarks/experiment.py "$model" --calibration "$calibration" \
-        --train "documents:$train" --test "$test" --test-windows 16 --quantize "--L 12" \
-        --claims "$out/claims" --json "$out/runs-$gpu.jsonl" \
-        "${runs[@]}" &
-done
-wait
+python3 benchmarks/experiment.py "$model" --calibration "$calibration" --train "documents:$train" \
+    --test "$test" --test-windows 16 --quantize "--L 12" --claims "$out/claims" \
+    --json "$out/runs-$$.jsonl" "${runs[@]}"
