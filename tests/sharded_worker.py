@@ -81,7 +81,7 @@ def hard_code(name: str, linear: nn.Module) -> QuantizedLinear:
 
 
 def latents(
-    student: Student, ranks: Ranks, dtype: torch.dtype | None = None
+    student: Student, ranks: Ranks, dtype: torch.dtype = torch.float32
 ) -> tuple[dict[str, LatentLinear], ShardedLayers | None]:
     """The student's training layers, spread over the ranks if there are several."""
     made: dict[str, LatentLinear] = {}
@@ -104,7 +104,7 @@ def latents(
 
 
 def gradients(
-    ranks: Ranks, dtype: torch.dtype | None = None, tolerance: float = 1e-5
+    ranks: Ranks, dtype: torch.dtype = torch.float32, tolerance: float = 1e-5
 ) -> dict[str, bool]:
     """Shards, outputs and gradients, against one process that runs all ranks' passes."""
     passes = [[(rank + i) % 3 for i in range(1 + rank % 2)] for rank in range(ranks.size)]

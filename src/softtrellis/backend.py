@@ -10,6 +10,7 @@ from torch import Tensor
 
 Backend = Literal["auto", "torch", "cpu", "triton", "cuda"]
 ResolvedBackend = Literal["torch", "cpu", "triton", "cuda"]
+ComputeType = Literal["auto", "bfloat16", "float32"]
 
 CUDA_CAPABILITIES = ((9, 0), (10, 0), (10, 3))
 """Compute capabilities with the 227 KiB of shared memory a block that the CUDA kernels need."""
@@ -21,6 +22,19 @@ def check_device(device: str) -> None:
         raise ValueError(f"device must be cpu or cuda, got {device!r}")
     if device != "cpu" and not torch.cuda.is_available():
         raise ValueError("device must be cpu: torch finds no CUDA device here")
+
+
+def compute_dtype(dtype: ComputeType, device: str) -> torch.dtype:
+    """What matrix products are computed in: "auto" is bfloat16 on a GPU, float32 on a CPU.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if dtype not in get_args(ComputeType):
+        raise ValueError(f"unknown dtype {dtype!r}; use one of {', '.join(get_args(ComputeType))}")
+    if dtype == "auto":
+        dtype = "float32" if device == "cpu" else "bfloat16"
+    return torch.bfloat16 if dtype == "bfloat16" else torch.float32
 
 
 def resolve_backend(backend: Backend, tensor: Tensor) -> ResolvedBackend:

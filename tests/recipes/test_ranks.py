@@ -31,9 +31,11 @@ from softtrellis.recipes.ranks import Ranks
 
 EVERYTHING = ["latents", "scales", "norms", "table"]
 ALL = {"train": EVERYTHING, "batch": 4, "micro_batch": 1}
+BFLOAT16 = ALL | {"dtype": "bfloat16"}
 HALF = {"steps": 8, "batch": 3, "start": 0.5, "clip": 0.05, "t_init": "auto", "save_every": 4}
 HALF |= {"estimator": "straight_through", "reencode_every": 3}
 STOPPED = HALF | {"stop_after": 6}
+GPU = {"device": "cuda", "dtype": "float32"}
 GREEDY = {"mode": "greedy", "steps": 4, "batch": 2, "save_every": 1}
 
 
@@ -65,8 +67,8 @@ def folder(shelf: Path, request: pytest.FixtureRequest) -> Path:
     save_quantized(student, source.tokenizer, shelf / "student", base=base)
     (shelf / "saved-by-one").mkdir()
     stopped = STOPPED | {"directory": "saved-by-one"}
-    jobs = {"all-1": ("train", ALL), "half-1": ("train", HALF), "stopped-1": ("train", stopped)}
-    run_jobs(shelf, jobs)
+    jobs = {"all-1": ALL, "bfloat16-1": BFLOAT16, "half-1": HALF, "stopped-1": stopped}
+    run_jobs(shelf, {name: ("train", job) for name, job in jobs.items()})
     return shelf
 
 
@@ -88,19 +90,8 @@ def commands(folder: Path, output: str) -> list[str]:
     """``softtrellis train`` of three steps."""
     text, student, teacher = (str(folder / name) for name in ("text.txt", "student", "teacher"))
     options = ["train", student, "--teacher", teacher, "-o", str(folder / output), "--data", text]
-    return [
-        *options,
-        "--steps",
-        "3",
-        "--ctx",
-        "32",
-        "--windows",
-        "8",
-        "--held-out",
-        "0",
-        "--save-every",
-        "1",
-    ]
+    options += ["--steps", "3", "--ctx", "32", "--windows", "8"]
+    return [*options, "--held-out", "0", "--save-every", "1"]
 
 
 @pytest.fixture
@@ -108,6 +99,7 @@ def two(folder: Path) -> Path:
     """What two ranks gave: a whole run, interrupted ones, one gone on with, a quantization."""
     jobs = {
         "all-2": ("train", ALL),
+        "bfloat16-2": ("train", BFLOAT16),
         "half-2": ("train", STOPPED | {"directory": "saved"}),
         "half-12": ("train", HALF | {"directory": "saved-by-one", "resume": True}),
         "greedy-2": ("train", GREEDY | {"stop_after": 6, "directory": "saved-greedy"}),
@@ -156,6 +148,12 @@ def check_alike(folder: Path, job: str, other: str) -> None:
 
 def test_two_ranks_give_the_losses_of_one(two: Path) -> None:
     check_alike(two, "all-1", "all-2")
+
+
+def test_two_ranks_in_bfloat16_give_the_losses_of_one_to_its_rounding(two: Path) -> None:
+    a, b = ([x["loss"] for x in history(two, f"bfloat16-{ranks}")] for ranks in (1, 2))
+    assert a == pytest.approx(b, rel=0.03, abs=2e-4)
+    assert a != pytest.approx([x["loss"] for x in history(two, "all-1")], rel=1e-4)
 
 
 def test_three_ranks_give_the_losses_of_one(three: Path) -> None:
@@ -328,10 +326,10 @@ def test_two_ranks_quantize_as_one(two: Path) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_give_what_one_gives(folder: Path) -> None:
-    gpu = {"device": "cuda"}
-    jobs = {"train": ("train", ALL | gpu), "ptq": ("quantize", gpu)}
+    cuda = {"device": "cuda"}
+    jobs = {"train": ("train", ALL | GPU), "ptq": ("quantize", cuda)}
     run_jobs(folder, {f"all-{name}-gpu-1": job for name, job in jobs.items()})
-    torchrun(folder, 2, {f"all-{name}-gpu-2": job for name, job in jobs.items()} | gpu)
+    torchrun(folder, 2, {f"all-{name}-gpu-2": job for name, job in jobs.items()} | cuda)
     check_alike(folder, "all-train-gpu-1", "all-train-gpu-2")
     check_quantized_alike(folder, "all-ptq-gpu-1", "all-ptq-gpu-2")
 
@@ -339,11 +337,11 @@ def test_two_gpus_give_what_one_gives(folder: Path) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_a_run_saved_on_two_gpus_goes_on_on_one(folder: Path) -> None:
-    gpu = {"device": "cuda", "directory": "saved-gpu"}
+    gpu = GPU | {"directory": "saved-gpu"}
     (folder / "saved-gpu").mkdir()
     jobs: dict[str, Any] = {"half-gpu-2": ("train", STOPPED | gpu), "device": "cuda"}
     torchrun(folder, 2, jobs)
-    run_jobs(folder, {"half-gpu-1": ("train", HALF | {"device": "cuda"})})
+    run_jobs(folder, {"half-gpu-1": ("train", HALF | GPU)})
     run_jobs(folder, {"half-gpu-21": ("train", HALF | gpu | {"resume": True})})
     check_alike(folder, "half-gpu-1", "half-gpu-21")
 

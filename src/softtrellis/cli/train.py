@@ -138,7 +138,13 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the order of the text")
     parser.add_argument("--tensorboard", action="store_true", help="also log for TensorBoard")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
-    add_device(parser, "what trains; cuda in bfloat16")
+    add_device(parser, "what trains")
+    parser.add_argument(
+        "--dtype",
+        choices=["auto", "bfloat16", "float32"],
+        default="auto",
+        help="of the models' matrix products; auto is bfloat16 on a GPU, float32 on a CPU",
+    )
     add_backend(parser)
     parser.set_defaults(run=run)
 
@@ -183,6 +189,7 @@ def config_of(options: argparse.Namespace) -> DistillConfig:
         save_minutes=options.save_minutes,
         seed=options.seed,
         device=options.device,
+        dtype=options.dtype,
         backend=options.backend,
         tensorboard=options.tensorboard,
         show_progress=True,

@@ -33,12 +33,18 @@ class Objective:
         held_out: Tensor,
         ranks: Ranks,
         sharded: ShardedLayers | None = None,
+        *,
+        dtype: torch.dtype,
     ) -> None:
-        """See ``Trainer``; ``sharded`` are the student's layers where several ranks share them."""
+        """See ``Trainer``.
+
+        ``sharded`` are the student's layers where several ranks share them, ``dtype`` is that of
+        matrix products.
+        """
         self.windows, self.held_out, self._ranks = windows, held_out, ranks
         self._sharded = sharded
         device = next(student.parameters()).device
-        autocast = torch.bfloat16 if device.type == "cuda" else None
+        autocast = None if dtype == torch.float32 else dtype
         self._chunk = _CHUNKS[device.type]
         first = min(decoder_index(student, name) for name in names)
         inside = set(linear_names(student)) & quantized_layers(student).keys()

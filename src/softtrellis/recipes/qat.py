@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from torch import Tensor, nn
 
-from softtrellis.backend import Backend, check_device
+from softtrellis.backend import Backend, ComputeType, check_device, compute_dtype
 from softtrellis.io.checkpoint import (
     check_base,
     load_full_precision,
@@ -102,8 +102,10 @@ class DistillConfig:
         save_every: steps between saved states, for resuming; 0 leaves that to ``save_minutes``.
         save_minutes: time between saved states; 0 leaves them to ``save_every``.
         seed: of the order of the windows.
-        device: where both models run; on "cuda" in bfloat16, with float32 latents, states and
-            sums.
+        device: where both models run.
+        dtype: that their matrix products are computed in, and that ranks exchange codewords in:
+            "bfloat16" or "float32"; "auto" is the first on a GPU, the second on a CPU. Latents,
+            their gradients, logits and sums are float32.
         backend: of Viterbi and BCJR.
         tensorboard: also write the log for TensorBoard, into ``run_directory``.
         show_progress: show progress bars.
@@ -141,6 +143,7 @@ class DistillConfig:
     save_minutes: float = 3.0
     seed: int = 0
     device: str = "cpu"
+    dtype: ComputeType = "auto"
     backend: Backend = "auto"
     tensorboard: bool = False
     show_progress: bool = False
@@ -153,6 +156,7 @@ class DistillConfig:
         check_optimizer(self.optimizer)
         check_trainable(self.train)
         check_device(self.device)
+        compute_dtype(self.dtype, self.device)
         is_teacher_text(self.data)
         if self.mode not in get_args(Mode):
             raise ValueError(f"unknown mode {self.mode!r}; use one of {', '.join(get_args(Mode))}")

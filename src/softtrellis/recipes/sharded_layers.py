@@ -36,7 +36,7 @@ class ShardedLayers(nn.Module):
         names: Sequence[str],
         ranks: Ranks,
         *,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype,
     ) -> None:
         """Takes the place of the decoder layers that the named layers are in, until ``undo``.
 
@@ -45,8 +45,7 @@ class ShardedLayers(nn.Module):
             names: of the layers that will be trained.
             ranks: two or more.
             dtype: that codewords are gathered in, and that their gradients have before they are
-                added up in float32; None is float32, as training takes them: the ranks' losses are
-                one process's to 1e-4 then. bfloat16 halves what travels.
+                added up in float32. bfloat16 halves what travels.
         """
         super().__init__()
         assert ranks.mesh is not None

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from softtrellis.backend import compute_dtype
 from softtrellis.modules.latent_linear import (
     LatentLinear,
     hard_states,
@@ -98,11 +99,14 @@ class Trainer:
         self.windows, self.held_out = windows, held_out
         self._order = WindowOrder(len(windows), config.batch, config.seed)
         cuda = next(student.parameters()).is_cuda
+        dtype = compute_dtype(config.dtype, config.device)
         self._sharded: ShardedLayers | None = None
         if ranks.size > 1:
-            self._sharded = ShardedLayers(student, names, ranks)
+            self._sharded = ShardedLayers(student, names, ranks, dtype=dtype)
         text = windows, held_out
-        self._objective = Objective(student, teacher, names, *text, ranks, self._sharded)
+        self._objective = Objective(
+            student, teacher, names, *text, ranks, self._sharded, dtype=dtype
+        )
         for parameter in student.parameters():
             parameter.requires_grad_(False)
         self.t_init = initial_temperature(config, teacher, student, names)
