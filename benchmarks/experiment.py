@@ -79,11 +79,13 @@ class Experiment:
             o = self.options
             line = f"quantize x -o x --data {shlex.quote(o.calibration)} --ctx {o.test_ctx} "
             line += f"--windows {o.calibration_windows} --device {o.device} {words}"
-            config, fine_tune, _ = configs(build_parser().parse_args(shlex.split(line)))
+            config, *tuning = configs(build_parser().parse_args(shlex.split(line)))
             config = replace(config, show_progress=False)
             model = copy.deepcopy(self.teacher)
             began = time.perf_counter()
-            quantize_model(model, config, tokenizer=self.tokenizer, fine_tune=fine_tune)
+            names = ("fine_tune", "progressive", "end_to_end")
+            tuned = dict(zip(names, tuning, strict=True))
+            quantize_model(model, config, tokenizer=self.tokenizer, **tuned)
             print(f"quantized in {time.perf_counter() - began:.1f} s: {words}", flush=True)
             self._quantized[words] = model
         return copy.deepcopy(self._quantized[words])

@@ -69,7 +69,8 @@ def main() -> None:
         for seed in options.seeds:
             line = f"quantize {shlex.quote(options.model)} -o DIR {common} --seed {seed} "
             line += ROWS.get(row, row)
-            config, fine_tune, end_to_end = configs(build_parser().parse_args(shlex.split(line)))
+            config, *tuning = configs(build_parser().parse_args(shlex.split(line)))
+            fine_tune, progressive, end_to_end = tuning
             config = replace(config, show_progress=False)
             model = copy.deepcopy(source.model)
             began = time.perf_counter()
@@ -78,6 +79,7 @@ def main() -> None:
                 config,
                 tokenizer=source.tokenizer,
                 fine_tune=fine_tune,
+                progressive=progressive,
                 end_to_end=end_to_end,
             )
             seconds = time.perf_counter() - began

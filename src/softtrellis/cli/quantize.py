@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from softtrellis.recipes.end_to_end import EndToEndConfig
     from softtrellis.recipes.finetune import FineTuneConfig
     from softtrellis.recipes.group import LayerReport
+    from softtrellis.recipes.progressive import ProgressiveConfig
     from softtrellis.recipes.ptq import QuantizeConfig
 
 PROXY_NOTED, DAMPING_NOTED, OUTLIER_NOTED = 3.0, 0.05, 40.0
@@ -125,6 +126,30 @@ def add_parser(commands: Commands) -> None:
         type=float,
         help="of --fine-tune, for scales, norms and biases, likewise; 0.003 by default",
     )
+    parser.add_argument(
+        "--progressive",
+        type=int,
+        metavar="STEPS",
+        help="after every decoder layer train those behind it, in full precision, so many steps "
+        "towards the original model's predictions",
+    )
+    parser.add_argument(
+        "--progressive-data",
+        nargs="+",
+        metavar="TEXT",
+        help="text for that; by default the calibration windows",
+    )
+    parser.add_argument(
+        "--progressive-lr",
+        type=float,
+        help="of it, for weights, over the root mean square of each matrix; 0.01 by default",
+    )
+    parser.add_argument(
+        "--progressive-ctx", type=int, help="of its text, tokens per window; 1024 by default"
+    )
+    parser.add_argument(
+        "--progressive-batch", type=int, help="of it, windows per step; 16 by default"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the random signs of the rotations")
     add_device(parser, "what quantizes; cuda holds one decoder layer at a time")
     add_backend(parser)
@@ -148,10 +173,11 @@ def bits_map(value: str) -> tuple[tuple[str, int], ...]:
 
 def configs(
     options: argparse.Namespace,
-) -> tuple[QuantizeConfig, FineTuneConfig | None, EndToEndConfig | None]:
+) -> tuple[QuantizeConfig, FineTuneConfig | None, ProgressiveConfig | None, EndToEndConfig | None]:
     """What the options ask for; UsageError or ValueError for options that make no sense."""
     from softtrellis.recipes.end_to_end import EndToEndConfig
     from softtrellis.recipes.finetune import FineTuneConfig
+    from softtrellis.recipes.progressive import ProgressiveConfig
     from softtrellis.recipes.ptq import QuantizeConfig
 
     config = QuantizeConfig(
@@ -187,7 +213,18 @@ def configs(
         if options.end_to_end < 1:
             raise ValueError(f"end_to_end must be at least 1, got {options.end_to_end}")
         whole = EndToEndConfig(epochs=options.end_to_end, seed=options.seed)
-    return config, tuning if options.fine_tune else None, whole
+    behind = None
+    given = {
+        name: getattr(options, f"progressive_{name}") for name in ("data", "ctx", "lr", "batch")
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    if given and options.progressive is None:
+        raise UsageError(f"--progressive-{next(iter(given))} needs --progressive")
+    if options.progressive is not None:
+        if "data" in given:
+            given["data"] = tuple(given["data"])
+        behind = ProgressiveConfig(steps=options.progressive, seed=options.seed, **given)
+    return config, tuning if options.fine_tune else None, behind, whole
 
 
 def run(options: argparse.Namespace) -> int:
@@ -197,10 +234,10 @@ def run(options: argparse.Namespace) -> int:
     from softtrellis.recipes.pipeline import plan_quantization, quantize_to
 
     with usage_errors(options):
-        config, fine_tune, whole = configs(options)
+        config, fine_tune, progressive, whole = configs(options)
     check_backend(options.backend, options.device)
     if options.dry_run:
-        names, plan = plan_quantization(options.model, config, fine_tune, whole)
+        names, plan = plan_quantization(options.model, config, fine_tune, progressive, whole)
         print("\n".join(names))
         print(plan)
         return 0
@@ -213,6 +250,7 @@ def run(options: argparse.Namespace) -> int:
             config,
             output,
             fine_tune=fine_tune,
+            progressive=progressive,
             end_to_end=whole,
             force=options.force,
             resume=options.resume,

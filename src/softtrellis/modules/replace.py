@@ -212,6 +212,16 @@ def release_weights_(model: nn.Module) -> None:
         layer.release()
 
 
+@contextmanager
+def weights_held(module: nn.Module) -> Iterator[None]:
+    """Decodes quantized layers once, in float32, for all passes in the context."""
+    hold_weights_(module, torch.float32)
+    try:
+        yield
+    finally:
+        release_weights_(module)
+
+
 def dequantize_(model: nn.Module) -> None:
     """Exchanges every quantized layer for a dense one with the same weight, in place."""
     layers = quantized_layers(model)

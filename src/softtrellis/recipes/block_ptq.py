@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +18,9 @@ from softtrellis.modules.replace import (
     get_linear,
     get_quantized,
     head_name,
-    hold_weights_,
-    release_weights_,
     replace_modules,
     share_codebooks_,
+    weights_held,
 )
 from softtrellis.modules.unify import linear_of
 from softtrellis.quantizers.hard import TrellisCode
@@ -36,6 +34,7 @@ from softtrellis.recipes.calibration import (
 from softtrellis.recipes.expert_hessians import fill_sparse_hessians
 from softtrellis.recipes.finetune import FineTuneConfig, tune_block
 from softtrellis.recipes.group import LayerReport, quantize_group
+from softtrellis.recipes.progressive import Progressive
 from softtrellis.recipes.ptq_state import LayerStore
 from softtrellis.recipes.ranks import ONE, Ranks
 
@@ -83,11 +82,14 @@ class BlockQuantizer:
         fine_tune: FineTuneConfig | None,
         store: LayerStore,
         ranks: Ranks = ONE,
+        progressive: Progressive | None = None,
     ) -> None:
         """``windows`` int64 [n, ctx] is None where neither Hessians nor tuning are wanted.
 
-        With several ``ranks`` each runs its share of the windows; without ``fine_tune``.
+        With several ``ranks`` each runs its share of the windows; without ``fine_tune`` and
+        ``progressive``, which trains what lies behind every layer.
         """
+        self.progressive = progressive
         self.ranks = ranks
         self.model, self.names, self.config = model, list(names), config
         self.fine_tune, self.store = fine_tune, store
@@ -134,6 +136,9 @@ class BlockQuantizer:
                     self._weights_only(names)
                 else:
                     states, original = self._layer(index, names, states, original)
+                    if self.progressive is not None and names and index < last:
+                        self.progressive.after(index)
+                        original = None if original is None else states.clone()
                 bar.update(len(names))
         if self.head is not None:
             self._quantize_head(self.head, states)
@@ -184,7 +189,7 @@ class BlockQuantizer:
             output = None
             if original is not None and targets is None:
                 targets = self.blocks.run_all(index, original, layer=before, out=original)
-            with _held(layer):
+            with weights_held(layer):
                 return self.blocks.run_all(index, states, out=states), targets
 
     def _linears(self, index: int) -> dict[str, nn.Linear]:
@@ -227,7 +232,7 @@ class BlockQuantizer:
         assert work.before is not None
         assert work.original is not None
         name = leader.removeprefix(f"{self.blocks.prefix}.{work.index}.")
-        with _held(self.blocks.layers[work.index]):
+        with weights_held(self.blocks.layers[work.index]):
             hessian, cross = paired_moments(
                 self.blocks,
                 work.index,
@@ -331,13 +336,3 @@ def _tuning_order(
     for group in groups:
         together.setdefault(key_of.get(group[0], group[0]), []).append(group)
     return [(group, group is same[-1]) for same in together.values() for group in same]
-
-
-@contextmanager
-def _held(layer: nn.Module) -> Iterator[None]:
-    """Decodes the weights of quantized layers once for all passes in the context."""
-    hold_weights_(layer, torch.float32)
-    try:
-        yield
-    finally:
-        release_weights_(layer)

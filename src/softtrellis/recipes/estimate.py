@@ -23,11 +23,13 @@ from softtrellis.trellis.viterbi import viterbi
 
 if TYPE_CHECKING:
     from softtrellis.recipes.end_to_end import EndToEndConfig
+    from softtrellis.recipes.progressive import ProgressiveConfig
     from softtrellis.recipes.ptq import QuantizeConfig
 
 _CPU_TILES = 8
 _SIDE = 1024
 _PAIRED_PASSES = 5  # both streams, up to the inputs of each group; and the original layer's output
+_BEHIND = 3  # teacher, the quantized half, and forward and backward of the other one
 _BACKWARD = 3  # a training step costs about three forward passes
 
 
@@ -80,13 +82,14 @@ def estimate(
     model: nn.Module,
     config: QuantizeConfig,
     fine_tune: FineTuneConfig | None,
+    progressive: ProgressiveConfig | None = None,
     end_to_end: EndToEndConfig | None = None,
 ) -> Estimate:
     """Times the encoder and a matmul on the device, and counts what a model needs of them.
 
     Args:
         model: prepared for the layers that will be quantized, see ``prepare_for_layers_``.
-        config, fine_tune, end_to_end: as for ``quantize_model``.
+        config, fine_tune, progressive, end_to_end: as for ``quantize_model``.
 
     Raises:
         UnknownLayerError: a pattern that names no layer.
@@ -124,10 +127,14 @@ def estimate(
         per_layer = len(groups) / len({decoder_index(model, name) for name in names})
         tune = tokens * passed * _BACKWARD * fine_tune.epochs * per_layer / rate
     everything = sum(p.numel() for p in model.parameters())
+    if progressive is not None:
+        ctx = config.ctx if progressive.data is None else progressive.ctx
+        seen = progressive.steps * progressive.batch * ctx * last
+        tune += seen * everything * _BEHIND / rate
     if end_to_end is not None:
         tune += tokens * everything * (_BACKWARD + 1) * end_to_end.epochs / rate
     weights = sum(layer.in_features * layer.out_features for layer in whole.values())
-    tuned = fine_tune is not None or end_to_end is not None
+    tuned = fine_tune is not None or end_to_end is not None  # progressive leaves no scales
     stored = sum(_stored_bits(layer, tuned=tuned) for layer in whole.values())
     dense = sum(_bytes(p) for p in model.parameters())
     dense -= sum(_bytes(get_linear(model, name).weight) for name in names)
@@ -135,6 +142,8 @@ def estimate(
     needed = _device_bytes(list(layers)[: last + 1], formats, tokens, at_once, config)
     if fine_tune is not None:  # gradients, two moments, the best values, the graph of a batch
         needed += 4 * max(sum(_bytes(p) for p in layer.parameters()) for layer in layers)
+    if progressive is not None:  # both models, gradients, two moments
+        needed += 20 * everything
     if end_to_end is not None:
         needed = max(needed, 8 * everything)
     return Estimate(

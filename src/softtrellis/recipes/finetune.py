@@ -108,7 +108,7 @@ def tune_block(
     scale_(layer)
     vectors = [p for p in layer.parameters() if p.ndim < 2 and p.is_floating_point()]
     tuned = [*vectors, *(linear.weight for linear in linears)]
-    rates = [_learning_rate(p, config) for p in tuned]
+    rates = [relative_rate(p, config.lr, config.scale_lr) for p in tuned]
     groups = [{"params": [p], "lr": rate} for p, rate in zip(tuned, rates, strict=True)]
     optimizer = torch.optim.Adam(groups, betas=BETAS)
     for parameter in tuned:
@@ -149,9 +149,10 @@ def tune_block(
     return TuneReport(before, best)
 
 
-def _learning_rate(parameter: Tensor, config: FineTuneConfig) -> float:
+def relative_rate(parameter: Tensor, lr: float, scale_lr: float) -> float:
+    """A rate over the parameter's root mean square: ``lr`` of matrices, ``scale_lr`` of vectors."""
     rms = float(parameter.detach().float().square().mean().sqrt())
-    return (config.lr if parameter.ndim > 1 else config.scale_lr) * (rms or 1.0)
+    return (lr if parameter.ndim > 1 else scale_lr) * (rms or 1.0)
 
 
 def _batches(count: int, config: FineTuneConfig) -> Iterator[tuple[Tensor, ...]]:

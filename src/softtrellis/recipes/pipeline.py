@@ -34,6 +34,7 @@ from softtrellis.recipes.environment import environment
 from softtrellis.recipes.estimate import Estimate, estimate
 from softtrellis.recipes.finetune import FineTuneConfig
 from softtrellis.recipes.group import LayerReport
+from softtrellis.recipes.progressive import ProgressiveConfig
 from softtrellis.recipes.ptq import QuantizeConfig, quantize_model
 from softtrellis.recipes.qat import DistillConfig, distill
 from softtrellis.recipes.ranks import ONE, Ranks, output_directory
@@ -48,6 +49,7 @@ def quantize_to(
     output: Path,
     *,
     fine_tune: FineTuneConfig | None = None,
+    progressive: ProgressiveConfig | None = None,
     end_to_end: EndToEndConfig | None = None,
     force: bool = False,
     resume: bool = False,
@@ -67,6 +69,7 @@ def quantize_to(
             tokenizer=source.tokenizer,
             reports=reports,
             fine_tune=fine_tune,
+            progressive=progressive,
             end_to_end=end_to_end,
             run_directory=directory,
             resume=resume,
@@ -75,6 +78,8 @@ def quantize_to(
         provenance = {"quantize": _settings(config)}
         if fine_tune is not None:
             provenance["fine_tune"] = asdict(fine_tune)
+        if progressive is not None:
+            provenance["progressive"] = asdict(progressive)
         if end_to_end is not None:
             provenance["end_to_end"] = asdict(end_to_end)
         if ranks.first:
@@ -93,13 +98,14 @@ def plan_quantization(
     model: str,
     config: QuantizeConfig,
     fine_tune: FineTuneConfig | None,
+    progressive: ProgressiveConfig | None,
     end_to_end: EndToEndConfig | None,
 ) -> tuple[list[str], Estimate]:
     """What ``quantize_to`` would quantize, and what that takes."""
     loaded = load_full_precision(model).model
     names = config.names_of(loaded)
     prepare_for_layers_(loaded, names)
-    plan = estimate(loaded, config, fine_tune, end_to_end)
+    plan = estimate(loaded, config, fine_tune, progressive, end_to_end)
     return names if config.head_bits is None else [*names, head_name(loaded)], plan
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ from softtrellis.recipes.end_to_end import EndToEndConfig, tune_end_to_end
 from softtrellis.recipes.estimate import estimate
 from softtrellis.recipes.finetune import FineTuneConfig, held_out_windows
 from softtrellis.recipes.group import LayerReport
+from softtrellis.recipes.progressive import Progressive, ProgressiveConfig
 from softtrellis.recipes.ptq_state import LayerStore
 from softtrellis.recipes.ranks import ONE, Ranks
 from softtrellis.recipes.run_state import digest, sampled
@@ -219,6 +220,7 @@ def quantize_model(
     tokenizer: PreTrainedTokenizerBase | None = None,
     reports: dict[str, LayerReport] | None = None,
     fine_tune: FineTuneConfig | None = None,
+    progressive: ProgressiveConfig | None = None,
     end_to_end: EndToEndConfig | None = None,
     run_directory: Path | None = None,
     resume: bool = False,
@@ -232,6 +234,8 @@ def quantize_model(
         tokenizer: needed with a loaded model, unless ``error_feedback`` is off.
         reports: filled with a report per layer, where given.
         fine_tune: also tune every block while it is quantized.
+        progressive: after every decoder layer also train those behind it; needs the memory of
+            two models and of an optimizer's state for one.
         end_to_end: then tune the scales and norms of the whole model; needs the memory of two.
         run_directory: where finished decoder layers are kept, for ``resume``.
         resume: go on with what lies there.
@@ -250,8 +254,10 @@ def quantize_model(
             ranks with tuning or fewer windows than ranks.
     """
     ranks = ranks or ONE
-    if ranks.size > 1 and (fine_tune is not None or end_to_end is not None):
-        raise ValueError("blocks and scales are tuned on one rank only; leave the tuning out")
+    if ranks.size > 1 and any(x is not None for x in (fine_tune, progressive, end_to_end)):
+        raise ValueError("models are tuned on one rank only; leave the tuning out")
+    if progressive is not None and not config.error_feedback:
+        raise ValueError("progressive quantization needs error_feedback")
     if ranks.size > config.windows:
         raise ValueError(
             f"windows must be at least one for each of {ranks.size} ranks, got {config.windows}"
@@ -277,6 +283,7 @@ def quantize_model(
     settings = {
         **{name: value for name, value in asdict(config).items() if name not in _NOT_SETTINGS},
         "fine_tune": None if fine_tune is None else asdict(fine_tune),
+        "progressive": None if progressive is None else asdict(progressive),
         "end_to_end": None if end_to_end is None else asdict(end_to_end),
         "model": fingerprint(model),
         "weights": digest(sampled(p) for p in model.parameters()),
@@ -284,12 +291,25 @@ def quantize_model(
         "text": None if windows is None else digest([windows]),
     }
     if config.show_progress:
-        print(estimate(model, config, fine_tune, end_to_end), file=sys.stderr)
+        print(estimate(model, config, fine_tune, progressive, end_to_end), file=sys.stderr)
     store = ranks.once(partial(LayerStore, run_directory, settings, resume=resume))
     if windows is not None and (fine_tune is not None or end_to_end is not None):
         held_out_windows(len(windows), 0.5)
-    teacher = copy.deepcopy(model) if end_to_end is not None else None
-    quantizer = BlockQuantizer(model, names, windows, config, fine_tune, store, ranks)
+    with_teacher = end_to_end is not None or progressive is not None
+    teacher = copy.deepcopy(model) if with_teacher else None
+    behind: Progressive | None = None
+    if progressive is not None and teacher is not None and windows is not None:
+        behind = Progressive(
+            model,
+            teacher,
+            names,
+            windows if progressive.data is None else _text_behind(tokenizer, progressive),
+            progressive,
+            store,
+            device=torch.device(config.device),
+            show_progress=config.show_progress,
+        )
+    quantizer = BlockQuantizer(model, names, windows, config, fine_tune, store, ranks, behind)
     quantizer.run()
     if end_to_end is not None and teacher is not None and windows is not None:
         with on_device(model, config.device), on_device(teacher, config.device):
@@ -309,6 +329,12 @@ def _narrow_layers(model: nn.Module) -> set[str]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and min(module.weight.shape) < TILE_SIDE
     }
+
+
+def _text_behind(tokenizer: Any, config: ProgressiveConfig) -> Tensor:
+    assert config.data is not None
+    documents = stream_documents(config.data, split="train", tokenizer=tokenizer)
+    return token_windows(tokenizer, documents, config.ctx)
 
 
 def _calibration_windows(

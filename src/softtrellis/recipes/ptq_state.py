@@ -16,9 +16,15 @@ from softtrellis.modules.quantized_linear import LayerFormat, QuantizedLinear
 from softtrellis.modules.replace import quantized_layers, replace_modules
 from softtrellis.quantizers.hard import TrellisCode
 from softtrellis.recipes.group import LayerReport
-from softtrellis.recipes.run_state import check_settings, read_tensors, write_tensors
+from softtrellis.recipes.run_state import (
+    check_settings,
+    read_metadata,
+    read_tensors,
+    write_tensors,
+)
 
 SETTINGS, TUNING = "quantize_state.json", "quantize_state_tuning.safetensors"
+REST = "quantize_state_rest.safetensors"
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
@@ -101,6 +107,32 @@ class LayerStore:
         layer.requires_grad_(False)
         reports = json.loads(metadata["reports"])
         return {name: LayerReport(**report) for name, report in reports.items()}
+
+    def save_rest(self, index: int, parameters: Mapping[str, Tensor]) -> None:
+        """Writes what was trained behind a finished decoder layer, in the place of the last."""
+        if self.directory is not None:
+            tensors = {name: parameter.detach() for name, parameter in parameters.items()}
+            write_tensors(self.directory / REST, tensors, {"index": str(index)})
+
+    def rest_index(self) -> int:
+        """The decoder layer that ``save_rest`` was last called for, -1 if there is none."""
+        if self.directory is None or not (self.directory / REST).is_file():
+            return -1
+        return int(read_metadata(self.directory / REST)["index"])
+
+    @torch.no_grad()
+    def load_rest(self, parameters: Mapping[str, Tensor]) -> None:
+        """Takes over what ``save_rest`` wrote.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        assert self.directory is not None
+        _, tensors = read_tensors(self.directory / REST, torch.device("cpu"))
+        if tensors.keys() != parameters.keys():
+            raise ValueError(f"{self.directory / REST} is damaged; start over with --force")
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
 
     def save_tuning(
         self,

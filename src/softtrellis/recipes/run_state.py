@@ -167,7 +167,7 @@ def _tidy(directory: Path) -> None:
     """Removes the directories of older states, and what a killed run did not finish."""
     named = None
     if (directory / STATE).is_file():
-        named = _read_metadata(directory / STATE).get("shared")
+        named = read_metadata(directory / STATE).get("shared")
     for path in directory.glob(_SHARED):
         if path.name != named:
             remove(path)
@@ -238,7 +238,8 @@ def read_tensors(path: Path, device: torch.device) -> tuple[dict[str, str], dict
         raise ValueError(f"{path} is damaged ({error}); start over with --force") from error
 
 
-def _read_metadata(path: Path) -> dict[str, str]:
+def read_metadata(path: Path) -> dict[str, str]:
+    """Metadata that ``write_tensors`` wrote; ValueError if the file is damaged."""
     from safetensors import SafetensorError, safe_open
 
     try:
