@@ -146,8 +146,9 @@ def test_rows_cut_in_other_ways(slices: int, threads: int) -> None:
     for shape in (LARGE[3], LARGE[7]):
         rotation = rotation_of(shape)
         x, signs = randn(3, shape[0]), pack_signs(rotation.in_signs)
-        usual = {"multiple": rotation.multiple, "block": rotation.block}
-        ours, norms = rotation_cuda.rotate_input(x, signs, None, launch=launch, **usual)
+        ours, norms = rotation_cuda.rotate_input(
+            x, signs, None, multiple=rotation.multiple, block=rotation.block, launch=launch
+        )
         exact = rotation.rotate_input(x.double()) / norms.double()[:, None]
         assert relative(ours, exact) < HALF_ROUNDING
 
