@@ -31,10 +31,13 @@ class Launch:
     Attributes:
         slices: blocks of the cluster that shares a row.
         threads: of a block.
+        part_tiles: runs of 16 rows of A that such a cluster computes, a warp each; there are as
+            many clusters as that needs.
     """
 
     slices: int
     threads: int
+    part_tiles: int = 8
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,9 @@ class Transform:
         size = self.steps * _packed_bytes(self.steps) + 16 * own * 16 * 4 * (self.steps | 1)
         if not self.blocks:
             columns = 4 << self.group_shift(launch.slices)
-            size += warps * _packed_bytes(self.tiles) + 16 * columns * 4 * (self.tiles | 1)
+            size += launch.part_tiles * _packed_bytes(self.tiles) + 16 * columns * 4 * (
+                self.tiles | 1
+            )
         return size + 16 + 4 * launch.slices * warps
 
 
@@ -238,7 +243,7 @@ def _launch(
     for transform in transforms(width, block):
         cut = launch or transform.launch()
         left, right = _factors(transform, name == "unrotate_output", source.device)
-        parts = 1 if transform.blocks else -(-transform.tiles // (cut.threads // 32))
+        parts = 1 if transform.blocks else -(-transform.tiles // cut.part_tiles)
         by_four = aligned and all(n % 4 == 0 for n in (row, transform.first, transform.b))
         together = name == "rotate_input" or not transform.blocks
         Kernel("rotation.cu", name, cut.threads)(
@@ -248,7 +253,7 @@ def _launch(
             [source, target, norms, left, right, signs, scales, bias, scale],
             [
                 *(len(norms), features, width, transform.first, transform.a, transform.b),
-                *(splits, cut.slices, parts, transform.group_shift(cut.slices)),
+                *(splits, cut.slices, parts, cut.part_tiles, transform.group_shift(cut.slices)),
                 *(_TYPES[activations.dtype], 0 if bias is None else _TYPES[bias.dtype], by_four),
                 *struct.unpack("i", struct.pack("f", factor / sqrt(transform.order))),
             ],

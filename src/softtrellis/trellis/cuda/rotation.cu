@@ -30,6 +30,7 @@ struct Parameters {
     int batch, features, width;  // channels of a row without and with padding
     int first, a, b;             // the transform takes channels first to first + a b
     int splits, slices, parts;   // shares to add up; blocks of a cluster; clusters of a row
+    int part_tiles;              // runs of 16 rows of A that a cluster computes, a warp each
     int group_shift;             // 2^group_shift groups of 4 columns belong to a block
     int type, bias_type;         // of the activations and of the bias
     int by_four;                 // whether four channels can be read at once
@@ -163,11 +164,12 @@ __device__ __forceinline__ void multiply(float (&result)[N][2], const u32 *signs
     constexpr int SETS = 4 / N;  // of accumulators: a matrix instruction takes 33 cycles
     const int lane = threadIdx.x % LANES, g = lane / 4, q = lane % 4, stride = stride_of(steps);
     const uint2 *from = (const uint2 *)(vectors + g / 2 * stride + q) + g % 2;
+    const u32 ones = 0x3f803f80u + (steps < 0);  // in a register: an instruction has one immediate
     float sums[SETS][N][4] = {};
     auto step = [&](u32 word, int begin, int s) {
         u32 a[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) a[i] = (word << (4 * s + i) & 0x80008000u) | 0x3f803f80u;
+        for (int i = 0; i < 4; ++i) a[i] = (word << (4 * s + i) & 0x80008000u) | ones;
 #pragma unroll
         for (int n = 0; n < N; ++n)
             multiply_add_bfloat(sums[s % SETS][n], a, from[2 * (4 * n * stride + 4 * (begin + s))]);
@@ -268,7 +270,7 @@ __device__ __forceinline__ void rotate(const Parameters &p) {
     const int stride = stride_of(steps), row_words = words_of(steps), left_words = words_of(tiles);
 
     u32 *right = (u32 *)shared, *left = right + steps * row_words;
-    uint4 *rows = (uint4 *)(left + (p.left ? warps * left_words : 0));
+    uint4 *rows = (uint4 *)(left + (p.left ? p.part_tiles * left_words : 0));
     uint4 *columns = rows + own * SIDE * stride;
     const int my_columns = p.left ? QUAD << p.group_shift : 0;
     uint4 *end = columns + my_columns * stride_of(tiles);
@@ -287,7 +289,8 @@ __device__ __forceinline__ void rotate(const Parameters &p) {
     for (int i = threadIdx.x; i < steps * row_words / 4; i += blockDim.x)
         copy_async(address(right + 4 * i), p.right + 16 * i);
     if (p.left) {
-        const int begin = part * warps, count = min(warps, tiles - begin) * left_words / 4;
+        const int begin = part * p.part_tiles;
+        const int count = min(p.part_tiles, tiles - begin) * left_words / 4;
         for (int i = threadIdx.x; i < count; i += blockDim.x)
             copy_async(address(left + 4 * i), p.left + 16 * (begin * left_words / 4 + i));
     }
@@ -370,8 +373,8 @@ __device__ __forceinline__ void rotate(const Parameters &p) {
     }
     if (!p.left) return;
     left += warp * left_words;
-    const int tile = part * warps + warp;
-    if (tile >= tiles) wait_for_mail(mailbox);  // to stay while others send
+    const int tile = part * p.part_tiles + warp;
+    if (warp >= p.part_tiles || tile >= tiles) wait_for_mail(mailbox);  // to stay while others send
     else if (p.group_shift == 0)
         multiply_columns<INPUT, 1>(p, row, tile, rank, left, columns, mailbox, factor_of);
     else multiply_columns<INPUT, 2>(p, row, tile, rank, left, columns, mailbox, factor_of);
