@@ -255,7 +255,7 @@ torch.library.define(
 )
 
 
-def _partial(
+def partial_product(
     x: Tensor,
     codes: Tensor,
     table: Tensor,
@@ -276,7 +276,7 @@ def _partial(
     return decode_triton.multiply(x, codes, table, code, out)
 
 
-def _rotations(backend: ResolvedDecodeBackend, width: int, block: int | None) -> ModuleType:
+def rotations(backend: ResolvedDecodeBackend, width: int, block: int | None) -> ModuleType:
     """The module that rotates rows of so many padded channels."""
     from softtrellis.transforms import rotation_cuda, rotation_triton
 
@@ -303,7 +303,7 @@ def _decode_matmul_op(
     if x.shape[0] == 0:
         return x.new_empty(0, out, dtype=torch.float32)
     halves = x.to(torch.float16).contiguous()
-    return _partial(halves, codes.contiguous(), table, code, out, backend).sum(0) * factor
+    return partial_product(halves, codes.contiguous(), table, code, out, backend).sum(0) * factor
 
 
 @torch.library.impl("softtrellis::quantized_linear", "default")
@@ -334,12 +334,12 @@ def _quantized_linear_op(
         return x.new_empty(0, out)
     codes = codes.contiguous()  # before the rotation, which the product may overlap
     inputs, width = padded_size(x.shape[1], multiple), padded_size(out, multiple)
-    rotated, norms = _rotations(backend, inputs, block).rotate_input(
+    rotated, norms = rotations(backend, inputs, block).rotate_input(
         x.contiguous(), in_signs, in_scale, multiple=multiple, block=block
     )
     code = _code(name, L, k, V, order)
-    partial = _partial(rotated, codes, table, code, width, backend, overlap=True)
-    return _rotations(backend, width, block).unrotate_output(  # type: ignore[no-any-return]
+    partial = partial_product(rotated, codes, table, code, width, backend, overlap=True)
+    return rotations(backend, width, block).unrotate_output(  # type: ignore[no-any-return]
         partial, norms, out_signs, scale, out_scale, bias,
         features=out, factor=factor, dtype=x.dtype, block=block,
     )  # fmt: skip

@@ -187,7 +187,8 @@ def rotate_input(
     norms = torch.empty(batch, dtype=torch.float32, device=x.device)
     _launch(
         "rotate_input", x, target, norms, signs, scales, None, None,
-        features=features, width=width, block=block, splits=0, factor=1.0, launch=launch,
+        features=features, width=width, stride=width, block=block, splits=0, factor=1.0,
+        launch=launch,
     )  # fmt: skip
     return target, norms
 
@@ -213,7 +214,8 @@ def unrotate_output(
     y = torch.empty(batch, features, dtype=dtype, device=partial.device)
     _launch(
         "unrotate_output", partial, y, norms, signs, scales, bias, scale,
-        features=features, width=width, block=block, splits=splits, factor=factor, launch=launch,
+        features=features, width=width, stride=partial.stride(1), block=block, splits=splits,
+        factor=factor, launch=launch,
     )  # fmt: skip
     return y
 
@@ -230,12 +232,13 @@ def _launch(
     *,
     features: int,
     width: int,
+    stride: int,
     block: int | None,
     splits: int,
     factor: float,
     launch: Launch | None,
 ) -> None:
-    activations, row = (source, features) if name == "rotate_input" else (target, width)
+    activations, row = (source, features) if name == "rotate_input" else (target, stride)
     if activations.dtype not in _TYPES:
         names = ", ".join(str(dtype) for dtype in _TYPES)
         raise ValueError(f"activations must be one of {names}, got {activations.dtype}")
@@ -252,7 +255,7 @@ def _launch(
             source.device,
             [source, target, norms, left, right, signs, scales, bias, scale],
             [
-                *(len(norms), features, width, transform.first, transform.a, transform.b),
+                *(len(norms), features, stride, transform.first, transform.a, transform.b),
                 *(splits, cut.slices, parts, cut.part_tiles, transform.group_shift(cut.slices)),
                 *(_TYPES[activations.dtype], 0 if bias is None else _TYPES[bias.dtype], by_four),
                 *struct.unpack("i", struct.pack("f", factor / sqrt(transform.order))),
