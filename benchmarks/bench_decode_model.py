@@ -76,7 +76,8 @@ def attended(
     scores = turned(q.view(shared, -1, width), turn) @ keys.mT
     later = torch.arange(context, device=keys.device) > at
     scores = (scores.float() * width**-0.5).masked_fill(later, float("-inf"))
-    return (scores.softmax(-1).to(values.dtype) @ values).view(1, -1)
+    mean: Tensor = scores.softmax(-1).to(values.dtype) @ values
+    return mean.view(1, -1)
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
@@ -268,7 +269,9 @@ def main() -> None:
         ("hyb", "cuda", False),
         ("hyb", "triton", False),
     ]
-    for name, backend, joint in kinds if device == "cuda" else [("hyb", "torch", True)]:
+    if device == "cpu":
+        kinds = [("hyb", "torch", True)]
+    for name, backend, joint in kinds:
         label = f"{name}, {backend}{'' if joint else ', separate'}"
         ways[label] = packed(device, CODES[name], backend, joint=joint)
     first = 0.0

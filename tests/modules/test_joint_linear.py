@@ -31,7 +31,8 @@ def random_layers(
     form: LayerFormat, outputs: tuple[int, ...], backend: DecodeBackend
 ) -> list[QuantizedLinear]:
     generator = torch.Generator().manual_seed(1)
-    layers, values = [], form.code.codebook()
+    layers: list[QuantizedLinear] = []
+    values = form.code.codebook()
     for out in outputs:
         layer = QuantizedLinear(replace(form, out_features=out), values, backend)
         layer.codes.random_(-(1 << 15), 1 << 15, generator=generator)
