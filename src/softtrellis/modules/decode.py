@@ -35,7 +35,7 @@ def resolve_decode_backend(backend: DecodeBackend, x: Tensor) -> ResolvedDecodeB
     For float16 and bfloat16 activations on a CUDA device ``"auto"`` is ``"cuda"`` where that can
     run and ``"triton"`` elsewhere; it is ``"torch"`` for all others, as the kernels multiply in
     float16 and add in float32. ``"cuda"`` is CUDA C++ for HYB and EXL3's mul1 at L = 16 and k = 2
-    and for rotations of up to some 100,000 channels, and Triton for what that leaves.
+    and for rotations of up to some 200,000 channels, and Triton for what that leaves.
 
     Raises:
         ValueError: an unknown name, or activations that the backend does not take.

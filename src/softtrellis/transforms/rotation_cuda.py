@@ -110,7 +110,7 @@ def transforms(width: int, block: int | None) -> tuple[Transform, ...]:
 def runs(width: int, block: int | None) -> bool:
     """Whether a block's shared memory holds its part of a row of so many padded channels.
 
-    It does up to some 100,000 channels, and for blocks of up to 1024.
+    It does up to some 200,000 channels, and for blocks of up to 1024.
     """
     return all(t.shared_bytes(t.launch()) <= MAX_SHARED_BYTES for t in transforms(width, block))
 

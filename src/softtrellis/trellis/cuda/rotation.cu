@@ -27,7 +27,7 @@ struct Parameters {
     const char *signs;           // of channels, packed
     const char *scales, *bias;   // float16 [features] and [features], or null
     const char *scale;           // float, on the way out
-    int batch, features, width;  // channels of a row without padding; from one padded row to another
+    int batch, features, width;  // of a row without padding; from a padded row to the next
     int first, a, b;             // the transform takes channels first to first + a b
     int splits, slices, parts;   // shares to add up; blocks of a cluster; clusters of a row
     int part_tiles;              // runs of 16 rows of A that a cluster computes, a warp each
