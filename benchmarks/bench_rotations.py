@@ -105,9 +105,10 @@ def report() -> None:
                       f"triton {times(rotation_triton, n, shares, block)} | {usual}",
                       flush=True)  # fmt: skip
         for slices in (1, 2, 4, 8):
+            cuts = [Launch(slices, *cut) for cut in ((256, 4), (256, 8), (384, 8), (512, 16))]
             found = [
-                f"{threads} threads {times(rotation_cuda, n, 4, launch=Launch(slices, threads))}"
-                for threads in (256, 384, 512)
+                f"{cut.threads} threads, {cut.part_tiles} tiles {times(rotation_cuda, n, 4, launch=cut)}"
+                for cut in cuts
             ]
             print(f"    {slices} blocks: {' | '.join(found)}", flush=True)
     for (out, inputs), code in ((shape, code) for shape in LAYERS for code in (HYB, MUL1)):

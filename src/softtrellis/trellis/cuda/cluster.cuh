@@ -4,7 +4,7 @@
 
 #include "common.cuh"
 
-// Every thread of the cluster arrives, then waits: then all blocks run, and their mailboxes are set.
+// Every thread of the cluster arrives, then waits: all blocks run then, their mailboxes set.
 __device__ __forceinline__ void cluster_arrive() {
     asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
