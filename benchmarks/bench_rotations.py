@@ -107,7 +107,8 @@ def report() -> None:
         for slices in (1, 2, 4, 8):
             cuts = [Launch(slices, *cut) for cut in ((256, 4), (256, 8), (384, 8), (512, 16))]
             found = [
-                f"{cut.threads} threads, {cut.part_tiles} tiles {times(rotation_cuda, n, 4, launch=cut)}"
+                f"{cut.threads} threads, {cut.part_tiles} tiles "
+                f"{times(rotation_cuda, n, 4, launch=cut)}"
                 for cut in cuts
             ]
             print(f"    {slices} blocks: {' | '.join(found)}", flush=True)
