@@ -1,12 +1,12 @@
 """Products with packed weights on one GPU: correctness first, then times with a cold L2 cache.
 
-    python benchmarks/bench_decode.py [check | table | variants | rows | all]
+    python benchmarks/bench_decode.py [check | table | variants | rows | rotations | all]
 
 ``table`` compares whole layers (rotations of the activations included) and bare products with
 bf16 ``F.linear``; ``variants`` ranks launches; ``rows`` finds how many rows the fused kernel should
-take. A time is that of a CUDA graph of calls, each with weights of its own, over their number: the
-weights together are larger than the L2 cache, so they come from memory, as in a model; the kernels'
-instructions stay where they are, likewise.
+take; ``rotations`` times those alone (bench_rotations.py). A time is that of a CUDA graph of calls,
+each with weights of its own, over their number: the weights together are larger than the L2 cache,
+so they come from memory, as in a model; the kernels' instructions stay where they are, likewise.
 """
 
 from __future__ import annotations
@@ -275,6 +275,12 @@ def main() -> None:
     torch.manual_seed(0)
     wanted = sys.argv[1] if len(sys.argv) > 1 else "all"
     print(torch.cuda.get_device_name(), torch.__version__)
+    if wanted in ("rotations", "all"):
+        import bench_rotations
+
+        bench_rotations.report()
+    if wanted == "rotations":
+        return
     if not check():
         sys.exit(1)
     for name, part in (("table", table), ("variants", variants), ("rows", rows)):

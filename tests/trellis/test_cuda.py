@@ -26,7 +26,14 @@ CODES = [
     ("1mad", SCALAR),
     ("gaussian", SCALAR),
 ]
-SOURCES = ("bcjr_hyb.cu", "bcjr_scalar.cu", "viterbi_hyb.cu", "viterbi_scalar.cu", "decode.cu")
+SOURCES = (
+    "bcjr_hyb.cu",
+    "bcjr_scalar.cu",
+    "viterbi_hyb.cu",
+    "viterbi_scalar.cu",
+    "decode.cu",
+    "rotation.cu",
+)
 
 
 def table_of(code: str, spec: TrellisSpec) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
+from types import ModuleType
 from typing import Literal, get_args
 
 import torch
@@ -33,8 +34,8 @@ def resolve_decode_backend(backend: DecodeBackend, x: Tensor) -> ResolvedDecodeB
 
     For float16 and bfloat16 activations on a CUDA device ``"auto"`` is ``"cuda"`` where that can
     run and ``"triton"`` elsewhere; it is ``"torch"`` for all others, as the kernels multiply in
-    float16 and add in float32. ``"cuda"`` is CUDA C++ for HYB and EXL3's mul1 at L = 16 and k = 2,
-    and Triton for what that leaves.
+    float16 and add in float32. ``"cuda"`` is CUDA C++ for HYB and EXL3's mul1 at L = 16 and k = 2
+    and for rotations of up to some 200,000 channels, and Triton for what that leaves.
 
     Raises:
         ValueError: an unknown name, or activations that the backend does not take.
@@ -214,7 +215,7 @@ def quantized_linear(
         scale, in_signs, out_signs, in_scale, out_scale, bias: buffers of ``QuantizedLinear``.
         out_features: outputs, before padding.
         multiple, block: of the rotation, see ``Incoherence``.
-        backend: "triton" or "cuda", which multiplies.
+        backend: "triton" or "cuda", which rotates and multiplies.
 
     Returns:
         [..., out_features], x's dtype.
@@ -254,7 +255,7 @@ torch.library.define(
 )
 
 
-def _partial(
+def partial_product(
     x: Tensor,
     codes: Tensor,
     table: Tensor,
@@ -275,6 +276,15 @@ def _partial(
     return decode_triton.multiply(x, codes, table, code, out)
 
 
+def rotations(backend: ResolvedDecodeBackend, width: int, block: int | None) -> ModuleType:
+    """The module that rotates rows of so many padded channels."""
+    from softtrellis.transforms import rotation_cuda, rotation_triton
+
+    if backend == "cuda" and rotation_cuda.runs(width, block):
+        return rotation_cuda
+    return rotation_triton
+
+
 @torch.library.impl("softtrellis::decode_matmul", "default")
 def _decode_matmul_op(
     x: Tensor,
@@ -293,7 +303,7 @@ def _decode_matmul_op(
     if x.shape[0] == 0:
         return x.new_empty(0, out, dtype=torch.float32)
     halves = x.to(torch.float16).contiguous()
-    return _partial(halves, codes.contiguous(), table, code, out, backend).sum(0) * factor
+    return partial_product(halves, codes.contiguous(), table, code, out, backend).sum(0) * factor
 
 
 @torch.library.impl("softtrellis::quantized_linear", "default")
@@ -318,19 +328,18 @@ def _quantized_linear_op(
     order: TileOrder,
     backend: ResolvedDecodeBackend,
 ) -> Tensor:
-    from softtrellis.transforms import rotation_triton
     from softtrellis.transforms.incoherence import padded_size
 
     if x.shape[0] == 0:
         return x.new_empty(0, out)
     codes = codes.contiguous()  # before the rotation, which the product may overlap
-    rotated, norms = rotation_triton.rotate_input(
+    inputs, width = padded_size(x.shape[1], multiple), padded_size(out, multiple)
+    rotated, norms = rotations(backend, inputs, block).rotate_input(
         x.contiguous(), in_signs, in_scale, multiple=multiple, block=block
     )
     code = _code(name, L, k, V, order)
-    width = padded_size(out, multiple)
-    partial = _partial(rotated, codes, table, code, width, backend, overlap=True)
-    return rotation_triton.unrotate_output(
+    partial = partial_product(rotated, codes, table, code, width, backend, overlap=True)
+    return rotations(backend, width, block).unrotate_output(  # type: ignore[no-any-return]
         partial, norms, out_signs, scale, out_scale, bias,
         features=out, factor=factor, dtype=x.dtype, block=block,
     )  # fmt: skip

@@ -159,6 +159,7 @@ def _launch(
     *,
     features: int,
     width: int,
+    stride: int,
     block: int | None,
     splits: int,
     factor: float,
@@ -182,7 +183,7 @@ def _launch(
             bias,
             scale,
             features,
-            width,
+            stride,
             first,
             splits,
             factor / math.sqrt(order),
@@ -244,7 +245,7 @@ def rotate_input(
     norms = torch.empty(batch, dtype=torch.float32, device=x.device)
     _launch(
         x, target, norms, signs, scales, None, None,
-        features=features, width=width, block=block, splits=0, factor=1.0,
+        features=features, width=width, stride=width, block=block, splits=0, factor=1.0,
     )  # fmt: skip
     return target, norms
 
@@ -265,7 +266,8 @@ def unrotate_output(
     """``Incoherence.unrotate_output`` of the sum of ``partial``, scaled, plus the bias.
 
     Args:
-        partial: float32 [splits, B, out_pad], contiguous; summed over the first dimension.
+        partial: float32 [splits, B, out_pad], summed over the first dimension; contiguous, or
+            some of the last dimension of a contiguous tensor, from a multiple of 4 on.
         norms: float32 [B], what ``rotate_input`` divided by.
         signs: uint8, packed signs of the padded outputs.
         scale: float32 [], and ``factor``: multiply every output.
@@ -283,6 +285,7 @@ def unrotate_output(
     y = torch.empty(batch, features, dtype=dtype, device=partial.device)
     _launch(
         partial, y, norms, signs, scales, bias, scale,
-        features=features, width=width, block=block, splits=splits, factor=factor,
+        features=features, width=width, stride=partial.stride(1), block=block, splits=splits,
+        factor=factor,
     )  # fmt: skip
     return y

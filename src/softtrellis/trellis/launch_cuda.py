@@ -65,6 +65,25 @@ def _function(source: str, name: str, device: int, shared_bytes: int) -> Any:
     return function
 
 
+def _attributes(cluster: int, overlap: bool) -> list[Any]:
+    """Of a launch, as the driver takes them."""
+    from cuda.bindings import driver
+
+    found, names = [], driver.CUlaunchAttributeID
+    if cluster > 1:
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = names.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        sizes = attribute.value.clusterDim
+        sizes.x, sizes.y, sizes.z = cluster, 1, 1
+        found.append(attribute)
+    if overlap:
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = names.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        found.append(attribute)
+    return found
+
+
 @dataclass(frozen=True)
 class Kernel:
     """A kernel of ``cuda/<source>`` whose only parameter is a structure of addresses and ints.
@@ -87,6 +106,7 @@ class Kernel:
         addresses: Sequence[Tensor | None],
         numbers: Sequence[int],
         *,
+        cluster: int = 1,
         overlap: bool = False,
     ) -> None:
         """Starts it on PyTorch's current stream; compiles it the first time.
@@ -97,6 +117,7 @@ class Kernel:
             device: the CUDA device.
             addresses: contiguous tensors, or None, in the order of the structure's pointers.
             numbers: 32-bit ints, which follow the pointers.
+            cluster: blocks of a cluster, a divisor of ``blocks``.
             overlap: start while the kernel before it ends (programmatic dependent launch); the
                 kernel itself must wait before it touches memory that others write.
         """
@@ -115,13 +136,8 @@ class Kernel:
             config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
             config.blockDimX, config.blockDimY, config.blockDimZ = self.threads, 1, 1
             config.sharedMemBytes, config.hStream = shared_bytes, stream.cuda_stream
-            if overlap:
-                attribute = driver.CUlaunchAttribute()
-                attribute.id = (
-                    driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-                )
-                attribute.value.programmaticStreamSerializationAllowed = 1
-                config.attrs, config.numAttrs = [attribute], 1
+            config.attrs = _attributes(cluster, overlap)
+            config.numAttrs = len(config.attrs)
             _checked(driver.cuLaunchKernelEx(config, function, ctypes.addressof(parameters), 0))
 
 

@@ -1,0 +1,265 @@
+"""Rotations of a few rows of activations in CUDA C++: ``trellis/cuda/rotation.cu``."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from math import sqrt
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from softtrellis.transforms.hadamard import hadamard_blocks, kronecker_factors
+from softtrellis.transforms.incoherence import padded_size
+from softtrellis.trellis.launch_cuda import Kernel
+
+Factor = Literal["left", "right"]
+
+MAX_SHARED_BYTES = 227 * 1024
+MAX_CLUSTER = 8
+MIN_THREADS, MAX_THREADS = 256, 512
+_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a transform of a b channels is cut; the kernel's comment says what the parts do.
+
+    Attributes:
+        slices: blocks of the cluster that shares a row.
+        threads: of a block.
+        part_tiles: runs of 16 rows of A that such a cluster computes, a warp each; there are as
+            many clusters as that needs.
+    """
+
+    slices: int
+    threads: int
+    part_tiles: int = 8
+
+
+@dataclass(frozen=True)
+class Transform:
+    """The transform of ``a * b`` channels from ``first`` on: A (x) B, or I (x) B in blocks."""
+
+    first: int
+    order: int
+    a: int
+    b: int
+    blocks: bool
+
+    @property
+    def tiles(self) -> int:
+        """Runs of 16 rows of the channels as a matrix [a, b]."""
+        return -(-self.a // 16)
+
+    @property
+    def steps(self) -> int:
+        """Runs of 16 columns."""
+        return -(-self.b // 16)
+
+    def launch(self) -> Launch:
+        """As many blocks as have something to do, and a thread for four channels."""
+        groups = self.tiles if self.blocks else min(self.tiles, -(-self.b // 4))
+        slices = min(MAX_CLUSTER, 1 << (groups - 1).bit_length())
+        return Launch(slices, self.threads(slices))
+
+    def threads(self, slices: int) -> int:
+        """Threads of a block of a cluster of so many."""
+        quads = -(-self.tiles // slices) * 16 * 4 * self.steps
+        return max(MIN_THREADS, min(MAX_THREADS, -(-quads // 32) * 32))
+
+    def group_shift(self, slices: int) -> int:
+        """log2 of the groups of four columns that a block has."""
+        groups = -(-self.b // 4)
+        return (-(-groups // slices) - 1).bit_length()
+
+    def shared_bytes(self, launch: Launch) -> int:
+        """Dynamic shared memory of a block."""
+        warps, own = launch.threads // 32, -(-self.tiles // launch.slices)
+        size = self.steps * _packed_bytes(self.steps) + 16 * own * 16 * 4 * (self.steps | 1)
+        if not self.blocks:
+            columns = 4 << self.group_shift(launch.slices)
+            size += launch.part_tiles * _packed_bytes(self.tiles) + 16 * columns * 4 * (
+                self.tiles | 1
+            )
+        return size + 16 + 4 * launch.slices * warps
+
+
+def _packed_bytes(steps: int) -> int:
+    """Of 16 rows of packed signs with 16 ``steps`` columns."""
+    return -(-steps // 4) * 128
+
+
+@cache
+def transforms(width: int, block: int | None) -> tuple[Transform, ...]:
+    """What a row of so many padded channels goes through."""
+    if block is not None:
+        return (Transform(0, block, width // block, block, True),)
+    found, first = [], 0
+    for order in hadamard_blocks(width):
+        a, b = (len(factor) for factor in kronecker_factors(order))
+        found.append(Transform(first, order, a, b, False))
+        first += order
+    return tuple(found)
+
+
+@cache
+def runs(width: int, block: int | None) -> bool:
+    """Whether a block's shared memory holds its part of a row of so many padded channels.
+
+    It does up to some 200,000 channels, and for blocks of up to 1024.
+    """
+    return all(t.shared_bytes(t.launch()) <= MAX_SHARED_BYTES for t in transforms(width, block))
+
+
+def packed_signs(matrix: Tensor, factor: Factor) -> Tensor:
+    """A matrix of +-1 as the bits that the matrix instruction's lanes take.
+
+    Bit 15 - r + 16 e of word [t, w, 4 g + q] is 1 where the matrix is -1, for r = 4 s + h + 2 p:
+    in row 16 t + 8 h + g and, of the 16 columns from 16 (4 w + s) on, in 4 q + 2 p + e of the
+    right factor and in 8 p + 4 e + q of the left one.
+
+    Args:
+        matrix: int8 [n, n] of +-1.
+        factor: which of the two factors it is.
+
+    Returns:
+        int32 [ceil(n / 16), ceil(n / 64), 32] on the matrix' device.
+    """
+    tiles, words = -(-len(matrix) // 16), -(-len(matrix) // 64)
+    padding = (0, 64 * words - len(matrix), 0, 16 * tiles - len(matrix))
+    bits = functional.pad((matrix < 0).long(), padding)
+    if factor == "right":
+        t, h, g, w, s, q, p, e = range(8)
+        shape = (tiles, 2, 8, words, 4, 4, 2, 2)
+    else:
+        t, h, g, w, s, p, e, q = range(8)
+        shape = (tiles, 2, 8, words, 4, 2, 2, 4)
+    bits = bits.reshape(shape).permute(t, w, g, q, e, s, p, h).reshape(tiles, words, 32, 2, 16)
+    places = torch.arange(15, -1, -1, device=matrix.device) + torch.tensor(
+        [[0], [16]], device=matrix.device
+    )
+    packed = (bits << places).sum((-2, -1))
+    return torch.where(packed < 1 << 31, packed, packed - (1 << 32)).to(torch.int32)
+
+
+@lru_cache(maxsize=256)
+def _factors(
+    transform: Transform, inverse: bool, device: torch.device
+) -> tuple[Tensor | None, Tensor]:
+    """Packed A (None for blocks) and B, or their transposes."""
+    left, right = kronecker_factors(transform.order)
+    if transform.blocks:
+        right = torch.kron(left, right)
+    if inverse:
+        left, right = left.mT, right.mT
+    with torch.inference_mode(False):
+        packed = packed_signs(left, "left").to(device), packed_signs(right, "right").to(device)
+    if device.type == "cuda":  # a kernel reads them without waiting for anything
+        torch.cuda.current_stream(device).synchronize()
+    return None if transform.blocks else packed[0], packed[1]
+
+
+def rotate_input(
+    x: Tensor,
+    signs: Tensor,
+    scales: Tensor | None,
+    *,
+    multiple: int = 16,
+    block: int | None = None,
+    launch: Launch | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``rotation_triton.rotate_input``, for widths that ``runs`` names and x of float16, bfloat16
+    or float32.
+
+    It may begin while the kernel before it ends, and lets the next one do so.
+
+    Args:
+        x, signs, scales, multiple, block: as there.
+        launch: how to cut it, for measurements.
+    """
+    batch, features = x.shape
+    width = padded_size(features, multiple)
+    target = torch.empty(batch, width, dtype=torch.float16, device=x.device)
+    norms = torch.empty(batch, dtype=torch.float32, device=x.device)
+    _launch(
+        "rotate_input", x, target, norms, signs, scales, None, None,
+        features=features, width=width, stride=width, block=block, splits=0, factor=1.0,
+        launch=launch,
+    )  # fmt: skip
+    return target, norms
+
+
+def unrotate_output(
+    partial: Tensor,
+    norms: Tensor,
+    signs: Tensor,
+    scale: Tensor,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    *,
+    features: int,
+    factor: float,
+    dtype: torch.dtype,
+    block: int | None = None,
+    launch: Launch | None = None,
+) -> Tensor:
+    """``rotation_triton.unrotate_output``, for widths that ``runs`` names and results of float16,
+    bfloat16 or float32; see ``rotate_input``.
+    """
+    splits, batch, width = partial.shape
+    y = torch.empty(batch, features, dtype=dtype, device=partial.device)
+    _launch(
+        "unrotate_output", partial, y, norms, signs, scales, bias, scale,
+        features=features, width=width, stride=partial.stride(1), block=block, splits=splits,
+        factor=factor, launch=launch,
+    )  # fmt: skip
+    return y
+
+
+def _launch(
+    name: Literal["rotate_input", "unrotate_output"],
+    source: Tensor,
+    target: Tensor,
+    norms: Tensor,
+    signs: Tensor,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    *,
+    features: int,
+    width: int,
+    stride: int,
+    block: int | None,
+    splits: int,
+    factor: float,
+    launch: Launch | None,
+) -> None:
+    activations, row = (source, features) if name == "rotate_input" else (target, stride)
+    if activations.dtype not in _TYPES:
+        names = ", ".join(str(dtype) for dtype in _TYPES)
+        raise ValueError(f"activations must be one of {names}, got {activations.dtype}")
+    aligned = all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in (source, scales))
+    for transform in transforms(width, block):
+        cut = launch or transform.launch()
+        left, right = _factors(transform, name == "unrotate_output", source.device)
+        parts = 1 if transform.blocks else -(-transform.tiles // cut.part_tiles)
+        by_four = aligned and all(n % 4 == 0 for n in (row, transform.first, transform.b))
+        together = name == "rotate_input" or not transform.blocks
+        Kernel("rotation.cu", name, cut.threads)(
+            len(norms) * parts * cut.slices,
+            transform.shared_bytes(cut),
+            source.device,
+            [source, target, norms, left, right, signs, scales, bias, scale],
+            [
+                *(len(norms), features, stride, transform.first, transform.a, transform.b),
+                *(splits, cut.slices, parts, cut.part_tiles, transform.group_shift(cut.slices)),
+                *(_TYPES[activations.dtype], 0 if bias is None else _TYPES[bias.dtype], by_four),
+                *struct.unpack("i", struct.pack("f", factor / sqrt(transform.order))),
+            ],
+            cluster=cut.slices if together else 1,
+            overlap=True,
+        )

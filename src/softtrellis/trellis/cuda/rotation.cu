@@ -1,0 +1,389 @@
+// Randomised Hadamard transforms of a few rows of activations, before and after a packed product.
+//
+//   * H = A (x) B: a row of a b channels, seen as a matrix X [a, b], becomes A X B^T. For blocks of
+//     channels, I (x) B, there is no A. A and B are +-1: one bit an entry, which becomes a bfloat16
+//     number in two instructions. A number of X is two bfloat16 numbers, its rounded value and what
+//     that leaves (2^-18 of it is lost); they are neighbouring columns of one matrix instruction,
+//     so their two results meet in one lane.
+//   * The blocks of a cluster share a row: each reads 16 or more rows of X, multiplies them by B^T
+//     and hands every block its columns; each then multiplies its columns by A. Where A is large,
+//     several clusters do all but that product, of which each computes its rows of A.
+//   * Nothing that a kernel may have written is read before the kernel before this one has ended,
+//     and the next one begins after that only: of a chain of kernels two run at a time.
+
+#include "cluster.cuh"
+#include "halves.cuh"
+
+constexpr int SIDE = 16, QUAD = 4, LANES = 32, LINE = 128;
+constexpr int MAX_PEAKS = 8 * 16;  // of 8 blocks of 16 warps
+
+enum Type { HALF, BFLOAT, FLOAT };
+
+struct Parameters {
+    const char *source;          // x [batch, features]; or float [splits, batch, width]
+    char *target;                // float16 [batch, width]; or [batch, features]
+    float *norms;                // [batch], the divisors of the rows
+    const char *left, *right;    // packed signs of A (null: none) and B; transposed on the way out
+    const char *signs;           // of channels, packed
+    const char *scales, *bias;   // float16 [features] and [features], or null
+    const char *scale;           // float, on the way out
+    int batch, features, width;  // of a row without padding; from a padded row to the next
+    int first, a, b;             // the transform takes channels first to first + a b
+    int splits, slices, parts;   // shares to add up; blocks of a cluster; clusters of a row
+    int part_tiles;              // runs of 16 rows of A that a cluster computes, a warp each
+    int group_shift;             // 2^group_shift groups of 4 columns belong to a block
+    int type, bias_type;         // of the activations and of the bias
+    int by_four;                 // whether four channels can be read at once
+    float factor;
+};
+
+extern __shared__ uint4 shared[];
+
+// Quads of one vector of `steps` k-steps; the odd multiple of 64 bytes keeps reads off each other.
+__device__ __forceinline__ int stride_of(int steps) { return 4 * (steps | 1); }
+
+// Words of packed signs of 16 rows.
+__device__ __forceinline__ int words_of(int steps) { return (steps + 3) / 4 * LANES; }
+
+__device__ __forceinline__ float sign_of(u32 byte, int channel) {
+    return (byte >> (7 - channel % 8)) & 1 ? -1.f : 1.f;
+}
+
+__device__ __forceinline__ int size_of(int type) { return type == FLOAT ? 4 : 2; }
+
+__device__ __forceinline__ float number(u32 bits, int type) {
+    if (type == FLOAT) return __uint_as_float(bits);
+    return type == HALF ? of_half((u16)bits) : of_bfloat((u16)bits);
+}
+
+__device__ __forceinline__ u32 read_bits(const char *p, long long at, int type) {
+    return type == FLOAT ? read_word(p + 4 * at) : read_half(p + 2 * at);
+}
+
+__device__ __forceinline__ float read(const char *p, long long at, int type) {
+    return number(read_bits(p, at, type), type);
+}
+
+__device__ __forceinline__ float4 numbers(uint4 bits, int type) {
+    if (type == FLOAT)
+        return make_float4(__uint_as_float(bits.x), __uint_as_float(bits.y),
+                           __uint_as_float(bits.z), __uint_as_float(bits.w));
+    return make_float4(number(bits.x & 0xffff, type), number(bits.x >> 16, type),
+                       number(bits.y & 0xffff, type), number(bits.y >> 16, type));
+}
+
+__device__ __forceinline__ uint4 read_bits4(const char *p, long long at, int type) {
+    if (type == FLOAT) return read_words4(p + 4 * at);
+    const uint2 x = read_words2(p + 2 * at);
+    return make_uint4(x.x, x.y, 0, 0);
+}
+
+__device__ __forceinline__ void write(char *p, long long at, int type, float x) {
+    if (type == FLOAT) ((float *)p)[at] = x;
+    else ((u16 *)p)[at] = type == HALF ? to_half(x) : (u16)to_bfloats(x, 0.f);
+}
+
+// Four numbers as bfloat16, then what that leaves of them.
+__device__ __forceinline__ uint4 split(float4 v) {
+    const u32 xy = to_bfloats(v.x, v.y), zw = to_bfloats(v.z, v.w);
+    return make_uint4(xy, zw,
+                      to_bfloats(v.x - __uint_as_float(xy << 16),
+                                 v.y - __uint_as_float(xy & 0xffff0000u)),
+                      to_bfloats(v.z - __uint_as_float(zw << 16),
+                                 v.w - __uint_as_float(zw & 0xffff0000u)));
+}
+
+// Sums over the shares of four channels of the product; eight loads are under way at once.
+__device__ __forceinline__ float4 read_shares(const Parameters &p, long long at) {
+    constexpr int AT_ONCE = 8;
+    const long long share = (long long)p.batch * p.width;
+    float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+    for (int s = 0; s < p.splits; s += AT_ONCE) {
+        uint4 v[AT_ONCE];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i)
+            v[i] = s + i < p.splits ? read_words4(p.source + 4 * ((s + i) * share + at))
+                                    : make_uint4(0, 0, 0, 0);
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) {
+            const float4 x = numbers(v[i], FLOAT);
+            sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
+        }
+    }
+    return sum;
+}
+
+__device__ __forceinline__ float scaled_input(const Parameters &p, int row, int channel) {
+    const float x = read(p.source, (long long)row * p.features + channel, p.type);
+    return p.scales ? x * read(p.scales, channel, HALF) : x;
+}
+
+// One channel: of the activations, scaled and with its sign, or the sum of the product's shares.
+template <bool INPUT>
+__device__ __forceinline__ float load(const Parameters &p, int row, int channel) {
+    if (INPUT) {
+        if (channel >= p.features) return 0.f;
+        return scaled_input(p, row, channel) * sign_of(read_byte(p.signs + channel / 8), channel);
+    }
+    float sum = 0.f;
+    for (int s = 0; s < p.splits; ++s)
+        sum += read(p.source, ((long long)s * p.batch + row) * p.width + channel, FLOAT);
+    return sum;
+}
+
+// Four channels, of which `count` belong to the row of X.
+template <bool INPUT>
+__device__ __forceinline__ float4 load4(const Parameters &p, int row, int channel, int count) {
+    float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
+    if (!p.by_four) {
+        if (count > 0) v.x = load<INPUT>(p, row, channel);
+        if (count > 1) v.y = load<INPUT>(p, row, channel + 1);
+        if (count > 2) v.z = load<INPUT>(p, row, channel + 2);
+        if (count > 3) v.w = load<INPUT>(p, row, channel + 3);
+        return v;
+    }
+    if (count <= 0) return v;
+    if (!INPUT) return read_shares(p, (long long)row * p.width + channel);
+    if (channel >= p.features) return v;
+    const uint4 x = read_bits4(p.source, (long long)row * p.features + channel, p.type);
+    uint4 ones = make_uint4(0x3c003c00u, 0x3c003c00u, 0, 0);
+    if (p.scales) ones = read_bits4(p.scales, channel, HALF);
+    const u32 byte = read_byte(p.signs + channel / 8);
+    const float4 scale = numbers(ones, HALF);
+    v = numbers(x, p.type);
+    v.x *= scale.x * sign_of(byte, channel), v.y *= scale.y * sign_of(byte, channel + 1);
+    v.z *= scale.z * sign_of(byte, channel + 2), v.w *= scale.w * sign_of(byte, channel + 3);
+    return v;
+}
+
+// 16 rows of a sign matrix times 4 N vectors of `steps` k-steps of 16 numbers. A lane, with g =
+// lane / 4 and q = lane % 4, receives rows g and g + 8 of the products with the vectors 4 n + q.
+template <int N>
+__device__ __forceinline__ void multiply(float (&result)[N][2], const u32 *signs,
+                                         const uint4 *vectors, int steps) {
+    constexpr int SETS = 4 / N;  // of accumulators: a matrix instruction takes 33 cycles
+    const int lane = threadIdx.x % LANES, g = lane / 4, q = lane % 4, stride = stride_of(steps);
+    const uint2 *from = (const uint2 *)(vectors + g / 2 * stride + q) + g % 2;
+    const u32 ones = 0x3f803f80u + (steps < 0);  // in a register: an instruction has one immediate
+    float sums[SETS][N][4] = {};
+    auto step = [&](u32 word, int begin, int s) {
+        u32 a[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) a[i] = (word << (4 * s + i) & 0x80008000u) | ones;
+#pragma unroll
+        for (int n = 0; n < N; ++n)
+            multiply_add_bfloat(sums[s % SETS][n], a, from[2 * (4 * n * stride + 4 * (begin + s))]);
+    };
+    int begin = 0;
+    for (; begin + 4 <= steps; begin += 4) {
+        const u32 word = signs[begin / 4 * LANES + lane];
+#pragma unroll
+        for (int s = 0; s < 4; ++s) step(word, begin, s);
+    }
+    if (begin < steps) {
+        const u32 word = signs[begin / 4 * LANES + lane];
+#pragma unroll
+        for (int s = 0; s < 3; ++s)
+            if (begin + s < steps) step(word, begin, s);
+    }
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            result[n][h] = 0.f;
+#pragma unroll
+            for (int s = 0; s < SETS; ++s)
+                result[n][h] += sums[s][n][2 * h] + sums[s][n][2 * h + 1];
+        }
+}
+
+// One number of the result: row i of A and column j of X.
+template <bool INPUT>
+struct Output {
+    int channel;
+    bool inside;
+    u32 byte, scale, bias;  // as they are read
+
+    __device__ __forceinline__ void load(const Parameters &p, int i, int j) {
+        channel = p.first + i * p.b + j;
+        inside = i < p.a && j < p.b && (INPUT || channel < p.features);
+        byte = 0, scale = 0x3c00, bias = 0;
+        if (INPUT || !inside) return;
+        byte = read_byte(p.signs + channel / 8);
+        if (p.scales) scale = read_half(p.scales + 2 * channel);
+        if (p.bias) bias = read_bits(p.bias, channel, p.bias_type);
+    }
+
+    __device__ __forceinline__ void store(const Parameters &p, int row, float x, float factor) {
+        if (!inside) return;
+        if (INPUT) write(p.target, (long long)row * p.width + channel, HALF, x * factor);
+        else
+            write(p.target, (long long)row * p.features + channel, p.type,
+                  x * factor * (of_half((u16)scale) * sign_of(byte, channel)) +
+                      number(bias, p.bias_type));
+    }
+};
+
+template <bool INPUT, int N>
+struct Outputs {
+    Output<INPUT> of[N][2];
+
+    __device__ __forceinline__ void load(const Parameters &p, int i, int j) {
+#pragma unroll
+        for (int n = 0; n < N; ++n)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) of[n][h].load(p, i + 8 * h, j + 4 * n);
+    }
+};
+
+// The block's columns times the warp's 16 rows of A.
+template <bool INPUT, int N, typename Factor>
+__device__ __forceinline__ void multiply_columns(const Parameters &p, int row, int tile, int rank,
+                                                 const u32 *signs, const uint4 *columns,
+                                                 u32 mailbox, Factor factor_of) {
+    const int lane = threadIdx.x % LANES, steps = (p.a + SIDE - 1) / SIDE;
+    const int groups = 1 << p.group_shift, i = tile * SIDE + lane / 4;
+    int j = rank * groups * QUAD + lane % 4;
+    Outputs<INPUT, N> outputs;
+    outputs.load(p, i, j);
+    wait_for_mail(mailbox);
+    const float factor = factor_of();
+    for (int n = 0; n < groups; n += N, j += QUAD * N) {
+        float result[N][2];
+        multiply<N>(result, signs, columns + n * QUAD * stride_of(steps), steps);
+#pragma unroll
+        for (int m = 0; m < N; ++m)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) outputs.of[m][h].store(p, row, result[m][h], factor);
+        if (n + N < groups) outputs.load(p, i, j + QUAD * N);
+    }
+}
+
+template <bool INPUT>
+__device__ __forceinline__ void rotate(const Parameters &p) {
+    const int lane = threadIdx.x % LANES, g = lane / 4, q = lane % 4;
+    const int warp = threadIdx.x / LANES, warps = blockDim.x / LANES;
+    const int rank = blockIdx.x % p.slices, cluster = blockIdx.x / p.slices;
+    const int part = cluster % p.parts, row = cluster / p.parts;
+    const int tiles = (p.a + SIDE - 1) / SIDE, own = (tiles + p.slices - 1) / p.slices;
+    const int steps = (p.b + SIDE - 1) / SIDE;  // of a row of X; 16 columns each, as in B's rows
+    const int stride = stride_of(steps), row_words = words_of(steps), left_words = words_of(tiles);
+
+    u32 *right = (u32 *)shared, *left = right + steps * row_words;
+    uint4 *rows = (uint4 *)(left + (p.left ? p.part_tiles * left_words : 0));
+    uint4 *columns = rows + own * SIDE * stride;
+    const int my_columns = p.left ? QUAD << p.group_shift : 0;
+    uint4 *end = columns + my_columns * stride_of(tiles);
+    const u32 mailbox = address(end);
+    u32 *peaks = (u32 *)(end + 1);
+
+    const bool exchange = INPUT || p.left;  // else the blocks have nothing to say to each other
+    if (exchange) {
+        if (threadIdx.x == 0) {
+            const int some = max(0, min(my_columns, p.b - rank * my_columns));
+            expect_mail(mailbox, some * tiles * 64 + (INPUT ? p.slices * warps * 4 : 0));
+        }
+        __syncwarp();
+        cluster_arrive();
+    }
+    for (int i = threadIdx.x; i < steps * row_words / 4; i += blockDim.x)
+        copy_async(address(right + 4 * i), p.right + 16 * i);
+    if (p.left) {
+        const int begin = part * p.part_tiles;
+        const int count = min(p.part_tiles, tiles - begin) * left_words / 4;
+        for (int i = threadIdx.x; i < count; i += blockDim.x)
+            copy_async(address(left + 4 * i), p.left + 16 * (begin * left_words / 4 + i));
+    }
+    const int thread = rank * blockDim.x + threadIdx.x;
+    auto fetch = [&](const char *from, int bytes) {
+        for (int at = thread * LINE; from && at < bytes; at += p.slices * blockDim.x * LINE)
+            fetch_to_l2(from + at);
+    };
+    fetch(p.signs, (p.features + 7) / 8);
+    fetch(p.scales, 2 * p.features);
+    fetch(p.bias, size_of(p.bias_type) * p.features);
+    __syncwarp();
+    if (exchange) cluster_wait();
+    wait_for_the_kernel_before();
+    let_the_next_kernel_begin();
+
+    float peak = 0.f, scale = 1.f, norm = 1.f;
+    if (!INPUT) {
+        scale = read(p.scale, 0, FLOAT);
+        norm = read((const char *)(p.norms + row), 0, FLOAT);
+    }
+    const int quads = 4 * steps;
+    for (int u = threadIdx.x; u < own * SIDE * quads; u += blockDim.x) {
+        const int i = u / quads, j = QUAD * (u % quads), row_of_x = rank * own * SIDE + i;
+        const int count = row_of_x < p.a ? p.b - j : 0, channel = p.first + row_of_x * p.b + j;
+        const float4 v = load4<INPUT>(p, row, channel, count);
+        peak = fmaxf(peak, fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w))));
+        rows[i * stride + j / QUAD] = split(v);
+    }
+    if (INPUT && p.a * p.b < p.width)  // other channels' transforms are other launches
+        for (int channel = thread; channel < p.features; channel += p.slices * blockDim.x)
+            peak = fmaxf(peak, fabsf(scaled_input(p, row, channel)));
+    wait_for_copies();
+    if (INPUT) {
+        const u32 largest = largest_of_warp(peak);
+        if (lane < p.slices) send(address(peaks + rank * warps + warp), lane, mailbox, largest);
+    }
+    __syncthreads();
+    auto factor_of = [&] {  // of the row; on the way in, after the exchange of the peaks
+        if (!INPUT) return p.factor * scale * norm;
+        float largest = 0.f;
+#pragma unroll
+        for (int i = 0; i < MAX_PEAKS; i += LANES)
+            if (i + lane < p.slices * warps)
+                largest = fmaxf(largest, __uint_as_float(peaks[i + lane]));
+        largest = __uint_as_float(largest_of_warp(largest));
+        if (largest == 0.f) largest = 1.f;
+        if (blockIdx.x % (p.slices * p.parts) == 0 && threadIdx.x == 0) p.norms[row] = largest;
+        return p.factor / largest;
+    };
+    float factor = 1.f;
+    if (!p.left) {
+        if (INPUT) wait_for_mail(mailbox);
+        factor = factor_of();
+    }
+    for (int unit = warp; unit < own * steps; unit += warps) {
+        const int tile = rank * own + unit / steps, block = unit % steps;
+        if (tile >= tiles) break;
+        float result[4][2];
+        multiply<4>(result, right + block * row_words, rows + unit / steps * SIDE * stride, steps);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const int j = block * SIDE + 8 * h + g;
+            if (p.left) {
+                if (j >= p.b) continue;
+                const int owner = j / QUAD >> p.group_shift, column = j - owner * my_columns;
+                const float4 v =
+                    make_float4(result[0][h], result[1][h], result[2][h], result[3][h]);
+                send(address(columns + column * stride_of(tiles) + 4 * tile + q), owner, mailbox,
+                     split(v));
+            } else {
+#pragma unroll
+                for (int n = 0; n < 4; ++n) {
+                    Output<INPUT> output;
+                    output.load(p, tile * SIDE + 4 * n + q, j);
+                    output.store(p, row, result[n][h], factor);
+                }
+            }
+        }
+    }
+    if (!p.left) return;
+    left += warp * left_words;
+    const int tile = part * p.part_tiles + warp;
+    if (warp >= p.part_tiles || tile >= tiles) wait_for_mail(mailbox);  // to stay while others send
+    else if (p.group_shift == 0)
+        multiply_columns<INPUT, 1>(p, row, tile, rank, left, columns, mailbox, factor_of);
+    else multiply_columns<INPUT, 2>(p, row, tile, rank, left, columns, mailbox, factor_of);
+}
+
+extern "C" __global__ void __launch_bounds__(512, 2) rotate_input(Parameters p) {
+    rotate<true>(p);
+}
+
+extern "C" __global__ void __launch_bounds__(512, 1) unrotate_output(Parameters p) {
+    rotate<false>(p);
+}
