@@ -12,6 +12,7 @@ import time
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from softtrellis.modules.latent_linear import hold, release
 from softtrellis.modules.quantized_linear import LayerFormat, QuantizedLinear
@@ -122,6 +123,7 @@ def main() -> None:
     parser = step_parser(__doc__)
     parser.add_argument("--optimizer", default="adamw")
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--profile", action="store_true", help="one more step, by operations")
     options = parser.parse_args()
     cuda = options.device == "cuda"
     teacher, student, names = models(options.shape, options.L, options.device)
@@ -156,6 +158,21 @@ def main() -> None:
     filled = now()
     release(layers)
     print(f"weights {held - began:.2f} s, their gradients {now() - filled:.2f} s", flush=True)
+    if options.profile:
+        profile_step(trainer, options.steps, cuda=cuda)
+
+
+def profile_step(trainer: Trainer, step: int, *, cuda: bool) -> None:
+    """Prints what one step spends its time on: on the device, and where the CPU holds it up."""
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    with profile(activities=activities) as found:
+        trainer.step(step, 0.5)
+        if cuda:
+            torch.cuda.synchronize()
+    averages = found.key_averages()
+    orders = ("self_cuda_time_total", "self_cpu_time_total") if cuda else ("self_cpu_time_total",)
+    for order in orders:
+        print(averages.table(sort_by=order, row_limit=30, max_name_column_width=60))
 
 
 if __name__ == "__main__":
