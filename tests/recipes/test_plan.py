@@ -12,6 +12,7 @@ from softtrellis.codes.codebook import codebook
 from softtrellis.modules.latent_linear import LatentLinear
 from softtrellis.modules.quantized_linear import LayerFormat
 from softtrellis.quantizers.hard import TrellisCode
+from softtrellis.recipes.drift import learning_rates
 from softtrellis.recipes.escape import boundary
 from softtrellis.recipes.group import quantize_linear
 from softtrellis.recipes.plan import (
@@ -19,10 +20,16 @@ from softtrellis.recipes.plan import (
     PlanConfig,
     measure_radii,
     plan_layers,
+    run_warning,
     sample_tiles,
-    short_run_warning,
 )
-from softtrellis.recipes.plan_text import describe, plan_record, verdict_in_words, warning_for
+from softtrellis.recipes.plan_text import (
+    describe,
+    noise_warning,
+    plan_record,
+    verdict_in_words,
+    warning_for,
+)
 from softtrellis.spec import TrellisSpec
 
 WEIGHT = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
@@ -184,9 +191,46 @@ def test_codes_of_several_trellises(layer: LatentLinear) -> None:
 
 
 def test_the_warning_at_the_start_of_a_run(layer: LatentLinear) -> None:
-    layers, run = {"layer": layer}, {"warmup": 0, "temperature": 0.1}
-    text = short_run_warning(layers, lr=1e-4, steps=10, **run)  # type: ignore[arg-type]
-    assert text is not None
-    assert "cannot change a code" in text
-    assert short_run_warning(layers, lr=1e-2, steps=100, **run) is None  # type: ignore[arg-type]
-    assert short_run_warning(layers, lr=1e-2, steps=40, **run) is None  # type: ignore[arg-type]
+    def warned(estimator: str, lr: float, steps: int) -> str:
+        found = run_warning(
+            {"layer": layer},
+            estimator=estimator,  # type: ignore[arg-type]
+            lr=lr,
+            steps=steps,
+            warmup=0,
+            temperature=0.1,
+        )
+        return found or ""
+
+    for estimator in ("soft", "identity"):
+        assert "cannot change a code" in warned(estimator, 1e-4, 10)
+        assert warned(estimator, 1e-2, 100) == warned(estimator, 1e-2, 40) == ""
+    assert warned("soft", 1e-1, 100) == ""
+    assert "takes 100% of 8 sampled tiles out of their cells" in warned("identity", 1e-1, 100)
+
+
+def test_noise_is_warned_of_up_to_a_rate_that_is_named(layer: LatentLinear) -> None:
+    loud = plan_of(layer, lr=1e-1)
+    warning = noise_warning(loud)
+    assert warning is not None
+    assert warning in verdict_in_words(loud)
+    safe = float(warning.split("with lr ")[1].split()[0])
+    quiet = plan_of(layer, lr=safe)
+    assert noise_warning(quiet) is None
+    inside = quiet.radii["random"] < quiet.prediction.budget.random
+    assert int(inside.sum()) == 1  # of 8 tiles
+
+
+def test_noise_changes_as_many_codes_as_is_warned_of(layer: LatentLinear) -> None:
+    """AdamW on gradients of random sign: a share between half and all of what the ray gives."""
+    plan = plan_of(layer, lr=3e-2)
+    share = float((plan.radii["random"] < plan.prediction.budget.random).float().mean())
+    assert noise_warning(plan) is not None
+    sigma = layer.variance**0.5
+    optimizer = torch.optim.AdamW([layer.latent], lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
+    for rate in learning_rates(3e-2, 100):
+        optimizer.param_groups[0]["lr"] = rate * sigma
+        layer.latent.grad = torch.randn_like(layer.latent).sign()
+        optimizer.step()
+    changed = float((layer.hard_states() != layer.start).any(1).float().mean())
+    assert 0.5 * share <= changed <= 1.0

@@ -24,6 +24,7 @@ from softtrellis.modules.replace import (
     quantized_layers,
     select_layers,
 )
+from softtrellis.quantizers.soft import Estimator
 from softtrellis.quantizers.tiling import to_tiles
 from softtrellis.recipes.drift import (
     LearningRateSchedule,
@@ -34,12 +35,15 @@ from softtrellis.recipes.drift import (
     predict,
 )
 from softtrellis.recipes.escape import boundary, escape_radius, median
-from softtrellis.recipes.plan_text import warning_for
+from softtrellis.recipes.plan_text import noise_warning, warning_for
 from softtrellis.trellis.bcjr import bcjr
 from softtrellis.trellis.viterbi import viterbi
 
 AMPLE = 0.5
 """Sigma of travel, if gradients agree, beyond which a run is not warned of (docs/drift.md)."""
+
+QUIET = 0.05
+"""Sigma of travel, by gradients of random sign, up to which few tiles of any code change."""
 
 _FEW_TILES = 16
 
@@ -270,19 +274,27 @@ def _plan(layers: Iterable[_Measured], config: PlanConfig) -> Plan:
     return Plan(config, prediction, found)
 
 
-def short_run_warning(
+def run_warning(
     layers: Mapping[str, LatentLinear],
     *,
+    estimator: Estimator,
     lr: float,
     steps: int,
     warmup: int,
     temperature: float,
     backend: Backend = "auto",
 ) -> str | None:
-    """``warning_for`` a run that is about to start; measures a few tiles where it may be needed."""
-    if drift_budget(learning_rates(lr, steps, warmup=warmup)).consistent > AMPLE:
+    """What is to be said of a run that is about to start; measures a few tiles if it may be needed.
+
+    ``warning_for`` a short run; and ``noise_warning`` where the estimator is the identity, whose
+    gradients point nowhere near a boundary by themselves.
+    """
+    budget = drift_budget(learning_rates(lr, steps, warmup=warmup))
+    noisy = estimator == "identity" and budget.random > QUIET
+    if budget.consistent > AMPLE and not noisy:
         return None
     config = PlanConfig(
         lr, steps, warmup, tiles=_FEW_TILES, temperature=temperature, backend=backend
     )
-    return warning_for(plan_layers(layers, config))
+    plan = plan_layers(layers, config)
+    return warning_for(plan) or (noise_warning(plan) if noisy else None)

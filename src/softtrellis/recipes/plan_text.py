@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 QUANTILES = (0.05, 0.5, 0.95)
 HARDLY_ANY = 0.01
 """Share of tiles below which a run is warned of."""
+TOO_MANY = 0.25
+"""Share of tiles that noise alone may take out of their cells."""
 
 
 def warning_for(plan: Plan) -> str | None:
@@ -47,6 +49,24 @@ def warning_for(plan: Plan) -> str | None:
     return None
 
 
+def noise_warning(plan: Plan) -> str | None:
+    """A sentence if gradients of random sign alone change a good part of the codes.
+
+    That is how latents move under ``--estimator identity`` where a step has too few tokens for
+    gradients to agree, and codes that noise changes are worse ones (docs/results.md).
+    """
+    budget, radii = plan.prediction.budget, plan.radii["random"]
+    share = escape_share(radii, budget.random)
+    if share <= TOO_MANY:
+        return None
+    safe = plan.config.lr * float(radii.quantile(0.05)) / budget.random
+    return (
+        f"gradients of random sign alone move weights by {budget.random:.3g} sigma, and that takes "
+        f"{share:.0%} of {radii.numel()} sampled tiles out of their cells: where gradients do not "
+        f"agree, the identity's codes get worse; with lr {safe:.2g} it is 5%"
+    )
+
+
 def verdict_in_words(plan: Plan) -> str:
     """What the run is predicted to do, in a sentence or two."""
     warning = warning_for(plan)
@@ -60,10 +80,11 @@ def verdict_in_words(plan: Plan) -> str:
             f"Codes change only where gradients agree over the run: in {agreeing:.0%} of the tiles "
             f"if all of them do, in {random:.1%} with gradients of random sign."
         )
+    noise = noise_warning(plan)
     return (
         f"Codes will change: in {random:.0%} of the tiles with gradients of random sign, in "
         f"{agreeing:.0%} with gradients that agree at every step."
-    )
+    ) + (f" With --estimator identity, {noise}." if noise else "")
 
 
 _ROWS = {

@@ -14,7 +14,7 @@ from torch import Tensor
 from softtrellis.evaluation.tensorboard import TensorBoardLog
 from softtrellis.io.interrupts import StopRequest
 from softtrellis.io.progress import progress
-from softtrellis.recipes.plan import short_run_warning
+from softtrellis.recipes.plan import run_warning
 from softtrellis.recipes.ranks import ONE, Ranks
 from softtrellis.recipes.run_state import RunLog, SavedState, load_state, save_state
 from softtrellis.recipes.schedules import Pace, reckoned_steps
@@ -147,11 +147,12 @@ class Run:
         return trainer.harden(), trainer.best
 
     def _warn(self, trainer: Trainer, steps: int, when: str = "") -> bool:
-        """Says, on one rank, if so many steps are too few to change codes; whether it did."""
+        """Says, on one rank, if so many steps change no codes, or too many; whether it did."""
         if not self.ranks.first or LATENTS not in self.config.train:
             return False
-        warning = short_run_warning(
+        warning = run_warning(
             trainer.layers,
+            estimator=self.config.estimator,
             lr=self.config.lr,
             steps=steps,
             warmup=self.config.warmup,
