@@ -24,7 +24,7 @@ constexpr int UNIT_BLOCKS = 8, UNIT_BYTES = 1024, STRIP = 2 * SIDE, TABLE_ROWS =
 enum Code { HYB, MUL1 };
 
 struct Parameters {
-    const uint4 *x;       // float16 [batch, 16 in_blocks]
+    const uint4 (*x)[2];  // float16 [batch, in_blocks, 16]
     const uint4 *codes;   // [out_blocks, in_blocks, 64 bytes]
     const u32 *table;     // of HYB, two float16 each
     float *partial;       // [shares, batch, 16 out_blocks]
@@ -130,8 +130,8 @@ __device__ __forceinline__ void multiply(const Parameters &p) {
     // strip take.
     char *const own = (char *)shared + (CODE == HYB ? TABLE_ROWS * COPIES * 4 : 0);
     const int sums_bytes = p.batch * STRIP * 4, own_bytes = sums_bytes + STAGES * UNIT_BYTES;
-    const u32 ring = address(own) + warp * own_bytes + sums_bytes + 16 * lane;
-    u32 slot = 0;
+    u32 ring = address(own) + warp * own_bytes + sums_bytes + 16 * lane, slot = 0;
+    asm("" : "+r"(ring));  // else computed again and again
 
     int unit = first_of_warp(warp), strip = unit / row_units;
     const int end = first_of_warp(warp + 1);
@@ -167,10 +167,12 @@ __device__ __forceinline__ void multiply(const Parameters &p) {
 #pragma unroll
         for (int r = 0; r < ROWS8; ++r) {
             const bool valid = r * 8 + g < p.batch && block < p.in_blocks;
-            const uint4 *row = p.x + ((r * 8 + g) * p.in_blocks + block) * 2;
-            x[half][r][0] = x[half][r][1] = make_uint4(0, 0, 0, 0);
-            load_if(valid, x[half][r][0], row);
-            load_if(valid, x[half][r][1], row + 1);
+            const uint4 *inputs = p.x[(r * 8 + g) * p.in_blocks + block];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                x[half][r][i] = make_uint4(0, 0, 0, 0);
+                load_if(valid, x[half][r][i], inputs + i);
+            }
         }
         block += QUARTET;
     };
@@ -266,7 +268,7 @@ __device__ __forceinline__ void multiply(const Parameters &p) {
         multiply<CODE, ROWS8, WARPS, STAGES, COPIES>(p);                                     \
     }
 
-KERNEL(hyb_rows_8, HYB, 1, 16, 4, 32, 1)
+KERNEL(hyb_rows_8, HYB, 1, 16, 4, 32, 2)
 KERNEL(hyb_rows_16, HYB, 2, 16, 4, 32, 1)
-KERNEL(mul1_exl3_8, MUL1, 1, 16, 4, 32, 1)
+KERNEL(mul1_exl3_8, MUL1, 1, 16, 4, 32, 2)
 KERNEL(mul1_exl3_16, MUL1, 2, 16, 4, 32, 1)
