@@ -45,12 +45,14 @@ from softtrellis.trellis.launch_cuda import Kernel
 
 SHAPES = ((4096, 11008), (2048, 8192), (4096, 4096), (576, 1536))
 CHECKED = ((576, 1536), (272, 1040), (48, 80))
-HYB_VARIANTS = [  # warps, stages, copies of the table, blocks that the registers would allow
-    (16, 4, 32, 2), (16, 4, 32, 1), (16, 2, 32, 2), (16, 3, 32, 2), (16, 5, 32, 2), (32, 2, 32, 1),
-    (8, 6, 32, 2), (16, 4, 16, 2), (32, 4, 16, 1),
+HYB_VARIANTS = [  # warps, stages, copies of the table, registers of a thread
+    (16, 4, 32, 64), (16, 4, 32, 80), (16, 4, 32, 96), (16, 4, 32, 128), (16, 2, 32, 80),
+    (16, 3, 32, 80), (16, 5, 32, 80), (32, 2, 32, 64), (8, 8, 32, 128), (16, 4, 16, 80),
+    (32, 4, 16, 64),
 ]  # fmt: skip
 MUL1_VARIANTS = [
-    (16, 4, 0, 2), (16, 4, 0, 1), (16, 2, 0, 2), (16, 8, 0, 2), (32, 2, 0, 1), (32, 4, 0, 1),
+    (16, 4, 0, 64), (16, 4, 0, 80), (16, 4, 0, 96), (16, 2, 0, 80), (16, 8, 0, 80), (32, 2, 0, 64),
+    (32, 4, 0, 64),
 ]  # fmt: skip
 LEAST_UNITS = (1, 2, 4, 8)
 FLOORS = """
@@ -104,10 +106,10 @@ def write_variants(folder: Path) -> dict[TrellisCode, list[Variant]]:
     text = (Path(launch_cuda.__file__).parent / "cuda" / "decode.cu").read_text()
     path, found = folder / "decode_variants.cu", defaultdict(list)
     for code, cases in ((HYB, HYB_VARIANTS), (MUL1, MUL1_VARIANTS)):
-        for warps, stages, copies, blocks in cases:
-            name = f"{code.name}_{warps}warps_{stages}stages_{copies}copies_{blocks}blocks"
+        for warps, stages, copies, registers in cases:
+            name = f"{code.name}_{warps}warps_{stages}stages_{copies}copies_{registers}registers"
             text += f"KERNEL({name}, {code.name.upper()}, 1, {warps}, {stages}, {copies or 32}, "
-            text += f"{blocks})\n"
+            text += f"{registers})\n"
             found[code].append(Variant(Kernel(str(path), name, 32 * warps), stages, copies))
     path.write_text(text + FLOORS)
     return found

@@ -32,15 +32,9 @@ struct Parameters {
     int least, more;  // units of a block, of which the first `more` have one more
 };
 
-// The first unit of a part, where each has so many and the first `more` have one more; and the part
-// that has a unit.
+// The first unit of a part, where each has so many and the first `more` have one more.
 __device__ __forceinline__ int first_of(int part, int least, int more) {
     return part * least + min(part, more);
-}
-
-__device__ __forceinline__ int part_of(int unit, int least, int more) {
-    const int large = more * (least + 1);
-    return unit < large ? unit / (least + 1) : more + (unit - large) / least;
 }
 
 extern __shared__ u32 shared[];
@@ -133,8 +127,9 @@ __device__ __forceinline__ void multiply(const Parameters &p) {
     u32 ring = address(own) + warp * own_bytes + sums_bytes + 16 * lane, slot = 0;
     asm("" : "+r"(ring));  // else computed again and again
 
-    int unit = first_of_warp(warp), strip = unit / row_units;
-    const int end = first_of_warp(warp + 1);
+    const int first_strip = first / row_units, end = first_of_warp(warp + 1);
+    int unit = first_of_warp(warp), strip = first_strip;
+    while (unit >= (strip + 1) * row_units) ++strip;
     // What is not copied decodes to numbers that are multiplied by 0, or to outputs that are not
     // there.
     int ahead = unit, ahead_stop = min(end, (strip + 1) * row_units);
@@ -235,40 +230,43 @@ __device__ __forceinline__ void multiply(const Parameters &p) {
                     if (column < p.batch) sums[column * STRIP + output] = total[r][pair][c];
                 }
     }
+    int column = warp;  // of the sums that this warp adds up
+    strip = first_strip;
+    for (; column >= p.batch; column -= p.batch) ++strip;
     __syncthreads();
 
-    const int first_strip = first / row_units, last_strip = (first + count - 1) / row_units;
+    const int width = p.out_blocks * SIDE;
 #pragma unroll 1
-    for (int i = warp; i < (last_strip - first_strip + 1) * p.batch; i += WARPS) {
-        const int strip = first_strip + i / p.batch, column = i % p.batch;
-        const int begin = strip * row_units, stop = begin + row_units;
-        float sum = 0.f;
+    for (int begin; (begin = strip * row_units) < first + count;) {
+        const int stop = begin + row_units;
+        const bool has_part = max(first_of_warp(lane), begin) < min(first_of_warp(lane + 1), stop);
+        const u32 parts = __ballot_sync(0xffffffffu, lane < WARPS && has_part);
+        const int low = __ffs(parts) - 1, high = LANES - __clz(parts);
+        const int side = first_of_warp(low) < begin;
+        const char *const at = own + (column * STRIP + lane) * 4;
+        float sum = *(const float *)(at + low * own_bytes + side * sums_bytes);
 #pragma unroll 4
-        for (int w = 0; w < WARPS; ++w) {
-            const int from = first_of_warp(w), to = first_of_warp(w + 1), side = from < begin;
-            const float *sums = (const float *)(own + w * own_bytes);
-            if (max(from, begin) < min(to, stop))
-                sum += sums[(side * p.batch + column) * STRIP + lane];
-        }
-        const int output = strip * STRIP + lane, width = p.out_blocks * SIDE;
-        const int share = blockIdx.x - part_of(begin, p.least, p.more);
+        for (int w = low + 1; w < high; ++w) sum += *(const float *)(at + w * own_bytes);
+
+        int share = 0;
+        while (first_of(blockIdx.x - share, p.least, p.more) > begin) ++share;
         const int shares = stop <= first + count ? p.shares : share + 1;
+        const int output = strip * STRIP + lane;
         if (output < width) {
 #pragma unroll 1
-            for (int s = share; s < shares; ++s) {
-                p.partial[((long long)s * p.batch + column) * width + output] = sum;
-                sum = 0.f;
-            }
+            for (; share < shares; ++share, sum = 0.f)
+                p.partial[((long long)share * p.batch + column) * width + output] = sum;
         }
+        for (column += WARPS; column >= p.batch; column -= p.batch) ++strip;
     }
 }
 
-#define KERNEL(NAME, CODE, ROWS8, WARPS, STAGES, COPIES, BLOCKS)                             \
-    extern "C" __global__ void __launch_bounds__(WARPS *LANES, BLOCKS) NAME(Parameters p) {  \
-        multiply<CODE, ROWS8, WARPS, STAGES, COPIES>(p);                                     \
+#define KERNEL(NAME, CODE, ROWS8, WARPS, STAGES, COPIES, REGISTERS)            \
+    extern "C" __global__ void __maxnreg__(REGISTERS) NAME(Parameters p) {     \
+        multiply<CODE, ROWS8, WARPS, STAGES, COPIES>(p);                       \
     }
 
-KERNEL(hyb_rows_8, HYB, 1, 16, 4, 32, 2)
-KERNEL(hyb_rows_16, HYB, 2, 16, 4, 32, 1)
-KERNEL(mul1_exl3_8, MUL1, 1, 16, 4, 32, 2)
-KERNEL(mul1_exl3_16, MUL1, 2, 16, 4, 32, 1)
+KERNEL(hyb_rows_8, HYB, 1, 16, 4, 32, 80)
+KERNEL(hyb_rows_16, HYB, 2, 16, 4, 32, 128)
+KERNEL(mul1_exl3_8, MUL1, 1, 16, 4, 32, 80)
+KERNEL(mul1_exl3_16, MUL1, 2, 16, 4, 32, 128)
