@@ -124,30 +124,37 @@ __device__ __forceinline__ void multiply(const Parameters &p) {
     // strip take.
     char *const own = (char *)shared + (CODE == HYB ? TABLE_ROWS * COPIES * 4 : 0);
     const int sums_bytes = p.batch * STRIP * 4, own_bytes = sums_bytes + STAGES * UNIT_BYTES;
-    u32 ring = address(own) + warp * own_bytes + sums_bytes + 16 * lane, slot = 0;
-    asm("" : "+r"(ring));  // else computed again and again
+    u32 slot = address(own) + warp * own_bytes + sums_bytes + 16 * lane, slots = slot;
+    asm("" : "+r"(slots));  // else computed again and again
 
-    const int first_strip = first / row_units, end = first_of_warp(warp + 1);
-    int unit = first_of_warp(warp), strip = first_strip;
+    const int first_strip = first / row_units, unit = first_of_warp(warp);
+    int strip = first_strip;
     while (unit >= (strip + 1) * row_units) ++strip;
+    const int units = first_of_warp(warp + 1) - unit;
+    const int here = min(units, (strip + 1) * row_units - unit), there = units - here;
+    const int first_block = (unit - strip * row_units) * UNIT_BLOCKS + q;
+
     // What is not copied decodes to numbers that are multiplied by 0, or to outputs that are not
     // there.
-    int ahead = unit, ahead_stop = min(end, (strip + 1) * row_units);
-    int ahead_block = (unit - strip * row_units) * UNIT_BLOCKS + q, out_block = strip * 2 + g / 4;
-    int limit = unit < end && out_block < p.out_blocks ? p.in_blocks : 0;
-    const uint4 *from = p.codes + ((long long)out_block * p.in_blocks + ahead_block) * TILE + g % 4;
+    const int out_block = strip * 2 + g / 4;
+    const u32 next_part = ((out_block + 2) * p.in_blocks + q) * TILE + g % 4;
+    u32 part = (out_block * p.in_blocks + first_block) * TILE + g % 4;
+    int ahead = here, ahead_block = first_block;
+    int limit = units > 0 && out_block < p.out_blocks ? p.in_blocks : 0;
+    int next_limit = there > 0 && out_block + 2 < p.out_blocks ? p.in_blocks : 0;
     const auto copy = [&] {
+        const uint4 *from = p.codes + part;
+        asm("" : "+l"(from));
 #pragma unroll
         for (int half = 0; half < 2; ++half)
-            if (ahead_block + half * QUARTET < limit)
-                copy_16_bytes(ring + slot + half * UNIT_BYTES / 2, from + half * QUARTET * TILE);
+            if (ahead_block < limit - half * QUARTET)
+                copy_16_bytes(slot + half * UNIT_BYTES / 2, from + half * QUARTET * TILE);
         end_copies();
-        slot = slot == (STAGES - 1) * UNIT_BYTES ? 0 : slot + UNIT_BYTES;
-        ahead_block += UNIT_BLOCKS, from += UNIT_BLOCKS * TILE;
-        if (++ahead == ahead_stop) {
-            out_block += 2, ahead_block = q, ahead_stop = end;
-            limit = ahead < end && out_block < p.out_blocks ? p.in_blocks : 0;
-            from = p.codes + ((long long)out_block * p.in_blocks + q) * TILE + g % 4;
+        slot = slot == slots + (STAGES - 1) * UNIT_BYTES ? slots : slot + UNIT_BYTES;
+        ahead_block += UNIT_BLOCKS, part += UNIT_BLOCKS * TILE;
+        if (--ahead == 0) {  // on to the second strip, and after it to nothing
+            part = next_part, ahead_block = q, ahead = there;
+            limit = next_limit, next_limit = 0;
         }
     };
 #pragma unroll 1
@@ -156,38 +163,37 @@ __device__ __forceinline__ void multiply(const Parameters &p) {
     wait_for_the_kernel_before();  // which writes x; codes and table were there
     let_the_next_kernel_begin();
 
-    int block = (unit - strip * row_units) * UNIT_BLOCKS + q;
+    int x_at = g * p.in_blocks + first_block;
+    const int x_end = (g + 1) * p.in_blocks;
     uint4 x[2][ROWS8][2];
     const auto load_x = [&](int half) {
 #pragma unroll
         for (int r = 0; r < ROWS8; ++r) {
-            const bool valid = r * 8 + g < p.batch && block < p.in_blocks;
-            const uint4 *inputs = p.x[(r * 8 + g) * p.in_blocks + block];
+            const uint4 *from = p.x[x_at + r * 8 * p.in_blocks];
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 x[half][r][i] = make_uint4(0, 0, 0, 0);
-                load_if(valid, x[half][r][i], inputs + i);
+                load_if(x_at < x_end && r * 8 + g < p.batch, x[half][r][i], from + i);
             }
         }
-        block += QUARTET;
+        x_at += QUARTET;
     };
     load_x(0);
     if (CODE == HYB) __syncthreads();
     wait_for_copies<STAGES - 1>();
     uint4 quarters[2];
     const auto read_quarters = [&] {
-        quarters[0] = read_16_bytes(ring + slot);
-        quarters[1] = read_16_bytes(ring + slot + UNIT_BYTES / 2);
+        quarters[0] = read_16_bytes(slot);
+        quarters[1] = read_16_bytes(slot + UNIT_BYTES / 2);
     };
     read_quarters();
     const int lane_after = (lane & 19) | ((lane + 4) & 12);
 
 #pragma unroll 1
-    for (int side = 0; unit < end; ++side, ++strip) {
+    for (int side = 0; side < (there > 0 ? 2 : 1); ++side) {
         float total[ROWS8][2][4] = {};
-        const int stop = min(end, (strip + 1) * row_units);
 #pragma unroll 1
-        for (; unit < stop; ++unit) {
+        for (int left = side ? there : here; left > 0; --left) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 u32 pieces[8];
@@ -197,7 +203,7 @@ __device__ __forceinline__ void multiply(const Parameters &p) {
                     copy();
                     wait_for_copies<STAGES - 1>();
                     read_quarters();
-                    if (unit + 1 == stop) block = q;
+                    if (left == 1) x_at = x_end - p.in_blocks + q;
                 }
                 load_x(1 - half);
 #pragma unroll
