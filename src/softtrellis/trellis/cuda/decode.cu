@@ -39,16 +39,6 @@ __device__ __forceinline__ int first_of(int part, int least, int more) {
 
 extern __shared__ u32 shared[];
 
-// pieces[k]: 32 bits of the quarter's stream from bit 16 k on.
-__device__ __forceinline__ void align(u32 (&pieces)[8], const uint4 &quarter, u32 after) {
-    const u32 words[5] = {quarter.x, quarter.y, quarter.z, quarter.w, after};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        pieces[2 * i] = __byte_perm(words[i], words[i], 0x1032);
-        pieces[2 * i + 1] = __byte_perm(words[i], words[i + 1], 0x3254);
-    }
-}
-
 // HYB is in order "rows", mul1 in EXL3's. The halves of a quarter hold two rows of 16 inputs each:
 // the first bit of the weights at this row and at this and the next input; and the row's output.
 template <Code CODE>
@@ -61,26 +51,56 @@ __device__ constexpr int output_of(int quarter, int half, int row) {
     return CODE == HYB ? 4 * quarter + 2 * half + row : 2 * quarter + half + 8 * row;
 }
 
-// The two weights from this bit of the quarter on, as float16.
+// A quarter of a tile, of which `weights` are the two from this bit on, as float16.
 template <Code CODE, int COPIES>
-__device__ __forceinline__ u32 decode(const u32 (&pieces)[8], int bit, u32 bank) {
-    const int piece = bit / 16, offset = bit % 16;
-    if constexpr (CODE == HYB) {  // bits above the state do no harm
-        const u32 s = piece > 0 && offset == 0 ? pieces[piece - 1] : pieces[piece] >> (16 - offset);
-        const u32 scaled = COPIES / 16 * s;
+struct Quarter;
+
+template <int COPIES>
+struct Quarter<HYB, COPIES> {
+    u32 words[5], swapped[5];  // the stream begins in the high half of what is swapped
+
+    __device__ __forceinline__ Quarter(const uint4 &v, u32 after)
+        : words{v.x, v.y, v.z, v.w, after} {
+#pragma unroll
+        for (int i = 0; i < 5; ++i) swapped[i] = __byte_perm(words[i], 0, 0x1032);
+    }
+    __device__ __forceinline__ u32 state(int bit) const {  // and anything above its 16 bits
+        const int i = bit / 32, offset = bit % 32;
+        if (offset == 0) return words[i];
+        if (offset <= 16) return swapped[i] >> (16 - offset);
+        return __funnelshift_r(swapped[i + 1], swapped[i], 48 - offset);
+    }
+    __device__ __forceinline__ u32 weights(int bit, u32 bank) const {
+        const u32 s = state(bit), scaled = COPIES / 16 * s;
         const u32 row = (scaled * s + scaled) & ((TABLE_ROWS - 1) * COPIES * 4);
         return *(const u32 *)((const char *)shared + (row | bank));
-    } else {
-        u32 h[2];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const u32 shifted = pieces[piece] << (offset + 2 * i) % 8;
-            const u32 s = __byte_perm(shifted, 0, offset + 2 * i < 8 ? 0x4432 : 0x4421);
-            h[i] = __dp4a(s * 0x83dcd12du, 0x01010101u, 0x6400u);
-        }
-        return half2_fma(__byte_perm(h[0], h[1], 0x5410), 0x1eee1eeeu, 0xc931c931u);
     }
-}
+};
+
+template <int COPIES>
+struct Quarter<MUL1, COPIES> {
+    u32 pieces[8];  // [k]: 32 bits from bit 16 k on
+
+    __device__ __forceinline__ Quarter(const uint4 &v, u32 after) {
+        const u32 words[5] = {v.x, v.y, v.z, v.w, after};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            pieces[2 * i] = __byte_perm(words[i], 0, 0x1032);
+            pieces[2 * i + 1] = __byte_perm(words[i], words[i + 1], 0x3254);
+        }
+    }
+    __device__ __forceinline__ u32 state(int bit) const {
+        const u32 shifted = pieces[bit / 16] << bit % 8;  // serves two states
+        return __byte_perm(shifted, 0, bit % 16 < 8 ? 0x4432 : 0x4421);
+    }
+    __device__ __forceinline__ u32 byte_sum(int bit) const {  // and 1024, as a float16
+        return __dp4a(state(bit) * 0x83dcd12du, 0x01010101u, 0x6400u);
+    }
+    __device__ __forceinline__ u32 weights(int bit, u32) const {
+        const u32 sums = __byte_perm(byte_sum(bit), byte_sum(bit + 2), 0x5410);
+        return half2_fma(sums, 0x1eee1eeeu, 0xc931c931u);
+    }
+};
 
 // A copy of the table for each of COPIES lanes: thread t writes rows t, t + THREADS, ..., and
 // neighbours begin at different banks.
@@ -144,7 +164,7 @@ __device__ __forceinline__ void multiply(const Parameters &p) {
     int next_limit = there > 0 && out_block + 2 < p.out_blocks ? p.in_blocks : 0;
     const auto copy = [&] {
         const uint4 *from = p.codes + part;
-        asm("" : "+l"(from));
+        asm("" : "+l"(from));  // likewise
 #pragma unroll
         for (int half = 0; half < 2; ++half)
             if (ahead_block < limit - half * QUARTET)
@@ -196,9 +216,8 @@ __device__ __forceinline__ void multiply(const Parameters &p) {
         for (int left = side ? there : here; left > 0; --left) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                u32 pieces[8];
                 const u32 after = __shfl_sync(0xffffffffu, quarters[half].x, lane_after);
-                align(pieces, quarters[half], after);
+                const Quarter<CODE, COPIES> quarter(quarters[half], after);
                 if (half == 1) {
                     copy();
                     wait_for_copies<STAGES - 1>();
@@ -213,8 +232,8 @@ __device__ __forceinline__ void multiply(const Parameters &p) {
                         u32 a[4];
 #pragma unroll
                         for (int i = 0; i < 4; ++i)
-                            a[i] = decode<CODE, COPIES>(
-                                pieces, 64 * pair + bit_of<CODE>(i % 2, 4 * j + 2 * (i / 2)), bank);
+                            a[i] = quarter.weights(
+                                64 * pair + bit_of<CODE>(i % 2, 4 * j + 2 * (i / 2)), bank);
 #pragma unroll
                         for (int r = 0; r < ROWS8; ++r) {
                             const uint4 b = x[half][r][j / 2];
