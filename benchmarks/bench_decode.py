@@ -3,10 +3,11 @@
     python benchmarks/bench_decode.py [check | table | variants | rows | rotations | all]
 
 ``table`` compares whole layers (rotations of the activations included) and bare products with
-bf16 ``F.linear``; ``variants`` ranks launches; ``rows`` finds how many rows the fused kernel should
-take; ``rotations`` times those alone (bench_rotations.py). A time is that of a CUDA graph of calls,
-each with weights of its own, over their number: the weights together are larger than the L2 cache,
-so they come from memory, as in a model; the kernels' instructions stay where they are, likewise.
+bf16 ``F.linear``; ``variants`` ranks launches of the Triton kernels (those in CUDA C++ have
+``bench_decode_kernels.py``); ``rows`` finds how many rows the fused kernel should take;
+``rotations`` times those alone (bench_rotations.py). A time is that of a CUDA graph of calls, each
+with weights of its own, over their number: the weights together are larger than the L2 cache, so
+they come from memory, as in a model; the kernels' instructions stay where they are, likewise.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import multiprocessing
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -218,13 +218,7 @@ def rank(out: int, inputs: int, code: TrellisCode) -> list[tuple[float, str]]:
     codes = many_codes(out, inputs, 2)
     table = CodeValues.of(code, code.codebook().cuda()).table
     x = torch.randn(1, inputs, device="cuda").half()
-    key = code.name, code.order, True
-    kernel, found = decode_cuda._KERNELS[key], []
-    for threads in (512, 448, 384, 256):
-        decode_cuda._KERNELS[key] = replace(kernel, threads=threads)
-        time = product_time(x, codes, table, code, out)
-        found.append((time, f"cuda, {threads} threads"))
-    decode_cuda._KERNELS[key] = kernel
+    found = [(product_time(x, codes, table, code, out), "cuda")]
     for launch in LAUNCHES:
 
         def call(i: int, launch: Launch = launch) -> Tensor:

@@ -200,13 +200,25 @@ def test_cuda_without_a_gpu() -> None:
         module(torch.zeros(1, 172))
 
 
-def test_every_unit_of_work_has_its_share() -> None:
-    for octets, groups, grid in ((1, 1, 1), (3, 5, 4), (86, 64, 132), (16, 128, 132), (5, 2, 10)):
-        units = octets * groups
-        owner = [b for b in range(grid) for _ in range(b * units // grid, (b + 1) * units // grid)]
-        rows = [owner[i * groups : (i + 1) * groups] for i in range(octets)]
-        most = max(row[-1] - row[0] + 1 for row in rows)
-        assert decode_cuda.shares(octets, groups, grid) == most
+@pytest.mark.parametrize(("warps", "processors"), [(8, 3), (16, 132), (32, 7)])
+@pytest.mark.parametrize("shape", [(16, 16), (48, 80), (4096, 11008), (576, 1536), (9600, 144)])
+def test_every_unit_of_work_is_dealt(shape: tuple[int, int], warps: int, processors: int) -> None:
+    strips, row = -(-shape[0] // 32), -(-shape[1] // 128)
+    deal = decode_cuda.Deal.of(*shape, warps, processors)
+    counts = [deal.least + (block < deal.more) for block in range(deal.grid)]
+    assert sum(counts) == strips * row
+    assert min(counts) > 0
+    owner = [block for block, count in enumerate(counts) for _ in range(count)]
+    rows = [owner[i * row : (i + 1) * row] for i in range(strips)]
+    assert deal.shares == max(blocks[-1] - blocks[0] + 1 for blocks in rows)
+    assert -(-max(counts) // warps) <= row  # so that a warp meets at most two strips
+
+
+def test_shared_memory_of_all_variants_fits() -> None:
+    for (_, _, few), variant in decode_cuda.VARIANTS.items():
+        for rows in range(1, 9) if few else range(9, 17):
+            assert variant.shared_bytes(rows) <= 227 * 1024
+            assert variant.stages * 1024 >= rows * 128  # the second strip's sums
 
 
 def test_codes_of_another_shape() -> None:

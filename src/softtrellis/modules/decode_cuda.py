@@ -6,6 +6,9 @@ is left to ``decode_triton``.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -13,32 +16,90 @@ from softtrellis.quantizers.hard import TrellisCode
 from softtrellis.trellis.launch_cuda import Kernel, multiprocessors
 
 _FEW_ROWS = 8
-_TABLE_BYTES = 1024 * 32 * 4
-_KERNELS = {
-    ("hyb", "rows", True): Kernel("decode.cu", "hyb_rows_8", 512),
-    ("hyb", "rows", False): Kernel("decode.cu", "hyb_rows_16", 256),
-    ("mul1", "exl3", True): Kernel("decode.cu", "mul1_exl3_8", 512),
-    ("mul1", "exl3", False): Kernel("decode.cu", "mul1_exl3_16", 256),
+_STRIP, _UNIT_INPUTS, _UNIT_BYTES = 32, 128, 1024
+_TABLE_ROWS = 1024
+_LEAST_UNITS = 4  # of a block: one for each scheduler of a multiprocessor
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel of ``decode.cu`` and what its template's parameters are.
+
+    Attributes:
+        kernel: the kernel itself.
+        stages: units of work whose codes a warp copies ahead.
+        copies: of HYB's table; 0 for codes without one.
+    """
+
+    kernel: Kernel
+    stages: int
+    copies: int
+
+    @property
+    def warps(self) -> int:
+        """Warps of a block."""
+        return self.kernel.threads // 32
+
+    def shared_bytes(self, batch: int) -> int:
+        """Dynamic shared memory of a block: the table, and of each warp a strip's sums and copies.
+
+        The sums of a warp's second strip take the place of its copies.
+        """
+        sums = 4 * _STRIP * batch
+        return 4 * _TABLE_ROWS * self.copies + self.warps * (sums + self.stages * _UNIT_BYTES)
+
+
+@dataclass(frozen=True)
+class Deal:
+    """Units of work, inputs first, as dealt to a grid of blocks.
+
+    Attributes:
+        grid: blocks.
+        least: units of a block.
+        more: how many blocks, the first ones, have one more.
+        shares: most blocks that work for one strip of outputs.
+    """
+
+    grid: int
+    least: int
+    more: int
+    shares: int
+
+    @classmethod
+    @lru_cache(maxsize=1024)
+    def of(cls, out: int, inputs: int, warps: int, processors: int) -> Deal:
+        """How a product is dealt to so many multiprocessors, with so many warps each.
+
+        A warp gets at most one strip's number of units, as it has room for the sums of two.
+        """
+        strips, row = -(-out // _STRIP), -(-inputs // _UNIT_INPUTS)
+        units = strips * row
+        grid = min(processors, -(-units // _LEAST_UNITS))
+        grid = max(grid, -(-strips // warps))
+        least, more = divmod(units, grid)
+
+        def block_of(unit: int) -> int:
+            large = more * (least + 1)
+            return unit // (least + 1) if unit < large else more + (unit - large) // least
+
+        shares = max(
+            block_of(first + row - 1) - block_of(first) + 1 for first in range(0, units, row)
+        )
+        return cls(grid, least, more, shares)
+
+
+VARIANTS = {
+    ("hyb", "rows", True): Variant(Kernel("decode.cu", "hyb_rows_8", 512), 4, 32),
+    ("hyb", "rows", False): Variant(Kernel("decode.cu", "hyb_rows_16", 512), 4, 32),
+    ("mul1", "exl3", True): Variant(Kernel("decode.cu", "mul1_exl3_8", 512), 4, 0),
+    ("mul1", "exl3", False): Variant(Kernel("decode.cu", "mul1_exl3_16", 512), 4, 0),
 }
+"""By code, order, and whether the activations have at most 8 rows."""
 
 
 def runs(code: TrellisCode) -> bool:
     """Whether there is a CUDA kernel for this code."""
-    return (code.name, code.order, True) in _KERNELS and code.spec.L == 16 and code.spec.k == 2
-
-
-def shares(octets: int, groups: int, grid: int) -> int:
-    """Most blocks of the grid that work for one octet of 8 blocks of outputs.
-
-    All ``octets * groups`` units of work, in this order, are dealt evenly to ``grid`` blocks.
-    """
-    units = octets * groups
-
-    def block_of(unit: int) -> int:
-        return ((unit + 1) * grid - 1) // units
-
-    firsts = range(0, units, groups)
-    return max(block_of(first + groups - 1) - block_of(first) + 1 for first in firsts)
+    return (code.name, code.order, True) in VARIANTS and code.spec.L == 16 and code.spec.k == 2
 
 
 def multiply(
@@ -57,20 +118,24 @@ def multiply(
     Returns:
         float32 [shares, B, out], to be summed over the first dimension.
     """
+    variant = VARIANTS[code.name, code.order, x.shape[0] <= _FEW_ROWS]
+    return launch(variant, x, codes, table, out, overlap=overlap)
+
+
+def launch(
+    variant: Variant, x: Tensor, codes: Tensor, table: Tensor, out: int, *, overlap: bool = False
+) -> Tensor:
+    """``multiply`` by this variant, whatever the code."""
     batch, inputs = x.shape
-    kernel = _KERNELS[code.name, code.order, batch <= _FEW_ROWS]
-    octets, groups = -(-out // 128), -(-inputs // 64)
-    grid = min(multiprocessors(x.device), octets * groups)
-    count = shares(octets, groups, grid)
-    partial = torch.empty(count, batch, out, dtype=torch.float32, device=x.device)
-    sums = 4 * 128 * min(batch, _FEW_ROWS) * (kernel.threads // 32)
+    deal = Deal.of(out, inputs, variant.warps, multiprocessors(x.device))
+    partial = torch.empty(deal.shares, batch, out, dtype=torch.float32, device=x.device)
     aligned = [t if t.data_ptr() % 16 == 0 else t.clone() for t in (x, codes)]
-    kernel(
-        grid,
-        sums + (_TABLE_BYTES if code.name == "hyb" else 0),
+    variant.kernel(
+        deal.grid,
+        variant.shared_bytes(batch),
         x.device,
         [*aligned, table, partial],
-        [batch, out // 16, inputs // 16, count],
+        [batch, out // 16, inputs // 16, deal.shares, deal.least, deal.more],
         overlap=overlap and aligned[1] is codes,  # a copy of the codes would be the kernel before
     )
     return partial

@@ -65,3 +65,35 @@ __device__ __forceinline__ void wait_for_the_kernel_before() {
 __device__ __forceinline__ void let_the_next_kernel_begin() {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
+
+// 16 bytes on their way from global to shared memory, at this address; a thread waits for its own.
+__device__ __forceinline__ void copy_16_bytes(u32 to, const void *from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+
+// Ends a group of copies, which may be empty.
+__device__ __forceinline__ void end_copies() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Until no more than the last AHEAD groups of this thread are under way.
+template <int AHEAD>
+__device__ __forceinline__ void wait_for_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(AHEAD) : "memory");
+}
+
+__device__ __forceinline__ uint4 read_16_bytes(u32 from) {  // of shared memory
+    uint4 x;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "r"(from)
+                 : "memory");
+    return x;
+}
+
+// 16 bytes of global memory, or what `to` was.
+__device__ __forceinline__ void load_if(bool condition, uint4 &to, const uint4 *from) {
+    asm volatile("{.reg .pred p; setp.ne.s32 p, %5, 0; @p ld.global.v4.b32 {%0, %1, %2, %3}, [%4];}"
+                 : "+r"(to.x), "+r"(to.y), "+r"(to.z), "+r"(to.w)
+                 : "l"(from), "r"((int)condition));
+}

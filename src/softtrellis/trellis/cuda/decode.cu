@@ -1,178 +1,297 @@
 // Rows of activations times a packed matrix at L = 16, k = 2, which is decoded in registers only.
 //
-//   * A lane decodes a whole tile: 16 words of 32 bits, so that every state is a shift of words that
-//     it holds, and the loads are 16 bytes wide. Lane 4 g + q takes the tile at output block g of 8
-//     and input block q of 4. Both the order of a product's inputs and that of its outputs are free,
-//     so one matrix instruction takes two rows of each of the 8 output blocks, and 4 inputs of each
-//     of the 4 input blocks: the operands are where they were decoded.
+//   * A lane decodes a quarter of a tile: 16 bytes, and the 16 bits after them, which another lane
+//     holds. Lane 4 g + q takes quarter g % 4 of the tile at output block g / 4 of two and input
+//     block q of four, so that a warp reads whole lines of memory. Both the order of a product's
+//     inputs and that of its outputs are free: one matrix instruction takes two rows of each
+//     quarter, and 4 inputs of each input block; the operands are where they were decoded. A unit
+//     of work is twice that, 32 outputs by 128 inputs.
+//   * A lane copies its own quarters to shared memory, several units ahead, and reads no one
+//     else's: no barriers. The first copies are under way before the kernel before this one ends.
 //   * HYB: 2 h(s) = 2 s (s + 1) holds the row of a table of 1024 codewords, signs included, in its
-//     bits 7 to 16. Every lane has its own copy of the table in its own bank (128 KiB in all): bits 7
-//     to 16 of 2 h, with the lane in bits 2 to 6, are the address. No reads conflict.
-//   * A unit of work is 8 output blocks by 4 input blocks. The units, inputs first, are dealt evenly
-//     to the blocks of the grid; a block adds up its warps, in their order, and writes one share.
+//     bits 7 to 16. Every lane has its own copy of the table in its own bank (128 KiB in all), and
+//     bits 7 to 16 of 2 h, with the lane in bits 2 to 6, are the address: no reads conflict. (With
+//     16 copies two lanes share a bank; h is shifted one less.)
+//   * The units, inputs first, are dealt evenly to the blocks of the grid, and those of a block to
+//     its warps, none of which gets more than one row of units: so it has sums for at most two
+//     strips of 32 outputs. A block adds up its warps, in their order, and writes one share.
 
 #include "mma.cuh"
 
-constexpr int OCTET = 8, QUARTET = 4, SIDE = 16, WORDS = 16;
-constexpr int TABLE_ROWS = 1024, LANES = 32;
+constexpr int LANES = 32, SIDE = 16, QUARTET = 4, TILE = 4;  // a tile of 4 times 16 bytes
+constexpr int UNIT_BLOCKS = 8, UNIT_BYTES = 1024, STRIP = 2 * SIDE, TABLE_ROWS = 1024;
 
 enum Code { HYB, MUL1 };
-enum Order { ROWS, EXL3 };
 
 struct Parameters {
-    const uint4 *x;       // float16 [batch, 16 in_blocks]
+    const uint4 (*x)[2];  // float16 [batch, in_blocks, 16]
     const uint4 *codes;   // [out_blocks, in_blocks, 64 bytes]
     const u32 *table;     // of HYB, two float16 each
     float *partial;       // [shares, batch, 16 out_blocks]
     int batch, out_blocks, in_blocks, shares;
+    int least, more;  // units of a block, of which the first `more` have one more
 };
 
-// The block of the grid that has a unit of work: block c has those from c T / G to (c + 1) T / G.
-__device__ __forceinline__ int block_of(long long unit, long long units) {
-    return (int)(((unit + 1) * gridDim.x - 1) / units);
-}
-
-__device__ __forceinline__ void load_tile(u32 (&words)[WORDS], const uint4 *tile) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const uint4 v = __ldg(tile + i);
-        words[4 * i] = v.x, words[4 * i + 1] = v.y, words[4 * i + 2] = v.z, words[4 * i + 3] = v.w;
-    }
-}
-
-// 16 bits (and others above them) of the tile's cyclic stream, from this bit on.
-__device__ __forceinline__ u32 window(const u32 (&words)[WORDS], int bit) {
-    const int word = bit / 32, offset = bit % 32;
-    if (offset <= 16) return words[word] >> (16 - offset);
-    return __funnelshift_r(words[(word + 1) % WORDS], words[word], 48 - offset);
+// The first unit of a part, where each has so many and the first `more` have one more.
+__device__ __forceinline__ int first_of(int part, int least, int more) {
+    return part * least + min(part, more);
 }
 
 extern __shared__ u32 shared[];
 
-// The two weights at an even position of the tile, as float16.
+// HYB is in order "rows", mul1 in EXL3's. The halves of a quarter hold two rows of 16 inputs each:
+// the first bit of the weights at this row and at this and the next input; and the row's output.
 template <Code CODE>
-__device__ __forceinline__ u32 decode(const u32 (&words)[WORDS], int position, u32 bank) {
-    if (CODE == HYB) {
-        const u32 s = window(words, 2 * position), twice = s + s;
-        return *(const u32 *)((const char *)shared + (((twice * s + twice) & 0x1ff80u) | bank));
-    }
-    const u32 s = window(words, 2 * position) & 0xffff, t = window(words, 2 * position + 2) & 0xffff;
-    const u32 low = __dp4a(s * 0x83dcd12du, 0x01010101u, 0x64006400u);
-    const u32 high = __dp4a(t * 0x83dcd12du, 0x01010101u, 0u);
-    return half2_fma(high * 65536u + low, 0x1eee1eeeu, 0xc931c931u);
+__device__ constexpr int bit_of(int row, int input) {
+    return CODE == HYB ? 32 * row + 2 * input : 8 * row + 8 * (input % 8) + input / 8 * 4;
 }
 
-template <Code CODE, Order ORDER, int ROWS8>
-__device__ __forceinline__ void multiply(const Parameters &p) {
-    const int lane = threadIdx.x % LANES, g = lane / 4, q = lane % 4;
-    const int warp = threadIdx.x / LANES, warps = blockDim.x / LANES;
-    const int groups = (p.in_blocks + QUARTET - 1) / QUARTET;
-    const int octets = (p.out_blocks + OCTET - 1) / OCTET;
-    const long long units = (long long)octets * groups;
-    const int end = (int)((blockIdx.x + 1) * units / gridDim.x);
-    int first = (int)(blockIdx.x * units / gridDim.x);
-    int last = min(end, (first / groups + 1) * groups), unit = first + warp;
-    float *sums = (float *)(shared + (CODE == HYB ? TABLE_ROWS * LANES : 0));
-    const u32 bank = 4 * lane;
+template <Code CODE>
+__device__ constexpr int output_of(int quarter, int half, int row) {
+    return CODE == HYB ? 4 * quarter + 2 * half + row : 2 * quarter + half + 8 * row;
+}
 
-    auto tile_of = [&](int unit) {
-        const int out_block = min(unit / groups * OCTET + g, p.out_blocks - 1);
-        const int in_block = min(unit % groups * QUARTET + q, p.in_blocks - 1);
-        return p.codes + ((long long)out_block * p.in_blocks + in_block) * (WORDS / 4);
-    };
-    u32 next[WORDS];
-    if (unit < last) load_tile(next, tile_of(unit));
-    if (CODE == HYB) {
-        for (int i = threadIdx.x; i < TABLE_ROWS * LANES / 4; i += blockDim.x) {
-            const u32 v = __ldg(p.table + i / (LANES / 4));
-            ((uint4 *)shared)[i] = make_uint4(v, v, v, v);
-        }
-        __syncthreads();
+// A quarter of a tile, of which `weights` are the two from this bit on, as float16.
+template <Code CODE, int COPIES>
+struct Quarter;
+
+template <int COPIES>
+struct Quarter<HYB, COPIES> {
+    u32 words[5], swapped[5];  // the stream begins in the high half of what is swapped
+
+    __device__ __forceinline__ Quarter(const uint4 &v, u32 after)
+        : words{v.x, v.y, v.z, v.w, after} {
+#pragma unroll
+        for (int i = 0; i < 5; ++i) swapped[i] = __byte_perm(words[i], 0, 0x1032);
     }
+    __device__ __forceinline__ u32 state(int bit) const {  // and anything above its 16 bits
+        const int i = bit / 32, offset = bit % 32;
+        if (offset == 0) return words[i];
+        if (offset <= 16) return swapped[i] >> (16 - offset);
+        return __funnelshift_r(swapped[i + 1], swapped[i], 48 - offset);
+    }
+    __device__ __forceinline__ u32 weights(int bit, u32 bank) const {
+        const u32 s = state(bit), scaled = COPIES / 16 * s;
+        const u32 row = (scaled * s + scaled) & ((TABLE_ROWS - 1) * COPIES * 4);
+        return *(const u32 *)((const char *)shared + (row | bank));
+    }
+};
+
+template <int COPIES>
+struct Quarter<MUL1, COPIES> {
+    u32 pieces[8];  // [k]: 32 bits from bit 16 k on
+
+    __device__ __forceinline__ Quarter(const uint4 &v, u32 after) {
+        const u32 words[5] = {v.x, v.y, v.z, v.w, after};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            pieces[2 * i] = __byte_perm(words[i], 0, 0x1032);
+            pieces[2 * i + 1] = __byte_perm(words[i], words[i + 1], 0x3254);
+        }
+    }
+    __device__ __forceinline__ u32 state(int bit) const {
+        const u32 shifted = pieces[bit / 16] << bit % 8;  // serves two states
+        return __byte_perm(shifted, 0, bit % 16 < 8 ? 0x4432 : 0x4421);
+    }
+    __device__ __forceinline__ u32 byte_sum(int bit) const {  // and 1024, as a float16
+        return __dp4a(state(bit) * 0x83dcd12du, 0x01010101u, 0x6400u);
+    }
+    __device__ __forceinline__ u32 weights(int bit, u32) const {
+        const u32 sums = __byte_perm(byte_sum(bit), byte_sum(bit + 2), 0x5410);
+        return half2_fma(sums, 0x1eee1eeeu, 0xc931c931u);
+    }
+};
+
+// A copy of the table for each of COPIES lanes: thread t writes rows t, t + THREADS, ..., and
+// neighbours begin at different banks.
+template <int COPIES, int THREADS>
+struct TableFill {
+    static constexpr int ROWS = TABLE_ROWS / THREADS, PARTS = COPIES / 4;
+    u32 values[ROWS];
+
+    __device__ __forceinline__ void load(const u32 *table) {
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) values[r] = __ldg(table + r * THREADS + threadIdx.x);
+    }
+    __device__ __forceinline__ void store() {
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) {
+            const int row = r * THREADS + threadIdx.x;
+            const u32 v = values[r];
+#pragma unroll
+            for (int i = 0; i < PARTS; ++i) {
+                const int part = (i + threadIdx.x * PARTS / 8) % PARTS;
+                ((uint4 *)shared)[row * PARTS + part] = make_uint4(v, v, v, v);
+            }
+        }
+    }
+};
+
+template <Code CODE, int ROWS8, int WARPS, int STAGES, int COPIES>
+__device__ __forceinline__ void multiply(const Parameters &p) {
+    const int lane = threadIdx.x % LANES, g = lane / 4, q = lane % 4, warp = threadIdx.x / LANES;
+    const int row_units = (p.in_blocks + UNIT_BLOCKS - 1) / UNIT_BLOCKS;
+    const int first = first_of(blockIdx.x, p.least, p.more);
+    const int count = p.least + (blockIdx.x < p.more);
+    const auto first_of_warp = [&](int w) {
+        return first + first_of(w, count / WARPS, count % WARPS);
+    };
+    const u32 bank = 4 * (lane % COPIES);
+    TableFill<COPIES, WARPS * LANES> fill;
+    if (CODE == HYB) fill.load(p.table);
+
+    // Of each warp: the sums of its first strip, and the copies, whose place those of its second
+    // strip take.
+    char *const own = (char *)shared + (CODE == HYB ? TABLE_ROWS * COPIES * 4 : 0);
+    const int sums_bytes = p.batch * STRIP * 4, own_bytes = sums_bytes + STAGES * UNIT_BYTES;
+    u32 slot = address(own) + warp * own_bytes + sums_bytes + 16 * lane, slots = slot;
+    asm("" : "+r"(slots));  // else computed again and again
+
+    const int first_strip = first / row_units, unit = first_of_warp(warp);
+    int strip = first_strip;
+    while (unit >= (strip + 1) * row_units) ++strip;
+    const int units = first_of_warp(warp + 1) - unit;
+    const int here = min(units, (strip + 1) * row_units - unit), there = units - here;
+    const int first_block = (unit - strip * row_units) * UNIT_BLOCKS + q;
+
+    // What is not copied decodes to numbers that are multiplied by 0, or to outputs that are not
+    // there.
+    const int out_block = strip * 2 + g / 4;
+    const u32 next_part = ((out_block + 2) * p.in_blocks + q) * TILE + g % 4;
+    u32 part = (out_block * p.in_blocks + first_block) * TILE + g % 4;
+    int ahead = here, ahead_block = first_block;
+    int limit = units > 0 && out_block < p.out_blocks ? p.in_blocks : 0;
+    int next_limit = there > 0 && out_block + 2 < p.out_blocks ? p.in_blocks : 0;
+    const auto copy = [&] {
+        const uint4 *from = p.codes + part;
+        asm("" : "+l"(from));  // likewise
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+            if (ahead_block < limit - half * QUARTET)
+                copy_16_bytes(slot + half * UNIT_BYTES / 2, from + half * QUARTET * TILE);
+        end_copies();
+        slot = slot == slots + (STAGES - 1) * UNIT_BYTES ? slots : slot + UNIT_BYTES;
+        ahead_block += UNIT_BLOCKS, part += UNIT_BLOCKS * TILE;
+        if (--ahead == 0) {  // on to the second strip, and after it to nothing
+            part = next_part, ahead_block = q, ahead = there;
+            limit = next_limit, next_limit = 0;
+        }
+    };
+#pragma unroll 1
+    for (int i = 0; i < STAGES; ++i) copy();
+    if (CODE == HYB) fill.store();
     wait_for_the_kernel_before();  // which writes x; codes and table were there
     let_the_next_kernel_begin();
-    while (first < end) {
-        const int octet = first / groups;
-        float total[ROWS8][8][4] = {};
-        for (; unit < last; unit += warps) {
-            const int in_block = unit % groups * QUARTET + q;
-            uint4 x[ROWS8][2];
-#pragma unroll
-            for (int r = 0; r < ROWS8; ++r) {
-                const bool valid = in_block < p.in_blocks && r * 8 + g < p.batch;
-                const uint4 *from = p.x + ((long long)(r * 8 + g) * p.in_blocks + in_block) * 2;
-                x[r][0] = valid ? from[0] : make_uint4(0, 0, 0, 0);
-                x[r][1] = valid ? from[1] : make_uint4(0, 0, 0, 0);
-            }
-            u32 words[WORDS];
-#pragma unroll
-            for (int i = 0; i < WORDS; ++i) words[i] = __funnelshift_l(next[i], next[i], 16);
-            if (unit + warps < last) load_tile(next, tile_of(unit + warps));
-#pragma unroll
-            for (int pair = 0; pair < 8; ++pair) {
-#pragma unroll
-                for (int j = 0; j < 4; ++j) {
-                    u32 a[4];
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) {
-                        const int row = i % 2, half = i / 2;
-                        a[i] = decode<CODE>(
-                            words,
-                            ORDER == ROWS ? 16 * (2 * pair + row) + 4 * j + 2 * half
-                                          : 8 * (4 * pair + j) + 4 * row + 2 * half,
-                            bank);
-                    }
-#pragma unroll
-                    for (int r = 0; r < ROWS8; ++r) {
-                        const u32 b[8] = {x[r][0].x, x[r][0].y, x[r][0].z, x[r][0].w,
-                                          x[r][1].x, x[r][1].y, x[r][1].z, x[r][1].w};
-                        const bool rows = ORDER == ROWS;
-                        multiply_add(total[r][pair], a, b[rows ? 2 * j : j],
-                                     b[rows ? 2 * j + 1 : 4 + j]);
-                    }
-                }
-            }
-        }
-        const int begin = last, share = blockIdx.x - block_of((long long)octet * groups, units);
-        const bool complete = begin == (octet + 1) * groups;
-        last = min(end, begin + groups), unit = begin + warp;
-        if (unit < last) load_tile(next, tile_of(unit));
+
+    int x_at = g * p.in_blocks + first_block;
+    const int x_end = (g + 1) * p.in_blocks;
+    uint4 x[2][ROWS8][2];
+    const auto load_x = [&](int half) {
 #pragma unroll
         for (int r = 0; r < ROWS8; ++r) {
-            const int columns = min(8, p.batch - 8 * r);
+            const uint4 *from = p.x[x_at + r * 8 * p.in_blocks];
 #pragma unroll
-            for (int pair = 0; pair < 8; ++pair)
+            for (int i = 0; i < 2; ++i) {
+                x[half][r][i] = make_uint4(0, 0, 0, 0);
+                load_if(x_at < x_end && r * 8 + g < p.batch, x[half][r][i], from + i);
+            }
+        }
+        x_at += QUARTET;
+    };
+    load_x(0);
+    if (CODE == HYB) __syncthreads();
+    wait_for_copies<STAGES - 1>();
+    uint4 quarters[2];
+    const auto read_quarters = [&] {
+        quarters[0] = read_16_bytes(slot);
+        quarters[1] = read_16_bytes(slot + UNIT_BYTES / 2);
+    };
+    read_quarters();
+    const int lane_after = (lane & 19) | ((lane + 4) & 12);
+
+#pragma unroll 1
+    for (int side = 0; side < (there > 0 ? 2 : 1); ++side) {
+        float total[ROWS8][2][4] = {};
+#pragma unroll 1
+        for (int left = side ? there : here; left > 0; --left) {
 #pragma unroll
-                for (int c = 0; c < 4; ++c) {
-                    const int row = ORDER == ROWS ? 2 * pair + c / 2 : pair + 8 * (c / 2);
-                    const int column = 2 * q + c % 2;
-                    if (column < columns)
-                        sums[(warp * columns + column) * 128 + g * SIDE + row] = total[r][pair][c];
+            for (int half = 0; half < 2; ++half) {
+                const u32 after = __shfl_sync(0xffffffffu, quarters[half].x, lane_after);
+                const Quarter<CODE, COPIES> quarter(quarters[half], after);
+                if (half == 1) {
+                    copy();
+                    wait_for_copies<STAGES - 1>();
+                    read_quarters();
+                    if (left == 1) x_at = x_end - p.in_blocks + q;
                 }
-            __syncthreads();
-            for (int i = threadIdx.x; i < columns * 128; i += blockDim.x) {
-                float sum = 0.f;
-                for (int w = 0; w < warps; ++w) sum += sums[w * columns * 128 + i];
-                const int output = octet * 128 + i % 128, width = p.out_blocks * SIDE;
-                if (output < width) {
-                    for (int s = share; s < (complete ? p.shares : share + 1); ++s) {
-                        const long long at = (long long)s * p.batch + 8 * r + i / 128;
-                        p.partial[at * width + output] = s == share ? sum : 0.f;
+                load_x(1 - half);
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+#pragma unroll
+                    for (int pair = 0; pair < 2; ++pair) {
+                        u32 a[4];
+#pragma unroll
+                        for (int i = 0; i < 4; ++i)
+                            a[i] = quarter.weights(
+                                64 * pair + bit_of<CODE>(i % 2, 4 * j + 2 * (i / 2)), bank);
+#pragma unroll
+                        for (int r = 0; r < ROWS8; ++r) {
+                            const uint4 b = x[half][r][j / 2];
+                            multiply_add(total[r][pair], a, j % 2 ? b.z : b.x, j % 2 ? b.w : b.y);
+                        }
                     }
                 }
             }
-            __syncthreads();
         }
-        first = begin;
+        float *sums = (float *)(own + warp * own_bytes) + side * p.batch * STRIP;
+#pragma unroll
+        for (int r = 0; r < ROWS8; ++r)
+#pragma unroll
+            for (int pair = 0; pair < 2; ++pair)
+#pragma unroll
+                for (int c = 0; c < 4; ++c) {
+                    const int column = 8 * r + 2 * q + c % 2;
+                    const int output = g / 4 * SIDE + output_of<CODE>(g % 4, pair, c / 2);
+                    if (column < p.batch) sums[column * STRIP + output] = total[r][pair][c];
+                }
+    }
+    int column = warp;  // of the sums that this warp adds up
+    strip = first_strip;
+    for (; column >= p.batch; column -= p.batch) ++strip;
+    __syncthreads();
+
+    const int width = p.out_blocks * SIDE;
+#pragma unroll 1
+    for (int begin; (begin = strip * row_units) < first + count;) {
+        const int stop = begin + row_units;
+        const bool has_part = max(first_of_warp(lane), begin) < min(first_of_warp(lane + 1), stop);
+        const u32 parts = __ballot_sync(0xffffffffu, lane < WARPS && has_part);
+        const int low = __ffs(parts) - 1, high = LANES - __clz(parts);
+        const int side = first_of_warp(low) < begin;
+        const char *const at = own + (column * STRIP + lane) * 4;
+        float sum = *(const float *)(at + low * own_bytes + side * sums_bytes);
+#pragma unroll 4
+        for (int w = low + 1; w < high; ++w) sum += *(const float *)(at + w * own_bytes);
+
+        int share = 0;
+        while (first_of(blockIdx.x - share, p.least, p.more) > begin) ++share;
+        const int shares = stop <= first + count ? p.shares : share + 1;
+        const int output = strip * STRIP + lane;
+        if (output < width) {
+#pragma unroll 1
+            for (; share < shares; ++share, sum = 0.f)
+                p.partial[((long long)share * p.batch + column) * width + output] = sum;
+        }
+        for (column += WARPS; column >= p.batch; column -= p.batch) ++strip;
     }
 }
 
-#define KERNEL(NAME, CODE, ORDER, ROWS8, THREADS)                                    \
-    extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME(Parameters p) {    \
-        multiply<CODE, ORDER, ROWS8>(p);                                             \
+#define KERNEL(NAME, CODE, ROWS8, WARPS, STAGES, COPIES, REGISTERS)            \
+    extern "C" __global__ void __maxnreg__(REGISTERS) NAME(Parameters p) {     \
+        multiply<CODE, ROWS8, WARPS, STAGES, COPIES>(p);                       \
     }
 
-KERNEL(hyb_rows_8, HYB, ROWS, 1, 512)
-KERNEL(hyb_rows_16, HYB, ROWS, 2, 256)
-KERNEL(mul1_exl3_8, MUL1, EXL3, 1, 512)
-KERNEL(mul1_exl3_16, MUL1, EXL3, 2, 256)
+KERNEL(hyb_rows_8, HYB, 1, 16, 4, 32, 80)
+KERNEL(hyb_rows_16, HYB, 2, 16, 4, 32, 128)
+KERNEL(mul1_exl3_8, MUL1, 1, 16, 4, 32, 80)
+KERNEL(mul1_exl3_16, MUL1, 2, 16, 4, 32, 128)

@@ -1,0 +1,259 @@
+"""Which variant of the packed product's CUDA kernel is fastest, and what bounds it.
+
+    python benchmarks/bench_decode_kernels.py [rank | profile]
+
+``rank`` compiles variants of ``decode.cu``, checks each against the reference, and times them at
+batch 1 with cold weights as ``bench_decode.py`` does: alone, one after the other with overlapping
+launches, and within a whole layer. Its floors, in the same graphs: a kernel that does nothing, one
+that fills HYB's table, one that reads the codes. ``profile`` needs Nsight Compute (``ncu``).
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+
+from bench_decode import (
+    HYB,
+    MUL1,
+    cold,
+    layer_time,
+    many_codes,
+    random_codes,
+    random_layer,
+    relative,
+)  # fmt: skip
+
+from softtrellis.modules import decode_cuda
+from softtrellis.modules.decode import CodeValues, decode_matmul
+from softtrellis.modules.decode_cuda import VARIANTS, Deal, Variant
+from softtrellis.quantizers.hard import TrellisCode
+from softtrellis.trellis import launch_cuda
+from softtrellis.trellis.launch_cuda import Kernel
+
+SHAPES = ((4096, 11008), (2048, 8192), (4096, 4096), (576, 1536))
+CHECKED = ((576, 1536), (272, 1040), (48, 80))
+HYB_VARIANTS = [  # warps, stages, copies of the table, registers of a thread
+    (16, 4, 32, 64), (16, 4, 32, 80), (16, 4, 32, 96), (16, 4, 32, 128), (16, 2, 32, 80),
+    (16, 3, 32, 80), (16, 5, 32, 80), (32, 2, 32, 64), (8, 8, 32, 128), (16, 4, 16, 80),
+    (32, 4, 16, 64),
+]  # fmt: skip
+MUL1_VARIANTS = [
+    (16, 4, 0, 64), (16, 4, 0, 80), (16, 4, 0, 96), (16, 2, 0, 80), (16, 8, 0, 80), (32, 2, 0, 64),
+    (32, 4, 0, 64),
+]  # fmt: skip
+LEAST_UNITS = (1, 2, 4, 8)
+FLOORS = """
+extern "C" __global__ void nothing(Parameters p) {}
+
+extern "C" __global__ void __launch_bounds__(512) only_table(Parameters p) {
+    TableFill<32, 512> fill;
+    fill.load(p.table), fill.store();
+    __syncthreads();
+    if (shared[threadIdx.x * 32 + p.batch] == p.least) p.partial[0] = 1.f;
+}
+
+extern "C" __global__ void __launch_bounds__(512) only_codes(Parameters p) {
+    const long long all = (long long)p.out_blocks * p.in_blocks * TILE, step = gridDim.x * 512;
+    u32 seen = 0;
+    for (long long i = blockIdx.x * 512 + threadIdx.x; i < all; i += 8 * step) {
+        uint4 v[8];
+#pragma unroll
+        for (int j = 0; j < 8; ++j) v[j] = __ldg(p.codes + min(i + j * step, all - 1));
+#pragma unroll
+        for (int j = 0; j < 8; ++j) seen |= v[j].x & v[j].y & v[j].z & v[j].w;
+    }
+    if (seen == 0x12345678) p.partial[0] = 1.f;
+}
+"""
+STALLS = (
+    "long_scoreboard", "short_scoreboard", "mio_throttle", "lg_throttle", "math_pipe_throttle",
+    "dispatch_stall", "no_instruction", "branch_resolving", "barrier", "wait", "not_selected",
+)  # fmt: skip
+METRICS = (
+    "gpu__time_duration.sum",
+    "sm__inst_executed.sum",
+    "smsp__issue_active.avg.pct_of_peak_sustained_active",
+    "smsp__warps_active.avg.per_cycle_active",
+    "dram__bytes_read.sum",
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed",
+    "l1tex__data_pipe_lsu_wavefronts.avg.pct_of_peak_sustained_active",
+    "l1tex__data_bank_conflicts_pipe_lsu_mem_shared.sum",
+    "sm__inst_executed_pipe_alu.avg.pct_of_peak_sustained_active",
+    "sm__inst_executed_pipe_fma.avg.pct_of_peak_sustained_active",
+    "sm__inst_executed_pipe_fmaheavy.avg.pct_of_peak_sustained_active",
+    "sm__icc_requests_lookup_hit.sum",
+    "sm__icc_requests_lookup_miss.sum",
+    *(f"smsp__average_warps_issue_stalled_{why}_per_issue_active.ratio" for why in STALLS),
+)
+PROFILED_LAUNCHES = 12
+
+
+def write_variants(folder: Path) -> dict[TrellisCode, list[Variant]]:
+    """Variants of ``decode.cu``, in one source file."""
+    text = (Path(launch_cuda.__file__).parent / "cuda" / "decode.cu").read_text()
+    path, found = folder / "decode_variants.cu", defaultdict(list)
+    for code, cases in ((HYB, HYB_VARIANTS), (MUL1, MUL1_VARIANTS)):
+        for warps, stages, copies, registers in cases:
+            name = f"{code.name}_{warps}warps_{stages}stages_{copies}copies_{registers}registers"
+            text += f"KERNEL({name}, {code.name.upper()}, 1, {warps}, {stages}, {copies or 32}, "
+            text += f"{registers})\n"
+            found[code].append(Variant(Kernel(str(path), name, 32 * warps), stages, copies))
+    path.write_text(text + FLOORS)
+    return found
+
+
+def values_of(code: TrellisCode) -> CodeValues:
+    return CodeValues.of(code, code.codebook().cuda())
+
+
+def is_right(variant: Variant, code: TrellisCode) -> bool:
+    values, worst = values_of(code), 0.0
+    for out, inputs in CHECKED:
+        codes = random_codes(out, inputs, 2)
+        for batch in (1, 3, 8):
+            if variant.shared_bytes(batch) > 227 * 1024:
+                continue
+            x = torch.randn(batch, inputs, device="cuda").half()
+            exact = decode_matmul(x, codes, values, code, out, backend="torch")
+            ours = decode_cuda.launch(variant, x, codes, values.table, out)
+            worst = max(worst, relative(ours.sum(0) * values.factor, exact))
+    return worst < 1e-3
+
+
+def alone(
+    variant: Variant, x: Tensor, codes: Tensor, table: Tensor, out: int, overlap: bool, i: int
+) -> Tensor:
+    return decode_cuda.launch(variant, x, codes[i], table, out, overlap=overlap)
+
+
+def floor(kernel: Kernel, x: Tensor, codes: Tensor, table: Tensor, out: int, i: int) -> Tensor:
+    """A launch of a kernel that does part of the work, as large as HYB's."""
+    deal = Deal.of(out, x.shape[1], 16, launch_cuda.multiprocessors(x.device))
+    partial_sums = torch.empty(deal.shares, 1, out, device=x.device)
+    numbers = [1, out // 16, x.shape[1] // 16, deal.shares, deal.least, deal.more]
+    kernel(
+        deal.grid, VARIANTS["hyb", "rows", True].shared_bytes(1), x.device,
+        [x, codes[i], table, partial_sums], numbers,
+    )  # fmt: skip
+    return partial_sums
+
+
+@torch.no_grad()
+def rank() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        variants = write_variants(Path(folder))
+        source = variants[HYB][0].kernel.source
+        right = {code: [v for v in found if is_right(v, code)] for code, found in variants.items()}
+        for code, found in variants.items():
+            for variant in found:
+                if variant not in right[code]:
+                    print(f"WRONG: {variant.kernel.name}", flush=True)
+        for out, inputs in SHAPES:
+            x = torch.randn(1, inputs, device="cuda").half()
+            codes, table = many_codes(out, inputs, 2), values_of(HYB).table
+            for name in ("nothing", "only_table", "only_codes"):
+                call = partial(floor, Kernel(source, name, 512), x, codes, table, out)
+                print(f"{out}x{inputs} floor {cold(call, len(codes)):7.2f} {name}", flush=True)
+            for code in (HYB, MUL1):
+                rank_shape(out, inputs, code, right[code], codes)
+
+
+def rank_shape(
+    out: int, inputs: int, code: TrellisCode, variants: list[Variant], codes: Tensor
+) -> None:
+    x, table = torch.randn(1, inputs, device="cuda").half(), values_of(code).table
+    key = code.name, code.order, True
+    found: list[tuple[list[float], str]] = []
+    default = VARIANTS[key]
+    layer = random_layer(out, inputs, code, "cuda")
+    whole = [many_codes(*layer.layer.padded, 2), torch.randn(1, inputs, device="cuda").bfloat16()]
+
+    def measure(variant: Variant, name: str) -> None:
+        times = [
+            cold(partial(alone, variant, x, codes, table, out, overlap), len(codes))
+            for overlap in (False, True)
+        ]
+        VARIANTS[key] = variant
+        times.append(layer_time(layer, *whole))
+        VARIANTS[key] = default
+        found.append((times, name))
+
+    for variant in [default, *variants]:
+        measure(variant, variant.kernel.name)
+    kept = decode_cuda._LEAST_UNITS
+    for least in LEAST_UNITS if out < 2048 else ():
+        decode_cuda._LEAST_UNITS = least
+        Deal.of.cache_clear()
+        measure(default, f"{default.kernel.name}, at least {least} units a block")
+    decode_cuda._LEAST_UNITS = kept
+    Deal.of.cache_clear()
+    for times, name in sorted(found):
+        cells = " ".join(f"{t:7.2f}" for t in times)
+        print(f"{out}x{inputs} {code.name} alone, overlapping, layer: {cells} {name}", flush=True)
+
+
+def products() -> None:
+    """What ``profile`` runs: some products, each with codes of its own."""
+    for code in (HYB, MUL1):
+        codes, table = many_codes(4096, 11008, 2), values_of(code).table
+        x = torch.randn(1, 11008, device="cuda").half()
+        for i in range(PROFILED_LAUNCHES):
+            decode_cuda.multiply(x, codes[i], table, code, 4096)
+        torch.cuda.synchronize()
+
+
+def profile() -> None:
+    """Prints what bounds the product of 4096 x 11008, of both codes."""
+    ncu = shutil.which("ncu")
+    if ncu is None:
+        sys.exit("profile needs Nsight Compute: no ncu in the PATH")
+    query = subprocess.run([ncu, "--query-metrics"], capture_output=True, text=True, check=True)
+    known = {line.split()[0] for line in query.stdout.splitlines() if line.split()}
+    missing = [m for m in METRICS if m.split(".")[0] not in known]
+    print("not known to this ncu:", ", ".join(missing) or "none")
+    for code in (HYB, MUL1):
+        name = VARIANTS[code.name, code.order, True].kernel.name
+        answer = subprocess.run(
+            [ncu, "--csv", "--clock-control", "none", "--kernel-name", name,
+             "--launch-skip", str(PROFILED_LAUNCHES - 2), "--launch-count", "2",
+             "--metrics", ",".join(m for m in METRICS if m not in missing),
+             sys.executable, __file__, "products"],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        rows = [line for line in answer.stdout.splitlines() if line.startswith('"')]
+        if answer.returncode or not rows:
+            sys.exit(answer.stdout + answer.stderr)
+        values = defaultdict(list)
+        for row in csv.DictReader(io.StringIO("\n".join(rows))):
+            values[row["Metric Name"]].append(f"{row['Metric Value']} {row['Metric Unit']}")
+        for metric in METRICS:
+            if metric in values:
+                print(f"{name} {metric}: {', '.join(values[metric])}", flush=True)
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    parts = {"rank": rank, "profile": profile, "products": products}
+    wanted = sys.argv[1] if len(sys.argv) > 1 else "rank"
+    if wanted not in parts:
+        sys.exit(__doc__)
+    if wanted == "rank":
+        print(torch.cuda.get_device_name(), torch.__version__)
+    parts[wanted]()
+
+
+if __name__ == "__main__":
+    main()
