@@ -100,6 +100,18 @@ def add_parser(commands: Commands) -> None:
         help="likewise, where weights are corrected",
     )
     parser.add_argument(
+        "--output-windows",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also take Hessians of the layers' outputs, from gradients on so many of the "
+        "calibration windows, and feed errors along outputs too (YAQA); the whole model has to "
+        "fit on the device",
+    )
+    parser.add_argument(
+        "--output-damping", type=float, default=0.1, help="likewise, of the outputs' Hessians"
+    )
+    parser.add_argument(
         "--no-hessian", action="store_true", help="plain Viterbi, without error feedback"
     )
     parser.add_argument(
@@ -196,6 +208,8 @@ def configs(
         inputs=options.inputs,
         damping=options.damping,
         correction_damping=options.correction_damping,
+        output_windows=options.output_windows,
+        output_damping=options.output_damping,
         error_feedback=not options.no_hessian,
         seed=options.seed,
         device=options.device,

@@ -87,6 +87,13 @@ class WeightBasis:
             hessian = scale.unsqueeze(1) * hessian * scale
         return self.incoherence.rotate_hessian(hessian)
 
+    def rotate_output_hessian(self, hessian: Tensor) -> Tensor:
+        """[out_pad, out_pad]: the outputs' Hessian in this basis, from G [out, out]."""
+        if self.out_scale is not None:
+            scale = self.out_scale.to(hessian.dtype)
+            hessian = scale.unsqueeze(1) * hessian * scale
+        return self.incoherence.rotate_output_hessian(hessian)
+
 
 def _rms(x: Tensor) -> Tensor:
     return x.square().mean().sqrt().to(torch.float32)

@@ -1,8 +1,8 @@
-"""LDLQ: quantize 16 input columns at a time and feed the error forward through the Hessian."""
+"""LDLQ: quantize 16 columns, or tiles, at a time and feed the error forward through Hessians."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,11 @@ BLOCK = 16
 
 EncodeColumns = Callable[[Tensor], Tensor]
 """Quantizes [out, 16] columns: returns their reproduction [out, 16]."""
+
+Tiles = list[tuple[Tensor, Tensor]]
+"""Of every matrix the rows and the columns [n] of some tiles of 16x16 weights, in tiles."""
+EncodeTiles = Callable[[Tensor, Tiles], Tensor]
+"""Quantizes these tiles' [16 n, 16] weights, matrix by matrix: returns their reproduction."""
 
 _MAX_DAMPING_STEPS = 12
 _FLOAT64_SIZE = 8192  # larger Hessians are factorised in float32, which takes half the memory
@@ -120,6 +125,74 @@ def ldlq(
         if on_block is not None:
             on_block()
     return result
+
+
+def two_sided_ldlq(
+    weights: Sequence[Tensor],
+    inputs: Feedback,
+    outputs: Sequence[Feedback],
+    encode: EncodeTiles,
+) -> None:
+    """Quantizes matrices of the same inputs with error feedback along inputs and outputs.
+
+    Minimises tr(G E H E^T) greedily, with H of the inputs and a G of each matrix' outputs: with
+    H = L D L^T and G = M C M^T that is the size of M^T E L, weighted by C and D, whose tile (i, j)
+    is E_ij and what tiles below and to the right of it give (YAQA, arXiv 2505.22988, section 4).
+    So tiles are taken from the last row and column to the first; those of an antidiagonal, of all
+    matrices, are encoded together. With G the identity it is ``ldlq``.
+
+    Args:
+        weights: [out, in] each, in multiples of 16.
+        inputs: ``block_ldl`` of H.
+        outputs: ``block_ldl`` of every G.
+        encode: quantizes tiles; each is asked for once.
+    """
+    sides = [
+        _Sides(weight, inputs.factor, g.factor) for weight, g in zip(weights, outputs, strict=True)
+    ]
+    for wave in reversed(range(max(side.rows + side.columns for side in sides) - 1)):
+        tiles = [side.antidiagonal(wave) for side in sides]
+        targets = [side.targets(*place) for side, place in zip(sides, tiles, strict=True)]
+        found = encode(torch.cat(targets), tiles).split([len(target) for target in targets])
+        for side, place, values in zip(sides, tiles, found, strict=True):
+            side.add(*place, values)
+
+
+class _Sides:
+    """One matrix of ``two_sided_ldlq``: what its errors so far ask of the tiles that are left."""
+
+    def __init__(self, weight: Tensor, inputs: Tensor, outputs: Tensor) -> None:
+        self.rows, self.columns = (size // BLOCK for size in weight.shape)
+        self._weight = _tiled(weight)
+        self._along = torch.zeros_like(self._weight)  # (E L)_ij, complete but for E_ij
+        self._across = torch.zeros_like(self._weight)  # sum over k > i of (M_ki)^T (E L)_kj
+        self._inputs = _tiled(inputs)
+        self._outputs = _tiled(outputs).transpose(-1, -2)
+
+    def antidiagonal(self, wave: int) -> tuple[Tensor, Tensor]:
+        """Rows and columns of its tiles, on the weight's device; maybe none."""
+        first = max(0, wave - self.columns + 1)
+        last = max(first, min(self.rows, wave + 1))
+        i = torch.arange(first, last, device=self._weight.device)
+        return i, wave - i
+
+    def targets(self, i: Tensor, j: Tensor) -> Tensor:
+        """[16 n, 16]."""
+        found = self._weight[i, j] + self._along[i, j] + self._across[i, j]
+        return found.reshape(-1, BLOCK)
+
+    def add(self, i: Tensor, j: Tensor, values: Tensor) -> None:
+        """Takes over what the tiles became; rows and columns of them are all different."""
+        error = (self._weight[i, j] - values.reshape(-1, BLOCK, BLOCK)).unsqueeze(1)
+        self._along[i] += error @ self._inputs[j]  # which is 0 right of column j
+        whole = self._along[i, j].unsqueeze(1)
+        self._across[:, j] += (self._outputs[i] @ whole).transpose(0, 1)
+
+
+def _tiled(matrix: Tensor) -> Tensor:
+    """[out, in] as tiles [out / 16, in / 16, 16, 16]."""
+    rows, columns = (size // BLOCK for size in matrix.shape)
+    return matrix.reshape(rows, BLOCK, columns, BLOCK).transpose(1, 2).contiguous()
 
 
 def proxy_loss(weight: Tensor, reproduction: Tensor, hessian: Tensor) -> float:

@@ -70,6 +70,7 @@ class BlockQuantizer:
 
     Attributes:
         reports: by layer.
+        outputs: Hessians [out, out] of layers' outputs by name, for ``two_sided_ldlq``, or none.
         filled: experts that saw too few tokens, and took the Hessian of those beside them.
     """
 
@@ -113,6 +114,7 @@ class BlockQuantizer:
             )
         self.corrected = config.inputs == "corrected" and config.error_feedback
         self.reports: dict[str, LayerReport] = {}
+        self.outputs: dict[str, Tensor] = {}
         self.filled: set[str] = set()
 
     def run(self) -> None:
@@ -277,9 +279,11 @@ class BlockQuantizer:
             self.codebooks,
             leader=leader,
             cross=cross,
+            outputs=self._outputs_of(linears) if hessian is not None else None,
             tokens=tokens,
             damping=config.damping,
             correction_damping=config.correction_damping,
+            output_damping=config.output_damping,
             seed=config.seed,
             backend=config.backend,
             ranks=self.ranks,
@@ -287,6 +291,15 @@ class BlockQuantizer:
         for name, (_, report) in found.items():
             self.reports[name] = replace(report, borrowed=name in self.filled)
         replace_modules(self.model, names, lambda name, _: found[name][0])
+
+    def _outputs_of(self, linears: dict[str, nn.Linear]) -> dict[str, Tensor] | None:
+        """The outputs' Hessians, the identity for an expert that no token reached."""
+        if self.outputs.keys().isdisjoint(linears):
+            return None
+        return {
+            name: self.outputs[name] if name in self.outputs else torch.eye(linear.out_features)
+            for name, linear in linears.items()
+        }
 
     def _quantize_head(self, name: str, states: Tensor | None) -> None:
         """The output layer, which is not tied to the embedding afterwards."""

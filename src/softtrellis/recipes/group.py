@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,7 +16,15 @@ from softtrellis.modules.tile_share import TileShare
 from softtrellis.quantizers.basis import WeightBasis
 from softtrellis.quantizers.correction import corrected_weight
 from softtrellis.quantizers.hard import TrellisCode
-from softtrellis.quantizers.ldlq import BLOCK, Feedback, block_ldl, ldlq, proxy_loss
+from softtrellis.quantizers.ldlq import (
+    BLOCK,
+    Feedback,
+    Tiles,
+    block_ldl,
+    ldlq,
+    proxy_loss,
+    two_sided_ldlq,
+)
 from softtrellis.recipes.ranks import ONE, Ranks
 from softtrellis.spec import TILE_SIDE
 from softtrellis.trellis.packing import pack, unpack, words_per_tile
@@ -61,9 +69,11 @@ def quantize_group(
     *,
     leader: str,
     cross: Tensor | None = None,
+    outputs: Mapping[str, Tensor] | None = None,
     tokens: int = 0,
     damping: float = 0.01,
     correction_damping: float = 0.1,
+    output_damping: float = 0.1,
     seed: int = 0,
     backend: Backend = "auto",
     ranks: Ranks = ONE,
@@ -81,8 +91,10 @@ def quantize_group(
         leader: the name that the signs of the inputs are drawn for.
         cross: [in, in], E[x x'^T] with x the inputs in the original model and x' those of the
             Hessian; the weights are corrected with it first, see ``corrected_weight``.
+        outputs: G [out, out] of every layer, see ``output_hessians``, for ``two_sided_ldlq``; with
+            a Hessian, and one rank.
         tokens: inputs that the Hessian was taken from, for the report.
-        damping, correction_damping, seed, backend: see ``QuantizeConfig``.
+        damping, correction_damping, output_damping, seed, backend: see ``QuantizeConfig``.
         ranks: that call this together with the same arguments, and encode a part of the outputs
             each; all get all of them.
 
@@ -122,9 +134,23 @@ def quantize_group(
     made: dict[str, QuantizedLinear] = {}
     for code in dict.fromkeys(layer.code for layer in formats.values()):
         names = [name for name, layer in formats.items() if layer.code == code]
-        latent = torch.cat([bases[name].to_latent(weights[name]) for name in names])
-        states = _encode_together(latent, feedback, code, codebooks[code], backend, ranks)
-        parts = states.split([formats[name].tiles for name in names])
+        latents = [bases[name].to_latent(weights[name]) for name in names]
+        if outputs is None or feedback is None:
+            latent = torch.cat(latents)
+            states = _encode_together(latent, feedback, code, codebooks[code], backend, ranks)
+            parts = list(states.split([formats[name].tiles for name in names]))
+        else:
+            try:
+                sides = [
+                    block_ldl(
+                        bases[name].rotate_output_hessian(outputs[name].to(latent.device)),
+                        output_damping,
+                    )
+                    for name, latent in zip(names, latents, strict=True)
+                ]
+            except ValueError as error:
+                raise ValueError(f"outputs of {', '.join(names)}: {error}") from error
+            parts = _encode_two_sided(latents, feedback, sides, code, codebooks[code], backend)
         for name, part in zip(names, parts, strict=True):
             made[name] = QuantizedLinear.from_states(
                 formats[name], codebooks[code], part, bases[name], linears[name].bias
@@ -199,6 +225,34 @@ def _encode(
         raise ValueError("the Hessian's factor holds NaN or infinity; raise the damping")
     ldlq(latent, feedback, encode)
     return torch.stack(blocks[::-1], dim=1).flatten(0, 1)
+
+
+def _encode_two_sided(
+    latents: Sequence[Tensor],
+    inputs: Feedback,
+    outputs: Sequence[Feedback],
+    code: TrellisCode,
+    codebook: Tensor,
+    backend: Backend,
+) -> list[Tensor]:
+    """int32 [tiles, N] of every latent matrix [out, in]."""
+    device, steps = codebook.device, code.spec.steps()
+    found = [
+        torch.empty(len(x) // BLOCK, x.shape[1] // BLOCK, steps, dtype=torch.int32, device=device)
+        for x in latents
+    ]
+
+    def encode(targets: Tensor, tiles: Tiles) -> Tensor:
+        states = code.encode(targets, codebook, backend=backend, check_values=False)
+        parts = states.split([len(i) for i, _ in tiles])
+        for paths, (i, j), part in zip(found, tiles, parts, strict=True):
+            paths[i, j] = part
+        return code.decode(states, codebook, len(targets), BLOCK)
+
+    if not all(bool(torch.isfinite(f.factor).all()) for f in (inputs, *outputs)):
+        raise ValueError("a Hessian's factor holds NaN or infinity; raise the damping")
+    two_sided_ldlq(latents, inputs, outputs, encode)
+    return [states.flatten(0, 1) for states in found]
 
 
 def quantize_linear(

@@ -37,6 +37,7 @@ from softtrellis.recipes.end_to_end import EndToEndConfig, tune_end_to_end
 from softtrellis.recipes.estimate import estimate
 from softtrellis.recipes.finetune import FineTuneConfig, held_out_windows
 from softtrellis.recipes.group import LayerReport
+from softtrellis.recipes.output_hessians import output_hessians
 from softtrellis.recipes.progressive import Progressive, ProgressiveConfig
 from softtrellis.recipes.ptq_state import LayerStore
 from softtrellis.recipes.ranks import ONE, Ranks
@@ -87,6 +88,10 @@ class QuantizeConfig:
             on these inputs are nearest to the original ones, see ``corrected_weight`` (GPTAQ).
         damping: added to each Hessian's diagonal, as a share of its mean.
         correction_damping: likewise, where weights are corrected.
+        output_windows: calibration windows that the Hessians of layers' outputs are taken from;
+            LDLQ then feeds errors along outputs too (YAQA), see ``two_sided_ldlq``. 0 is without,
+            as in QTIP. The model has to fit on the device, with its activations.
+        output_damping: likewise, of these.
         error_feedback: LDLQ; False is plain Viterbi without Hessians.
         seed: of the random signs.
         device: where decoder layers are quantized, one at a time; on "cuda" they run in bfloat16,
@@ -111,6 +116,8 @@ class QuantizeConfig:
     inputs: Inputs = "corrected"
     damping: float = 0.01
     correction_damping: float = 0.1
+    output_windows: int = 0
+    output_damping: float = 0.1
     error_feedback: bool = True
     seed: int = 0
     device: str = "cpu"
@@ -129,7 +136,9 @@ class QuantizeConfig:
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         check_device(self.device)
-        for name in ("damping", "correction_damping"):
+        if self.output_windows < 0:
+            raise ValueError(f"output_windows must be 0 or more, got {self.output_windows}")
+        for name in ("damping", "correction_damping", "output_damping"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a positive number, got {getattr(self, name)}")
         is_teacher_text(self.data)
@@ -256,6 +265,10 @@ def quantize_model(
     ranks = ranks or ONE
     if ranks.size > 1 and any(x is not None for x in (fine_tune, progressive, end_to_end)):
         raise ValueError("models are tuned on one rank only; leave the tuning out")
+    if ranks.size > 1 and config.output_windows:
+        raise ValueError("output_windows needs one rank; leave it out")
+    if config.output_windows and not config.error_feedback:
+        raise ValueError("output_windows needs error_feedback")
     if progressive is not None and not config.error_feedback:
         raise ValueError("progressive quantization needs error_feedback")
     if ranks.size > config.windows:
@@ -310,6 +323,15 @@ def quantize_model(
             show_progress=config.show_progress,
         )
     quantizer = BlockQuantizer(model, names, windows, config, fine_tune, store, ranks, behind)
+    if windows is not None and config.output_windows:
+        quantizer.outputs = output_hessians(
+            model,
+            names,
+            windows[: config.output_windows],
+            device=torch.device(config.device),
+            seed=config.seed,
+            show_progress=config.show_progress,
+        )
     quantizer.run()
     if end_to_end is not None and teacher is not None and windows is not None:
         with on_device(model, config.device), on_device(teacher, config.device):

@@ -271,6 +271,31 @@ class Incoherence:
         rotated = self.rotate_input(half.mT)
         return ((rotated + rotated.mT) / 2).to(hessian.dtype)
 
+    def rotate_output_hessian(self, hessian: Tensor) -> Tensor:
+        """E[d~ d~^T] of the gradients at the rotated outputs from G = E[d d^T] at the outputs.
+
+        Args:
+            hessian: G [out, out], symmetric, any floating dtype.
+
+        Returns:
+            [out_pad, out_pad], exactly symmetric, G's dtype.
+
+        Raises:
+            ValueError: another shape, or another device than the signs'.
+        """
+        return self._turned().rotate_hessian(hessian)
+
+    def _turned(self) -> "Incoherence":
+        """The transform of the transposed weight."""
+        return Incoherence(
+            self.out_features,
+            self.in_features,
+            self.multiple,
+            self.block,
+            in_signs=self.out_signs,
+            out_signs=self.in_signs,
+        )
+
     def _check(self, tensor: Tensor, shape: tuple[int, ...], name: str) -> None:
         """Hold the last dimensions (all of them for a matrix) to `shape`, and the device."""
         matches = tensor.shape[-len(shape) :] == shape
