@@ -20,6 +20,8 @@ from softtrellis.io.text import token_windows
 from softtrellis.modules.quantized_linear import LayerFormat
 from softtrellis.modules.replace import get_linear, linear_names, quantized_layers
 from softtrellis.quantizers.hard import TrellisCode
+from softtrellis.recipes import estimate as estimate_module
+from softtrellis.recipes.estimate import estimate
 from softtrellis.recipes.group import quantize_group
 from softtrellis.recipes.output_hessians import output_hessians
 from softtrellis.recipes.ptq import QuantizeConfig, quantize_model
@@ -170,3 +172,17 @@ def test_a_real_model_stays_nearer_to_itself(stories260k: Path, shared_data: Pat
         models = {"teacher": source.model, "model": model}
         found.append(score_many(models, held_out, "teacher", batch_size=16)["model"].kl_mean or 9.9)
     assert found[1] < 0.9 * found[0]
+
+
+def test_it_is_in_the_estimate(
+    tiny_llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimate_module, "_multiply_adds_per_second", lambda _: 1e9)
+    monkeypatch.setattr(estimate_module, "_seconds_per_tile", lambda _, count, *rest: 1 / count)
+    plain, more = (
+        estimate(tiny_llama, QuantizeConfig(code="gaussian", L=6, output_windows=n), None)
+        for n in (0, 32)
+    )
+    assert more.run_seconds > plain.run_seconds
+    waves = (64 + 64) + (64 + 112) + (112 + 64)  # q k v o, which look alike; gate up; down
+    assert more.encode_seconds == 2 * waves / 16

@@ -18,6 +18,7 @@ from softtrellis.modules.replace import (
     head_name,
 )
 from softtrellis.quantizers.hard import TrellisCode
+from softtrellis.quantizers.ldlq import BLOCK
 from softtrellis.recipes.finetune import FineTuneConfig
 from softtrellis.trellis.viterbi import viterbi
 
@@ -127,6 +128,17 @@ def estimate(
         per_layer = len(groups) / len({decoder_index(model, name) for name in names})
         tune = tokens * passed * _BACKWARD * fine_tune.epochs * per_layer / rate
     everything = sum(p.numel() for p in model.parameters())
+    if config.output_windows:  # a group's antidiagonals wait for each other
+        gradients = config.output_windows * config.ctx
+        widths = sum(layer.out_features**2 for layer in formats.values())
+        run += gradients * (everything * _BACKWARD + widths) / rate
+        alone = _seconds_per_tile(config.trellis_code, 1, config, device)
+        heights = dict.fromkeys(groups, 0)
+        for name, layer in formats.items():
+            group = name.rpartition(".")[0], layer.in_features
+            heights[group] = max(heights[group], layer.out_features)
+        waves = sum((size + height) // BLOCK for (_, size), height in heights.items())
+        encode = max(encode, waves * alone)
     if progressive is not None:
         ctx = config.ctx if progressive.data is None else progressive.ctx
         seen = progressive.steps * progressive.batch * ctx * last
@@ -140,6 +152,8 @@ def estimate(
     dense -= sum(_bytes(get_linear(model, name).weight) for name in names)
     at_once = config.windows_at_once(model, names)
     needed = _device_bytes(list(layers)[: last + 1], formats, tokens, at_once, config)
+    if config.output_windows:  # the model, and activations about as large
+        needed = max(needed, 8 * everything)
     if fine_tune is not None:  # gradients, two moments, the best values, the graph of a batch
         needed += 4 * max(sum(_bytes(p) for p in layer.parameters()) for layer in layers)
     if progressive is not None:  # both models, gradients, two moments
