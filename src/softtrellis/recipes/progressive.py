@@ -55,7 +55,7 @@ class ProgressiveConfig:
     scale_lr: float = 3e-3
     warmup: int = 3
     batch: int = 16
-    micro_batch: int | None = None
+    micro_batch: int | None = 4
     data: tuple[str, ...] | None = None
     ctx: int = 1024
     seed: int = 0
