@@ -93,10 +93,11 @@ def quantize(tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFa
 def test_codes_take_the_worth_of_outputs_into_account() -> None:
     """Two layers of one group, in codes of their own: each has a smaller loss in both Hessians."""
     generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
 
     def moment(n: int) -> torch.Tensor:
         a = torch.randn(n, n, generator=generator)
-        return a @ torch.diag(torch.linspace(0.01, 3.0, n)) @ a.T / n
+        return a @ torch.diag(torch.logspace(-3, 1, n)) @ a.T / n
 
     linears = {"wide": nn.Linear(64, 96), "narrow": nn.Linear(64, 32)}
     code = TrellisCode(TrellisSpec(6, 2, 1), "gaussian")

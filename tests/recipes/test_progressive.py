@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from softtrellis.cli.common import UsageError
 from softtrellis.cli.main import build_parser
 from softtrellis.cli.quantize import configs
 from softtrellis.evaluation.perplexity import score_many
+from softtrellis.io.sources import load_source
 from softtrellis.io.text import load_documents, token_windows
 from softtrellis.recipes.estimate import estimate
 from softtrellis.recipes.finetune import FineTuneConfig
@@ -22,11 +24,16 @@ from softtrellis.recipes.progressive import Progressive, ProgressiveConfig
 from softtrellis.recipes.ptq import QuantizeConfig, quantize_model
 
 STEPS = ProgressiveConfig(steps=6, lr=3e-2, batch=4, warmup=1)
-LAYERS = 4
+LAYERS = 3
+
+
+def letters(count: int, *, seed: int) -> str:
+    drawn = torch.randint(26, (count,), generator=torch.Generator().manual_seed(seed))
+    return "".join(chr(97 + int(i)) for i in drawn)
 
 
 class Setting:
-    """A tiny model of four decoder layers, and its text."""
+    """A tiny model of three decoder layers, and its text."""
 
     def __init__(self, teacher: LlamaForCausalLM, tokenizer: Any, text: Path) -> None:
         self.teacher, self.tokenizer, self.text = teacher, tokenizer, str(text)
@@ -44,7 +51,7 @@ class Setting:
 
     def divergence(self, model: LlamaForCausalLM) -> float:
         text = load_documents([self.text], split="calibration")
-        windows = token_windows(self.tokenizer, text, 32)[48:]
+        windows = token_windows(self.tokenizer, text, 32)[:16]
         scores = score_many({"teacher": self.teacher, "model": model}, windows, "teacher")
         found = scores["model"].kl_mean
         assert found is not None
@@ -59,21 +66,34 @@ def setting(
     settings.num_hidden_layers = LAYERS
     torch.manual_seed(0)
     teacher = LlamaForCausalLM(settings).eval()
-    letters = torch.randint(26, (2000,), generator=torch.Generator().manual_seed(0))
     text = tmp_path / "text.txt"
-    text.write_text("".join(chr(97 + int(i)) for i in letters), encoding="utf-8")
+    text.write_text(letters(600, seed=0), encoding="utf-8")
     return Setting(teacher, tiny_tokenizer, text)
 
 
-def test_what_is_behind_makes_up_for_what_is_quantized(setting: Setting) -> None:
-    config = setting.config(windows=48)
-    enough = ProgressiveConfig(steps=30, lr=3e-2, batch=16, warmup=1)
-    plain, progressive = setting.quantize(config), setting.quantize(config, progressive=enough)
-    assert setting.divergence(progressive) < 0.85 * setting.divergence(plain)
+def test_what_is_behind_learns_to_make_up_for_what_is_quantized(setting: Setting) -> None:
+    """On the text that it is trained on; a random model has little more to learn from."""
+    progressive = setting.quantize(progressive=replace(STEPS, steps=20, batch=16))
+    assert setting.divergence(progressive) < 0.8 * setting.divergence(setting.quantize())
     for name, value in setting.teacher.state_dict().items():
         if "layers" not in name:
             assert torch.equal(value, progressive.state_dict()[name]), name
-    assert not any(p.requires_grad for p in progressive.parameters())
+    assert all(p.grad is None for p in progressive.parameters())
+
+
+def test_a_real_model_stays_nearer_to_itself(stories260k: Path, shared_data: Path) -> None:
+    source = load_source(str(stories260k))
+    text = str(shared_data / "tinystories.txt")
+    stories = Path(text).read_text(encoding="utf-8")
+    held_out = token_windows(source.tokenizer, [stories[-20000:]], 128)
+    found = []
+    for progressive in (None, ProgressiveConfig(steps=12, lr=6e-2)):
+        config = QuantizeConfig(code="gaussian", L=6, ctx=128, windows=256, data=(text,))
+        model = copy.deepcopy(source.model)
+        quantize_model(model, config, tokenizer=source.tokenizer, progressive=progressive)
+        models = {"teacher": source.model, "model": model}
+        found.append(score_many(models, held_out, "teacher", batch_size=16)["model"].kl_mean or 9.9)
+    assert found[1] < 0.8 * found[0]
 
 
 def test_with_fine_tuning_and_text_of_its_own(setting: Setting) -> None:
@@ -85,7 +105,7 @@ def test_with_fine_tuning_and_text_of_its_own(setting: Setting) -> None:
 
 
 def test_only_what_will_be_quantized_changes(setting: Setting) -> None:
-    config = setting.config(skip=("q_proj",), layers=("0-2",))
+    config = setting.config(skip=("q_proj",), layers=("0-1",))
     model = setting.quantize(config, progressive=STEPS)
     for layer, original in zip(model.model.layers, setting.teacher.model.layers, strict=True):
         assert torch.equal(layer.self_attn.q_proj.weight, original.self_attn.q_proj.weight)
@@ -94,7 +114,7 @@ def test_only_what_will_be_quantized_changes(setting: Setting) -> None:
     assert not torch.equal(last.input_layernorm.weight, original.input_layernorm.weight)
 
 
-@pytest.mark.parametrize("stop", [0, 2])
+@pytest.mark.parametrize("stop", [0, 1])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_an_interrupted_run_goes_on_to_the_same_bytes(
     setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int, when: str

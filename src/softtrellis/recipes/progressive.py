@@ -86,13 +86,14 @@ class Progressive:
         device: torch.device,
         show_progress: bool = False,
     ) -> None:
-        """Trains ``model`` towards ``teacher`` on windows int64 [n, ctx].
+        """Trains ``model`` towards ``teacher`` on windows int64 [n, ctx]; all else is frozen.
 
         ``names`` are the layers that are quantized sooner or later. ``store`` keeps what was
         trained, and gives it back where a run is gone on with.
         """
         self._model, self._teacher, self._windows = model, teacher, windows
         self._names = set(names)
+        model.requires_grad_(False)
         self._config, self._store, self._device = config, store, device
         self._order = WindowOrder(len(windows), config.batch, config.seed)
         self._show_progress = show_progress
