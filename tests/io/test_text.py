@@ -127,6 +127,10 @@ class TestTokenWindows:
         expected = tiny_tokenizer("abcdefgh").input_ids
         assert windows.tolist() == [expected[:4], expected[4:]]
 
+    def test_one_string_is_no_list_of_documents(self, tiny_tokenizer):
+        with pytest.raises(TypeError, match="put it into a list"):
+            token_windows(tiny_tokenizer, "some words of a text", 4)
+
     @pytest.mark.parametrize("limit", [1, 2, 3, 99])
     def test_limit_takes_the_first(self, tiny_tokenizer, limit):
         documents = ["some words. ", "and more of them"]

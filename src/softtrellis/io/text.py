@@ -104,8 +104,11 @@ def token_windows(
         int64 [n, ctx], n at least 1.
 
     Raises:
+        TypeError: one string, which would be read as a document for every letter.
         ValueError: no text, or less than one window of it.
     """
+    if isinstance(documents, str):
+        raise TypeError("documents must be a list of texts, got one string; put it into a list")
     if ctx < 2:
         raise ValueError(f"ctx must be at least 2 tokens, got {ctx}.")
     if limit is not None and limit < 1:
