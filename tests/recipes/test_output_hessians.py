@@ -142,7 +142,7 @@ def test_what_does_not_go_together_is_refused() -> None:
     with pytest.raises(ValueError, match="output_damping must be a positive number"):
         QuantizeConfig(output_damping=0.0)
     config = QuantizeConfig(output_windows=4, error_feedback=False)
-    with pytest.raises(ValueError, match="needs error_feedback"):
+    with pytest.raises(ValueError, match="needs Hessians: error_feedback"):
         quantize_model("teacher", config)
     with pytest.raises(ValueError, match="output_windows needs one rank"):
         quantize_model("teacher", QuantizeConfig(output_windows=4), ranks=Two())

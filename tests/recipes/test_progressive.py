@@ -168,7 +168,7 @@ def test_a_rate_that_is_too_large_is_named(setting: Setting) -> None:
 
 
 def test_it_needs_hessians(setting: Setting) -> None:
-    with pytest.raises(ValueError, match="needs error_feedback"):
+    with pytest.raises(ValueError, match="needs Hessians: error_feedback"):
         setting.quantize(setting.config(error_feedback=False), progressive=STEPS)
 
 

@@ -268,9 +268,11 @@ def quantize_model(
     if ranks.size > 1 and config.output_windows:
         raise ValueError("output_windows needs one rank; leave it out")
     if config.output_windows and not config.error_feedback:
-        raise ValueError("output_windows needs error_feedback")
+        raise ValueError("output_windows needs Hessians: error_feedback, without --no-hessian")
     if progressive is not None and not config.error_feedback:
-        raise ValueError("progressive quantization needs error_feedback")
+        raise ValueError(
+            "progressive quantization needs Hessians: error_feedback, without --no-hessian"
+        )
     if ranks.size > config.windows:
         raise ValueError(
             f"windows must be at least one for each of {ranks.size} ranks, got {config.windows}"
