@@ -33,7 +33,6 @@ from softtrellis.modules.decode_triton import Launch
 from softtrellis.modules.quantized_linear import LayerFormat, QuantizedLinear
 from softtrellis.quantizers.hard import TrellisCode
 from softtrellis.spec import TrellisSpec
-from softtrellis.transforms import rotation_triton
 
 SHAPES = ((4096, 11008), (11008, 4096), (2048, 8192), (576, 1536), (1536, 576), (4096, 4096))
 BATCHES = (1, 2, 4, 8, 16)
@@ -207,11 +206,6 @@ def variants() -> None:
         found = rank(out, inputs, code)
         for time, name in sorted(found):
             print(f"{out}x{inputs} {code.name} {time:7.2f} {name}", flush=True)
-    for rows, warps in itertools.product((16, 32), (2, 4, 8)):
-        rotation_triton._LEFT_ROWS, rotation_triton._WARPS = rows, warps
-        times = [time for n in (4096, 11008, 8192, 14336) for time in rotations(n)]
-        cells = " ".join(f"{t:.2f}" for t in times)
-        print(f"rotations in, out of 4096 11008 8192 14336, {rows} rows, {warps} warps: {cells}")
 
 
 def rank(out: int, inputs: int, code: TrellisCode) -> list[tuple[float, str]]:
@@ -226,17 +220,6 @@ def rank(out: int, inputs: int, code: TrellisCode) -> list[tuple[float, str]]:
 
         found.append((cold(call, len(codes)), str(launch)))
     return found
-
-
-def rotations(n: int) -> tuple[float, float]:
-    x = torch.randn(1, n, device="cuda", dtype=torch.bfloat16)
-    signs = torch.zeros(n // 8, dtype=torch.uint8, device="cuda")
-    shares, one = torch.randn(4, 1, n, device="cuda"), torch.ones(1, device="cuda")
-    back = partial(rotation_triton.unrotate_output, shares, one, signs, one, None, None)
-    return (
-        cold(lambda _: rotation_triton.rotate_input(x, signs, None), 16),
-        cold(lambda _: back(features=n, factor=1.0, dtype=torch.bfloat16), 16),
-    )
 
 
 @torch.no_grad()

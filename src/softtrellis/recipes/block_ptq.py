@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +70,6 @@ class BlockQuantizer:
 
     Attributes:
         reports: by layer.
-        outputs: Hessians [out, out] of layers' outputs by name, for ``two_sided_ldlq``, or none.
         filled: experts that saw too few tokens, and took the Hessian of those beside them.
     """
 
@@ -84,13 +83,15 @@ class BlockQuantizer:
         store: LayerStore,
         ranks: Ranks = ONE,
         progressive: Progressive | None = None,
+        outputs: Mapping[str, Tensor] | None = None,
     ) -> None:
         """``windows`` int64 [n, ctx] is None where neither Hessians nor tuning are wanted.
 
         With several ``ranks`` each runs its share of the windows; without ``fine_tune`` and
-        ``progressive``, which trains what lies behind every layer.
+        ``progressive``, which trains what lies behind every layer. ``outputs`` are Hessians
+        [out, out] of layers' outputs by name, for ``two_sided_ldlq``.
         """
-        self.progressive = progressive
+        self.progressive, self.outputs = progressive, outputs or {}
         self.ranks = ranks
         self.model, self.names, self.config = model, list(names), config
         self.fine_tune, self.store = fine_tune, store
@@ -114,7 +115,6 @@ class BlockQuantizer:
             )
         self.corrected = config.inputs == "corrected" and config.error_feedback
         self.reports: dict[str, LayerReport] = {}
-        self.outputs: dict[str, Tensor] = {}
         self.filled: set[str] = set()
 
     def run(self) -> None:

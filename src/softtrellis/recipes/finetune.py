@@ -20,11 +20,16 @@ def check_tuning(epochs: int, batch: int, held_out: float, **rates: float) -> No
     for name, count in (("epochs", epochs), ("batch", batch)):
         if count < 1:
             raise ValueError(f"{name} must be at least 1, got {count}")
+    check_rates(**rates)
+    if not 0 < held_out < 1:
+        raise ValueError(f"held_out must be between 0 and 1, got {held_out}")
+
+
+def check_rates(**rates: float) -> None:
+    """ValueError for learning rates that make no sense."""
     for name, rate in rates.items():
         if not 0 < rate < math.inf:
             raise ValueError(f"{name} must be a positive number, got {rate}")
-    if not 0 < held_out < 1:
-        raise ValueError(f"held_out must be between 0 and 1, got {held_out}")
 
 
 def held_out_windows(count: int, share: float) -> int:

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+CHUNKS = {"cpu": 256, "cuda": 2048}
+"""Positions whose logits are held at once, by type of device."""
+
 Head = Callable[[Tensor], Tensor]
 """Hidden states [n, d] to logits [n, vocabulary]."""
 

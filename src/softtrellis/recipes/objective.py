@@ -8,13 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from softtrellis.modules.replace import decoder_index, linear_names, quantized_layers
-from softtrellis.recipes.losses import forward_kl
+from softtrellis.recipes.losses import CHUNKS, forward_kl
 from softtrellis.recipes.network import Network
 from softtrellis.recipes.ranks import Ranks
 from softtrellis.recipes.sharded_layers import ShardedLayers
 
 _CACHE_BYTES = 2 << 30
-_CHUNKS = {"cpu": 256, "cuda": 2048}
 
 
 class Objective:
@@ -45,7 +44,7 @@ class Objective:
         self._sharded = sharded
         device = next(student.parameters()).device
         autocast = None if dtype == torch.float32 else dtype
-        self._chunk = _CHUNKS[device.type]
+        self._chunk = CHUNKS[device.type]
         first = min(decoder_index(student, name) for name in names)
         inside = set(linear_names(student)) & quantized_layers(student).keys()
         before = [name for name in inside if decoder_index(student, name) < first]

@@ -17,15 +17,13 @@ from softtrellis.modules.replace import (
     on_device,
     weights_held,
 )
-from softtrellis.recipes.finetune import relative_rate
-from softtrellis.recipes.losses import forward_kl
+from softtrellis.recipes.finetune import check_rates, relative_rate
+from softtrellis.recipes.losses import CHUNKS, forward_kl
 from softtrellis.recipes.network import Network
 from softtrellis.recipes.optimizer import make_optimizer, set_learning_rates
 from softtrellis.recipes.ptq_state import LayerStore
 from softtrellis.recipes.schedules import learning_rate_at
 from softtrellis.recipes.training_text import WindowOrder
-
-_CHUNKS = {"cpu": 256, "cuda": 2048}
 
 
 @dataclass(frozen=True)
@@ -61,9 +59,7 @@ class ProgressiveConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("lr", "scale_lr"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a positive number, got {getattr(self, name)}")
+        check_rates(lr=self.lr, scale_lr=self.scale_lr)
         limits = ("steps", 1), ("batch", 1), ("micro_batch", 1), ("warmup", 0), ("ctx", 2)
         for name, least in limits:
             value = getattr(self, name)
@@ -98,12 +94,9 @@ class Progressive:
         self._order = WindowOrder(len(windows), config.batch, config.seed)
         self._show_progress = show_progress
         self._autocast = torch.bfloat16 if device.type == "cuda" else None
-        self.losses: list[float] = []
 
     def after(self, index: int) -> None:
         """Trains the layers behind decoder layer ``index``, the last that is quantized.
-
-        ``losses`` gets the last step's divergence, in nats per token.
 
         Raises:
             ValueError: a loss that is not finite.
@@ -145,7 +138,6 @@ class Progressive:
         student = Network(self._model, first, window, autocast=self._autocast)
         teacher = Network(self._teacher, 0, window, autocast=self._autocast)
         size = config.micro_batch or config.batch
-        loss = math.nan
         steps = progress(range(config.steps), f"behind layer {index}", enabled=self._show_progress)
         for step in steps:
             share = step / max(config.steps - 1, 1)
@@ -159,7 +151,6 @@ class Progressive:
                 raise ValueError(f"loss {loss} behind decoder layer {index}; lower the lr")
             optimizer.step()
             optimizer.zero_grad()
-        self.losses.append(loss)
 
     def _backward(self, student: Network, teacher: Network, ids: Tensor, count: int) -> float:
         with torch.no_grad():
@@ -171,7 +162,7 @@ class Progressive:
                 student.head,
                 target,
                 teacher.head,
-                chunk=_CHUNKS[self._device.type],
+                chunk=CHUNKS[self._device.type],
             ) * (len(ids) / count)
             loss.backward()
         return float(loss.detach())

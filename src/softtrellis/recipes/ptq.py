@@ -90,7 +90,8 @@ class QuantizeConfig:
         correction_damping: likewise, where weights are corrected.
         output_windows: calibration windows that the Hessians of layers' outputs are taken from;
             LDLQ then feeds errors along outputs too (YAQA), see ``two_sided_ldlq``. 0 is without,
-            as in QTIP. The model has to fit on the device, with its activations.
+            as in QTIP. The model has to fit on the device, with its activations. An expert that no
+            token reached takes the identity.
         output_damping: likewise, of these.
         error_feedback: LDLQ; False is plain Viterbi without Hessians.
         seed: of the random signs.
@@ -324,9 +325,9 @@ def quantize_model(
             device=torch.device(config.device),
             show_progress=config.show_progress,
         )
-    quantizer = BlockQuantizer(model, names, windows, config, fine_tune, store, ranks, behind)
+    outputs: dict[str, Tensor] = {}
     if windows is not None and config.output_windows:
-        quantizer.outputs = output_hessians(
+        outputs = output_hessians(
             model,
             names,
             windows[: config.output_windows],
@@ -334,6 +335,9 @@ def quantize_model(
             seed=config.seed,
             show_progress=config.show_progress,
         )
+    quantizer = BlockQuantizer(
+        model, names, windows, config, fine_tune, store, ranks, behind, outputs
+    )
     quantizer.run()
     if end_to_end is not None and teacher is not None and windows is not None:
         with on_device(model, config.device), on_device(teacher, config.device):

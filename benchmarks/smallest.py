@@ -1,0 +1,123 @@
+"""The tables of the very small model in docs/ptq.md and docs/results.md, on a CPU.
+
+python benchmarks/smallest.py [ptq | tokens] stories260k tinystories.txt [--seeds 0 1 2]
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softtrellis.evaluation.perplexity import score_many
+from softtrellis.io.sources import Source, load_source
+from softtrellis.io.text import token_windows
+from softtrellis.modules.replace import dequantize_
+from softtrellis.recipes.end_to_end import EndToEndConfig
+from softtrellis.recipes.finetune import FineTuneConfig
+from softtrellis.recipes.progressive import ProgressiveConfig
+from softtrellis.recipes.ptq import QuantizeConfig, quantize_model
+from softtrellis.recipes.qat import DistillConfig, distill
+
+CTX, SCORED = 128, 50_000  # tokens of a window; characters at the end that only score
+FROZEN = 1e-9  # a learning rate that moves no latent
+SMALL = {"batch": 1, "steps": 140, "scale_lr": 3e-3}
+SOFT = {"estimator": "soft", "t_init": 0.1, "t_min": 0.03}
+RUNS: list[dict[str, Any]] = [
+    *({**SMALL, "estimator": "identity", "lr": lr} for lr in (FROZEN, 1e-2, 2e-2)),
+    *({**SMALL, **SOFT, "lr": lr} for lr in (1e-2, 3e-2)),
+    {"batch": 4, "steps": 35, "estimator": "identity", "lr": 2e-2},
+    *({"steps": 60, "estimator": "identity", "lr": lr} for lr in (FROZEN, 1e-2, 2e-2)),
+    *({"steps": 240, "estimator": "identity", "lr": lr} for lr in (FROZEN, 5e-3, 1e-2)),
+    {"steps": 240, **SOFT, "lr": 1e-2},
+]
+
+
+def report(name: str, source: Source, model: Any, test: Tensor) -> None:
+    dequantize_(model)
+    models = {"teacher": source.model, "model": model}
+    scores = score_many(models, test, "teacher", batch_size=32, chunk=4096)["model"]
+    print(f"{name}: perplexity {scores.perplexity:.2f}, KL {scores.kl_mean:.3f}", flush=True)
+
+
+def quantized(source: Source, text: str, windows: int, seed: int = 0, **tuning: Any) -> Any:
+    """``tuning``: of ``quantize_model``, and ``output_windows``."""
+    output_windows = tuning.pop("output_windows", 0)
+    config = QuantizeConfig(
+        L=10, ctx=CTX, windows=windows, data=(text,), seed=seed, output_windows=output_windows
+    )
+    model = copy.deepcopy(source.model)
+    return quantize_model(model, config, tokenizer=source.tokenizer, **tuning)
+
+
+def ptq(source: Source, text: str, test: Tensor, seeds: list[int]) -> None:
+    tuned = {"fine_tune": FineTuneConfig(epochs=2)}
+    whole = {"end_to_end": EndToEndConfig(epochs=4, lr=3e-3, batch=16)}
+    behind = {
+        "progressive": ProgressiveConfig(
+            steps=40, lr=6e-2, scale_lr=3e-2, micro_batch=None, data=(text,), ctx=CTX
+        )
+    }
+    rows: dict[str, dict[str, Any]] = {
+        "LDLQ": {},
+        "fine-tuned": tuned,
+        "fine-tuned, end to end": tuned | whole,
+        "fine-tuned, progressive": tuned | behind,
+        "fine-tuned, progressive, end to end": tuned | behind | whole,
+    }
+    for name, options in rows.items():
+        for windows in (0, 256):
+            for seed in seeds:
+                model = quantized(source, text, 256, seed, output_windows=windows, **options)
+                report(f"{name}, {windows} output windows, seed {seed}", source, model, test)
+
+
+@torch.no_grad()
+def written(source: Source, count: int) -> Tensor:
+    """Windows that the teacher writes, at temperature 1."""
+    torch.manual_seed(0)
+    first = torch.full((512, 1), source.tokenizer.bos_token_id)
+    options = {"max_new_tokens": CTX - 1, "min_new_tokens": CTX - 1, "do_sample": True, "top_k": 0}
+    generate: Any = source.model.generate
+    parts = (generate(first, pad_token_id=0, **options) for _ in range(count // 512))
+    return torch.cat(list(parts))
+
+
+def tokens(source: Source, text: str, test: Tensor) -> None:
+    windows, start = written(source, 16384), quantized(source, text, 64)
+    report("LDLQ", source, copy.deepcopy(start), test[1::2])
+    for run in RUNS:
+        settings = {"batch": 16, "scale_lr": 1e-2, "evaluate_every": 0, "measure_every": 0} | run
+        config = DistillConfig(ctx=CTX, train=("latents", "scales", "norms"), **settings)
+        teacher, student = copy.deepcopy(source.model), copy.deepcopy(start)
+        result = distill(student, config, teacher=teacher, text=(windows, windows[:0]))
+        changed = list(result.changed_codes.values())
+        share = sum(changed) / len(changed)
+        report(f"{run}, {share:.3f} of codes changed", source, student, test[1::2])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("table", choices=["ptq", "tokens"])
+    parser.add_argument("model")
+    parser.add_argument("stories", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    options = parser.parse_args()
+    source, stories = load_source(options.model), options.stories.read_text(encoding="utf-8")
+    test = token_windows(source.tokenizer, [stories[-SCORED:]], CTX)
+    with tempfile.TemporaryDirectory() as folder:
+        text = Path(folder) / "text.txt"
+        text.write_text(stories[: 60_000 if options.table == "tokens" else -SCORED], "utf-8")
+        if options.table == "ptq":
+            ptq(source, str(text), test, options.seeds)
+        else:
+            tokens(source, str(text), test)
+
+
+if __name__ == "__main__":
+    main()
