@@ -27,8 +27,7 @@ from torch.nn import functional
 from softtrellis.cli.main import build_parser
 from softtrellis.cli.train import config_of
 from softtrellis.modules.replace import get_linear, linear_names, replace_modules
-from softtrellis.recipes.losses import forward_kl
-from softtrellis.recipes.network import Network
+from softtrellis.recipes.network import Network, divergence
 from softtrellis.recipes.optimizer import make_optimizer, set_learning_rates
 from softtrellis.recipes.schedules import Pace, learning_rate_at
 
@@ -126,7 +125,7 @@ def run(experiment: Experiment, name: str, options: str, seed: int) -> None:
             with torch.no_grad():
                 target = nets[1].features(part.to(o.device))
             found = nets[0].features(part.to(o.device))
-            loss = forward_kl(found, nets[0].head, target, nets[1].head, chunk=2048)
+            loss = divergence(nets[0], found, nets[1], target)
             (loss * (len(part) / len(rows))).backward()
             total += float(loss.detach()) * len(part) / len(rows)
         optimizer.step()

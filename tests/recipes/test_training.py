@@ -138,7 +138,7 @@ def test_every_epoch_has_one_permutation_from_the_seed(
 def test_steps_without_a_finite_gradient_are_left_out(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    student, original = setting.student(), objective.forward_kl
+    student, original = setting.student(), objective.divergence
     bad = {2}
 
     def spoiled(*args: Any, **options: Any) -> torch.Tensor:
@@ -146,7 +146,7 @@ def test_steps_without_a_finite_gradient_are_left_out(
         loss = original(*args, **options)
         return loss * math.nan if len(calls) - 1 in bad else loss
 
-    monkeypatch.setattr(objective, "forward_kl", spoiled)
+    monkeypatch.setattr(objective, "divergence", spoiled)
     calls: list[int] = []
     result = setting.train(student, held_out=0)
     assert [record.get("skipped") for record in result.history] == [None, None, 1, None, None, None]

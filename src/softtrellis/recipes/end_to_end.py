@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from softtrellis.evaluation.perplexity import SplitHead, split_head
 from softtrellis.io.progress import progress
 from softtrellis.modules.replace import output_layer
 from softtrellis.modules.scaled_linear import ScaledLinear, scale_, unscale_
 from softtrellis.recipes.finetune import TuneReport, check_tuning, held_out_windows
-from softtrellis.recipes.losses import forward_kl
+from softtrellis.recipes.network import Network, divergence
 from softtrellis.recipes.optimizer import BETAS
 from softtrellis.recipes.ptq_state import LayerStore
 from softtrellis.recipes.schedules import cosine_to_zero
@@ -76,7 +76,8 @@ def tune_end_to_end(
     model.requires_grad_(False)
     tuned = _tuned_parameters(model)
     optimizer = torch.optim.Adam(tuned, lr=config.lr, betas=BETAS)
-    networks = split_head(model, windows[0]), split_head(teacher, windows[0])
+    autocast = torch.bfloat16 if tuned[0].is_cuda else None
+    networks = [Network(m, 0, windows[0], autocast=autocast) for m in (model, teacher)]
     steps = config.epochs * math.ceil(len(train) / config.batch)
     done, before, best, kept = store.load_tuning(tuned, optimizer)
     if kept is None:
@@ -121,13 +122,13 @@ def _tuned_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [*own, *(p for p in rest if id(p) not in ids)]
 
 
-def _loss(networks: tuple[SplitHead, SplitHead], windows: Tensor) -> Tensor:
+def _loss(networks: Sequence[Network], windows: Tensor) -> Tensor:
     student, teacher = networks
     with torch.no_grad():
-        target = teacher.features(windows)
-    return forward_kl(student.features(windows), student.head, target, teacher.head)
+        target = teacher.features(teacher.prefix(windows))
+    return divergence(student, student.features(student.prefix(windows)), teacher, target)
 
 
 @torch.no_grad()
-def _divergence(networks: tuple[SplitHead, SplitHead], windows: Tensor) -> float:
+def _divergence(networks: Sequence[Network], windows: Tensor) -> float:
     return sum(float(_loss(networks, window[None])) for window in windows) / len(windows)

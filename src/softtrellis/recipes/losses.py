@@ -24,17 +24,22 @@ class _ForwardKL(torch.autograd.Function):
         ctx: Any, hidden: Tensor, head: Head, target: Tensor, target_head: Head, chunk: int
     ) -> Tensor:
         total = hidden.new_zeros((), dtype=torch.float64)
-        gradient = torch.empty_like(hidden)
+        wanted = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(hidden) if wanted else None
         for first in range(0, hidden.shape[0], chunk):
             part = slice(first, first + chunk)
             log_p = torch.log_softmax(target_head(target[part]).float(), -1)
-            with torch.enable_grad():
-                leaf = hidden[part].detach().requires_grad_()
-                log_q = torch.log_softmax(head(leaf).float(), -1)
-                loss = (log_p.exp() * (log_p - log_q)).sum()
-            (gradient[part],) = torch.autograd.grad(loss, leaf)
-            total += loss.detach().double()
-        ctx.save_for_backward(gradient / hidden.shape[0])
+            leaf = hidden[part].detach().requires_grad_(wanted)
+            with torch.set_grad_enabled(wanted):
+                logits = head(leaf)
+            log_q = torch.log_softmax(logits.detach().float(), -1)
+            p = log_p.exp()
+            total += log_p.sub_(log_q).mul_(p).sum(dtype=torch.float64)
+            if gradient is not None:  # of the logits it is q - p
+                slope = log_q.exp_().sub_(p).to(logits.dtype)
+                (gradient[part],) = torch.autograd.grad(logits, leaf, slope)
+        if gradient is not None:
+            ctx.save_for_backward(gradient / hidden.shape[0])
         return (total / hidden.shape[0]).to(torch.float32)
 
     @staticmethod

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,12 +13,13 @@ from torch.utils.checkpoint import checkpoint
 from softtrellis.evaluation.perplexity import split_head
 from softtrellis.modules.replace import decoder_layers, output_layer
 from softtrellis.modules.tail import Tail
+from softtrellis.recipes.losses import CHUNKS, forward_kl
 
 
 class Network:
     """A causal language model as prefix, tail and head, see ``Tail``.
 
-    Matmuls are computed in ``autocast``, except the head's.
+    Matmuls are computed in ``autocast``, except the head's, which keep float32 logits.
     """
 
     def __init__(
@@ -34,6 +36,11 @@ class Network:
     def first(self) -> int:
         """The decoder layer at which the tail starts; 0 where the model cannot be cut."""
         return self.tail.first if self.tail else 0
+
+    @property
+    def tf32(self) -> bool:
+        """Whether the head's products may round their factors to TF32 (11 bits)."""
+        return self._autocast is not None and self.device.type == "cuda"
 
     def _precision(self) -> torch.autocast:
         enabled = self._autocast is not None
@@ -54,6 +61,34 @@ class Network:
     def head(self, features: Tensor) -> Tensor:
         """Features [n, d] to float32 logits [n, vocabulary]; bfloat16 is too coarse for them."""
         return self._head(features.float())
+
+
+def divergence(student: Network, features: Tensor, teacher: Network, targets: Tensor) -> Tensor:
+    """Mean KL(teacher || student) per position, in nats; see ``forward_kl``.
+
+    Args:
+        student: that the gradient flows into, through ``features``.
+        features: [n, d], of the student.
+        teacher: as frozen.
+        targets: [n, d'], the teacher's features of the same positions.
+
+    Returns:
+        float32 [].
+    """
+    with _float32_products(tf32=student.tf32 and teacher.tf32):
+        return forward_kl(
+            features, student.head, targets, teacher.head, chunk=CHUNKS[student.device.type]
+        )
+
+
+@contextmanager
+def _float32_products(*, tf32: bool) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if tf32 else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def checkpoint_layers_(model: nn.Module) -> Callable[[], None]:

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from softtrellis.modules.replace import decoder_index, linear_names, quantized_layers
-from softtrellis.recipes.losses import CHUNKS, forward_kl
-from softtrellis.recipes.network import Network
+from softtrellis.recipes.network import Network, divergence
 from softtrellis.recipes.ranks import Ranks
 from softtrellis.recipes.sharded_layers import ShardedLayers
 
@@ -42,9 +41,7 @@ class Objective:
         """
         self.windows, self.held_out, self._ranks = windows, held_out, ranks
         self._sharded = sharded
-        device = next(student.parameters()).device
         autocast = None if dtype == torch.float32 else dtype
-        self._chunk = CHUNKS[device.type]
         first = min(decoder_index(student, name) for name in names)
         inside = set(linear_names(student)) & quantized_layers(student).keys()
         before = [name for name in inside if decoder_index(student, name) < first]
@@ -96,10 +93,9 @@ class Objective:
         pairs = self._inputs(rows or (0,), held_out=held_out and bool(rows))
         states = torch.stack([state for state, _ in pairs])
         run, sharded = self._student.features, self._sharded
-        return forward_kl(
+        return divergence(
+            self._student,
             run(states) if sharded is None else sharded(run, states),
-            self._student.head,
+            self._teacher,
             torch.cat([target for _, target in pairs]),
-            self._teacher.head,
-            chunk=self._chunk,
         )

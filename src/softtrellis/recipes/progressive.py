@@ -18,8 +18,7 @@ from softtrellis.modules.replace import (
     weights_held,
 )
 from softtrellis.recipes.finetune import check_rates, relative_rate
-from softtrellis.recipes.losses import CHUNKS, forward_kl
-from softtrellis.recipes.network import Network
+from softtrellis.recipes.network import Network, divergence
 from softtrellis.recipes.optimizer import make_optimizer, set_learning_rates
 from softtrellis.recipes.ptq_state import LayerStore
 from softtrellis.recipes.schedules import learning_rate_at
@@ -157,13 +156,8 @@ class Progressive:
             target = teacher.features(teacher.prefix(ids))
             states = student.prefix(ids)
         with torch.enable_grad():
-            loss = forward_kl(
-                student.features(states),
-                student.head,
-                target,
-                teacher.head,
-                chunk=CHUNKS[self._device.type],
-            ) * (len(ids) / count)
+            loss = divergence(student, student.features(states), teacher, target)
+            loss = loss * (len(ids) / count)
             loss.backward()
         return float(loss.detach())
 

@@ -173,7 +173,7 @@ class Trainer:
         temperature = self._set_schedule(step, share)
         if config.reencode_every and step and step % config.reencode_every == 0:
             reencode(layers)
-        rows, total = self._order.rows(step), 0.0
+        rows, losses = self._order.rows(step), list[Tensor]()
         size = config.micro_batch or config.batch
         with torch.enable_grad():
             for table in self.tables:
@@ -182,11 +182,11 @@ class Trainer:
             for part in self._objective.parts(rows, size):
                 loss = self._objective.loss(part) * (len(part) / len(rows))
                 loss.backward()
-                total += float(loss.detach())
+                losses.append(loss.detach().double())  # read at the end: reading waits for the GPU
             release(layers)
             for table in self.tables:
                 table.release()
-        (total,) = self.ranks.sum(total)
+        (total,) = self.ranks.sum(float(sum(losses)))
         norm = self._reduce_gradients()
         finite = math.isfinite(total) and math.isfinite(float(norm))
         self.skipped = 0 if finite else self.skipped + 1
