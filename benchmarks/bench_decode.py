@@ -79,6 +79,7 @@ def copies(size: int) -> int:
 def captured(call: Callable[[], object], calls: int = 1) -> torch.cuda.CUDAGraph:
     """A CUDA graph of so many calls, after two others that compile and fill caches."""
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())  # which may still be filling the inputs
     with torch.cuda.stream(side):
         call()
         call()

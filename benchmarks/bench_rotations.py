@@ -104,7 +104,7 @@ def report() -> None:
                 print(f"{named} | cuda {times(rotation_cuda, n, shares, block)} | "
                       f"triton {times(rotation_triton, n, shares, block)} | {usual}",
                       flush=True)  # fmt: skip
-        for slices in (1, 2, 4, 8):
+        for slices in rotation_cuda.CLUSTERS:
             cuts = [Launch(slices, *cut) for cut in ((256, 4), (256, 8), (384, 8), (512, 16))]
             found = [
                 f"{cut.threads} threads, {cut.part_tiles} tiles "

@@ -139,7 +139,7 @@ def test_rows_that_are_not_aligned(shape: tuple[int, int, int, int | None]) -> N
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("slices", [1, 2, 4, 8])
+@pytest.mark.parametrize("slices", rotation_cuda.CLUSTERS)
 @pytest.mark.parametrize("threads", [256, 512])
 def test_rows_cut_in_other_ways(slices: int, threads: int) -> None:
     launch = rotation_cuda.Launch(slices, threads)
@@ -217,6 +217,13 @@ def test_what_cuda_rotates() -> None:
     assert rotation_cuda.runs(11008, 128)
     assert not rotation_cuda.runs(1 << 20, None)
     assert not rotation_cuda.runs(1 << 13, 1 << 13)
+
+
+@pytest.mark.parametrize("width", [1, 2, 31, 48, 80, 172, 576, 944, 1536, 11008])
+def test_blocks_that_exchange_are_a_cluster(width: int) -> None:
+    assert all(t.launch().slices >= 2 for t in rotation_cuda.transforms(width, None))
+    with pytest.raises(ValueError, match="a cluster has 2, 4 or 8 blocks, not 1"):
+        rotation_cuda.Launch(1, 256)
 
 
 @pytest.mark.gpu

@@ -19,7 +19,7 @@ from softtrellis.trellis.launch_cuda import Kernel
 Factor = Literal["left", "right"]
 
 MAX_SHARED_BYTES = 227 * 1024
-MAX_CLUSTER = 8
+CLUSTERS = (2, 4, 8)
 MIN_THREADS, MAX_THREADS = 256, 512
 _TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 
@@ -29,15 +29,24 @@ class Launch:
     """How a transform of a b channels is cut; the kernel's comment says what the parts do.
 
     Attributes:
-        slices: blocks of the cluster that shares a row.
+        slices: blocks of the cluster that shares a row, 2, 4 or 8. Not 1: what blocks of a cluster
+            send to each other is an illegal instruction in a launch without clusters.
         threads: of a block.
         part_tiles: runs of 16 rows of A that such a cluster computes, a warp each; there are as
             many clusters as that needs.
+
+    Raises:
+        ValueError: another number of blocks.
     """
 
     slices: int
     threads: int
     part_tiles: int = 8
+
+    def __post_init__(self) -> None:
+        """Checks the number of blocks."""
+        if self.slices not in CLUSTERS:
+            raise ValueError(f"a cluster has 2, 4 or 8 blocks, not {self.slices}")
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,7 @@ class Transform:
     def launch(self) -> Launch:
         """As many blocks as have something to do, and a thread for four channels."""
         groups = self.tiles if self.blocks else min(self.tiles, -(-self.b // 4))
-        slices = min(MAX_CLUSTER, 1 << (groups - 1).bit_length())
+        slices = next((n for n in CLUSTERS if n >= groups), CLUSTERS[-1])
         return Launch(slices, self.threads(slices))
 
     def threads(self, slices: int) -> int:

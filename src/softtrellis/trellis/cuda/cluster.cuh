@@ -1,4 +1,5 @@
-// Blocks of a cluster that send numbers to each other, and loads that keep their place.
+// Blocks of a cluster that send numbers to each other, and loads that keep their place. In a launch
+// without clusters sending is an illegal instruction, to the block itself too.
 
 #pragma once
 
