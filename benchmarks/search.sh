@@ -6,7 +6,7 @@ set -eu
 model=$1 calibration=$2 train=$3 test=$4 out=$5
 mkdir -p "$out"
 export PYTHONPATH=src${PYTHONPATH:+:$PYTHONPATH}
-common="--steps 60 --batch 64 --micro-batch 16 --evaluate-every 20 --measure-every 20"
+common="--steps 60 --batch 64 --micro-batch 32 --evaluate-every 20 --measure-every 20"
 common="$common --train latents,scales,norms"
 cooling="--t-init 0.1 --t-min 0.03"
 soft="$common --estimator soft $cooling"
