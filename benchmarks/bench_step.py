@@ -99,6 +99,8 @@ def step_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--ctx", type=int, default=1024)
     parser.add_argument("--micro-batch", type=int, default=4)
     parser.add_argument("--checkpoint-layers", action="store_true")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--train", default="latents", help="as in softtrellis train")
     return parser
 
 
@@ -112,6 +114,8 @@ def step_config(options: argparse.Namespace, **more: Any) -> DistillConfig:
         micro_batch=options.micro_batch,
         ctx=options.ctx,
         checkpoint_layers=options.checkpoint_layers,
+        compile=options.compile,
+        train=tuple(options.train.split(",")),
         measure_every=0,
         held_out=0,
         device=options.device,

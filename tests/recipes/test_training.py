@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from softtrellis.io.checkpoint import base_of, load_quantized, save_quantized
 from softtrellis.io.sources import Source
 from softtrellis.modules.latent_linear import LatentLinear
 from softtrellis.modules.quantized_linear import QuantizedLinear
-from softtrellis.modules.replace import get_linear, quantized_layers
+from softtrellis.modules.replace import decoder_layers, get_linear, quantized_layers
 from softtrellis.recipes import objective, trainer
 from softtrellis.recipes.optimizer import load_optimizer_tensors, make_optimizer, optimizer_tensors
 from softtrellis.recipes.qat import DistillConfig
@@ -27,6 +28,26 @@ def test_passes_in_parts_and_recomputed_ones_change_nothing(setting: Setting) ->
     assert whole[-1] < whole[0]
     for change in ({"micro_batch": 3}, {"checkpoint_layers": True}):
         assert losses(setting.train(student, **change)) == pytest.approx(whole, rel=1e-3)
+
+
+def test_compiled_layers_change_nothing(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._dynamo.utils import counters
+
+    options: dict[str, Any] = {"train": ("latents", "scales", "norms"), "held_out": 0}
+    plain = setting.train(setting.student(), **options)
+    torch._dynamo.reset()
+    counters.clear()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    found = setting.train(setting.student(), compile=True, **options)
+    assert losses(found) == pytest.approx(losses(plain), rel=1e-4)
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs == 3, (
+        "the teacher's layers share one; of the student's the first takes no gradient"
+    )
+    assert not counters["graph_break"]
+    for model in (found.model, setting.teacher):
+        _, layers = decoder_layers(model)
+        assert all("forward" not in vars(layer) for layer in layers), "left as they were"
 
 
 def test_all_that_can_be_trained_is_saved_with_the_model(setting: Setting, tmp_path: Path) -> None:

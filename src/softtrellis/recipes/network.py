@@ -91,23 +91,31 @@ def _float32_products(*, tf32: bool) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def checkpoint_layers_(model: nn.Module) -> Callable[[], None]:
-    """Lets decoder layers recompute their activations in the backward pass; returns the undoing."""
+def wrap_layers_(
+    model: nn.Module, *, compiled: bool = False, recomputed: bool = False
+) -> Callable[[], None]:
+    """Changes how decoder layers run; returns the undoing.
+
+    Args:
+        model: a causal language model.
+        compiled: by ``torch.compile``, as one graph for all layers that are alike.
+        recomputed: keep no activations, but compute them again in the backward pass.
+    """
     _, layers = decoder_layers(model)
-
-    def wrapped(layer: nn.Module) -> Callable[..., Any]:
-        whole = layer.forward
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return checkpoint(whole, *args, use_reentrant=False, **kwargs)
-
-        return forward
-
-    for layer in layers:
-        layer.forward = wrapped(layer)
+    wrapped = list(layers) if compiled or recomputed else []
+    for layer in wrapped:
+        forward = torch.compile(layer.forward) if compiled else layer.forward
+        layer.forward = _recomputed(forward) if recomputed else forward
 
     def undo() -> None:
-        for layer in layers:
+        for layer in wrapped:
             del layer.forward
 
     return undo
+
+
+def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    return run

@@ -97,6 +97,8 @@ class DistillConfig:
             of draws, 8 in 3.5%, for 1.6% of the run's time instead of 0.8% (stories260k).
         evaluate_every: steps between evaluations on them, and after the last one; 0 never.
         checkpoint_layers: decoder layers recompute their activations in the backward pass.
+        compile: run both models' decoder layers through ``torch.compile``, which takes about a
+            minute at the start, for faster steps on a GPU; on one rank only.
         reencode_every: steps between moves of the pinned ends; 0 never moves them.
         measure_every: steps between measurements of drift and codes; 0 measures nothing.
         save_every: steps between saved states, for resuming; 0 leaves that to ``save_minutes``.
@@ -137,6 +139,7 @@ class DistillConfig:
     held_out: int = 16
     evaluate_every: int = 20
     checkpoint_layers: bool = False
+    compile: bool = False
     reencode_every: int = 25
     measure_every: int = 5
     save_every: int = 0
@@ -241,6 +244,8 @@ def distill(
     ranks = ranks or ONE
     if ranks.size > 1 and config.optimizer == "adamw8bit":
         raise ValueError("optimizer adamw8bit trains on one rank only; use adamw")
+    if ranks.size > 1 and config.compile:
+        raise ValueError("compile trains on one rank only; leave it out")
     if not ranks.first:
         config = replace(config, show_progress=False)
     if isinstance(model, str | Path):

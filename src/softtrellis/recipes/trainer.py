@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import groupby
@@ -31,7 +31,7 @@ from softtrellis.modules.replace import (
     replace_modules,
 )
 from softtrellis.recipes.drift import SAMPLED_TILES, combine, measure_all, over_ranks
-from softtrellis.recipes.network import checkpoint_layers_
+from softtrellis.recipes.network import wrap_layers_
 from softtrellis.recipes.objective import Objective
 from softtrellis.recipes.optimizer import (
     gradient_norm,
@@ -120,9 +120,10 @@ class Trainer:
                 self._sharded.shard()
         self._move_to_start(teacher)
         hold_weights_(student, torch.float32)  # the frozen layers', not in every pass
-        self._undo: Callable[[], None] | None = None
-        if config.checkpoint_layers:
-            self._undo = checkpoint_layers_(student)
+        self._unwrap = [
+            wrap_layers_(student, compiled=config.compile, recomputed=config.checkpoint_layers),
+            wrap_layers_(teacher, compiled=config.compile),
+        ]
         with_table = TABLE in config.train
         self.tables = shared_tables(self.layers, quantized_layers(student)) if with_table else []
         self.parameters = trained_parameters(student, self.layers, self.tables, config.train)
@@ -371,8 +372,8 @@ class Trainer:
         Returns:
             The share of changed codes by layer.
         """
-        if self._undo is not None:
-            self._undo()
+        for unwrap in self._unwrap:
+            unwrap()
         if self._sharded is not None:
             self._sharded.undo()
         release_weights_(self.student)
