@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from importlib import import_module
 
 import pytest
 import torch
@@ -30,6 +31,34 @@ def test_forward_kl_and_its_gradient(chunk: int) -> None:
     (found,) = torch.autograd.grad(3.0 * loss, hidden)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(found, 3.0 * gradient)
+
+
+@pytest.mark.parametrize("kernels", ["losses", "losses_triton"])
+@pytest.mark.parametrize("vocabulary", [5, 2048, 5000])
+@pytest.mark.parametrize("shift", [0.0, 30.0])
+def test_kl_of_logits_and_its_slope(kernels: str, vocabulary: int, shift: float) -> None:
+    if kernels == "losses_triton":
+        pytest.importorskip("triton")
+    kernel = import_module(f"softtrellis.recipes.{kernels}").kl_of_logits
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    p = 5 * torch.randn(6, vocabulary, device=device)
+    q = p + 0.3 * torch.randn(6, vocabulary, device=device) + shift
+    q[-1] = p[-1]
+    exact = q.double().requires_grad_()
+    expected = nn.functional.kl_div(
+        exact.log_softmax(-1), p.double().log_softmax(-1), reduction="none", log_target=True
+    ).sum(-1)
+    (slope,) = torch.autograd.grad(expected.sum(), exact)
+    before = p.clone(), q.clone()
+    divergence, found = kernel(p, q, slope=True)
+    torch.testing.assert_close(divergence.double(), expected.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.double(), slope, rtol=1e-4, atol=1e-6)
+    alone, nothing = kernel(p, q, slope=False)
+    assert nothing is None
+    torch.testing.assert_close(alone, divergence)
+    assert torch.equal(p, before[0])
+    assert torch.equal(q, before[1])
 
 
 @pytest.mark.parametrize("schedule", ["exponential", "cosine"])

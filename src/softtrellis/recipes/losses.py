@@ -9,11 +9,38 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from softtrellis.backend import Backend, resolve_backend
+
 CHUNKS = {"cpu": 256, "cuda": 2048}
 """Positions whose logits are held at once, by type of device."""
 
 Head = Callable[[Tensor], Tensor]
 """Hidden states [n, d] to logits [n, vocabulary]."""
+
+
+def kl_of_logits(
+    p: Tensor, q: Tensor, *, slope: bool, backend: Backend = "auto"
+) -> tuple[Tensor, Tensor | None]:
+    """KL(softmax(p) || softmax(q)) of rows, in nats, and what it does with q.
+
+    Args:
+        p: float32 [n, vocabulary], logits.
+        q: float32 [n, vocabulary], logits.
+        slope: also return the derivative.
+        backend: "triton" and "cuda" are one kernel, which "auto" takes on a GPU.
+
+    Returns:
+        float32 [n], and the derivative of each by its row of q, softmax(q) - softmax(p), float32
+        [n, vocabulary], or None.
+    """
+    if resolve_backend(backend, p) in ("triton", "cuda"):
+        from softtrellis.recipes import losses_triton
+
+        return losses_triton.kl_of_logits(p, q, slope=slope)
+    log_p, log_q = torch.log_softmax(p, -1), torch.log_softmax(q, -1)
+    likely = log_p.exp()
+    divergence = log_p.sub_(log_q).mul_(likely).sum(-1)
+    return divergence, log_q.exp_().sub_(likely) if slope else None
 
 
 class _ForwardKL(torch.autograd.Function):
@@ -28,16 +55,14 @@ class _ForwardKL(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if wanted else None
         for first in range(0, hidden.shape[0], chunk):
             part = slice(first, first + chunk)
-            log_p = torch.log_softmax(target_head(target[part]).float(), -1)
             leaf = hidden[part].detach().requires_grad_(wanted)
             with torch.set_grad_enabled(wanted):
                 logits = head(leaf)
-            log_q = torch.log_softmax(logits.detach().float(), -1)
-            p = log_p.exp()
-            total += log_p.sub_(log_q).mul_(p).sum(dtype=torch.float64)
-            if gradient is not None:  # of the logits it is q - p
-                slope = log_q.exp_().sub_(p).to(logits.dtype)
-                (gradient[part],) = torch.autograd.grad(logits, leaf, slope)
+            target_logits = target_head(target[part]).float()
+            divergence, slope = kl_of_logits(target_logits, logits.detach().float(), slope=wanted)
+            total += divergence.sum(dtype=torch.float64)
+            if gradient is not None and slope is not None:
+                (gradient[part],) = torch.autograd.grad(logits, leaf, slope.to(logits.dtype))
         if gradient is not None:
             ctx.save_for_backward(gradient / hidden.shape[0])
         return (total / hidden.shape[0]).to(torch.float32)
