@@ -24,6 +24,7 @@ from softtrellis.cli.main import build_parser
 from softtrellis.cli.quantize import configs
 from softtrellis.cli.train import config_of
 from softtrellis.evaluation.perplexity import WindowScores, score_many
+from softtrellis.io.checkpoint import base_of, save_quantized
 from softtrellis.io.sources import load_source
 from softtrellis.io.text import load_documents, token_windows, train_and_held_out_windows
 from softtrellis.modules.replace import dequantize_
@@ -49,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--test-ctx", type=int, default=2048)
     parser.add_argument("--quantize", default="", help="more options of softtrellis quantize")
     parser.add_argument("--json", type=Path, required=True, help="results are added to this file")
+    parser.add_argument("--save", type=Path, help="models are saved here, in a folder per run")
     parser.add_argument("--claims", type=Path, help="processes with one of these share the runs")
 
 
@@ -59,6 +61,7 @@ class Experiment:
         self.options, self.device = options, options.device
         source = load_source(options.model)
         self.teacher, self.tokenizer = source.model, source.tokenizer
+        self.base = base_of(source)
         self.text = train_and_held_out_windows(
             self.tokenizer,
             [options.train],
@@ -133,6 +136,10 @@ class Experiment:
             changed = list(result.changed_codes.values())
             record |= {"log": log, "kept": result.kept, "changed": sum(changed) / len(changed)}
         record["seconds"] = time.perf_counter() - began
+        if self.options.save is not None:
+            folder = self.options.save / f"{name}.{seed}"
+            folder.mkdir(parents=True)
+            save_quantized(model, self.tokenizer, folder, base=self.base)
         return self.record(record, model)
 
     def record(self, record: dict[str, Any], model: nn.Module) -> dict[str, Any]:
