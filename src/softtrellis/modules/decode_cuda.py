@@ -89,10 +89,10 @@ class Deal:
 
 
 VARIANTS = {
-    ("hyb", "rows", True): Variant(Kernel("decode.cu", "hyb_rows_8", 512), 4, 32),
-    ("hyb", "rows", False): Variant(Kernel("decode.cu", "hyb_rows_16", 512), 4, 32),
-    ("mul1", "exl3", True): Variant(Kernel("decode.cu", "mul1_exl3_8", 512), 4, 0),
-    ("mul1", "exl3", False): Variant(Kernel("decode.cu", "mul1_exl3_16", 512), 4, 0),
+    ("hyb", "rows", True): Variant(Kernel("decode.cu", "hyb_rows_8", 512), 2, 32),
+    ("hyb", "rows", False): Variant(Kernel("decode.cu", "hyb_rows_16", 512), 2, 32),
+    ("mul1", "exl3", True): Variant(Kernel("decode.cu", "mul1_exl3_8", 512), 2, 0),
+    ("mul1", "exl3", False): Variant(Kernel("decode.cu", "mul1_exl3_16", 512), 2, 0),
 }
 """By code, order, and whether the activations have at most 8 rows."""
 

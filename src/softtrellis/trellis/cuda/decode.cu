@@ -291,7 +291,7 @@ __device__ __forceinline__ void multiply(const Parameters &p) {
         multiply<CODE, ROWS8, WARPS, STAGES, COPIES>(p);                       \
     }
 
-KERNEL(hyb_rows_8, HYB, 1, 16, 4, 32, 80)
-KERNEL(hyb_rows_16, HYB, 2, 16, 4, 32, 128)
-KERNEL(mul1_exl3_8, MUL1, 1, 16, 4, 32, 80)
-KERNEL(mul1_exl3_16, MUL1, 2, 16, 4, 32, 128)
+KERNEL(hyb_rows_8, HYB, 1, 16, 2, 32, 80)
+KERNEL(hyb_rows_16, HYB, 2, 16, 2, 32, 128)
+KERNEL(mul1_exl3_8, MUL1, 1, 16, 2, 32, 80)
+KERNEL(mul1_exl3_16, MUL1, 2, 16, 2, 32, 128)
