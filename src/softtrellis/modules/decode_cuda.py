@@ -45,7 +45,7 @@ class Variant:
         return self.kernel.threads // 32
 
     def shared_bytes(self, batch: int, inputs: int) -> int:
-        """Dynamic shared memory of a block: the table, x, and of each warp a strip's sums and copies.
+        """Dynamic shared memory of a block: the table, x, each warp's sums of a strip and copies.
 
         The sums of a warp's second strip take the place of its copies.
         """

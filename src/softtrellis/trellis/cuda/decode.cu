@@ -319,9 +319,7 @@ __device__ __forceinline__ void multiply(const Parameters &p) {
         multiply<CODE, ROWS8, WARPS, STAGES, COPIES, SHARED_X>(p);             \
     }
 
-KERNEL(hyb_shared_x, HYB, 1, 16, 2, 32, true, 80)
 KERNEL(hyb_rows_8, HYB, 1, 16, 2, 32, false, 80)
 KERNEL(hyb_rows_16, HYB, 2, 16, 2, 32, false, 128)
-KERNEL(mul1_shared_x, MUL1, 1, 16, 2, 32, true, 80)
 KERNEL(mul1_exl3_8, MUL1, 1, 16, 2, 32, false, 80)
 KERNEL(mul1_exl3_16, MUL1, 2, 16, 2, 32, false, 128)
