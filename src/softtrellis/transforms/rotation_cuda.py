@@ -20,7 +20,9 @@ Factor = Literal["left", "right"]
 
 MAX_SHARED_BYTES = 227 * 1024
 CLUSTERS = (2, 4, 8)
-MIN_THREADS, MAX_THREADS = 256, 512
+THREADS = 256
+"""Of a block. With more, its registers would leave no room for a block of the product beside it,
+which is to start meanwhile."""
 _TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 
 
@@ -40,7 +42,7 @@ class Launch:
     """
 
     slices: int
-    threads: int
+    threads: int = THREADS
     part_tiles: int = 8
 
     def __post_init__(self) -> None:
@@ -70,15 +72,10 @@ class Transform:
         return -(-self.b // 16)
 
     def launch(self) -> Launch:
-        """As many blocks as have something to do, and a thread for four channels."""
+        """As many blocks as have something to do."""
         groups = self.tiles if self.blocks else min(self.tiles, -(-self.b // 4))
         slices = next((n for n in CLUSTERS if n >= groups), CLUSTERS[-1])
-        return Launch(slices, self.threads(slices))
-
-    def threads(self, slices: int) -> int:
-        """Threads of a block of a cluster of so many."""
-        quads = -(-self.tiles // slices) * 16 * 4 * self.steps
-        return max(MIN_THREADS, min(MAX_THREADS, -(-quads // 32) * 32))
+        return Launch(slices)
 
     def group_shift(self, slices: int) -> int:
         """log2 of the groups of four columns that a block has."""

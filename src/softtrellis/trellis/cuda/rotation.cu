@@ -197,42 +197,34 @@ __device__ __forceinline__ void multiply(float (&result)[N][2], const u32 *signs
         }
 }
 
-// One number of the result: row i of A and column j of X.
+// What one number of the result is multiplied by and added to: row i of A and column j of X.
 template <bool INPUT>
 struct Output {
-    int channel;
-    bool inside;
     u32 byte, scale, bias;  // as they are read
 
+    static __device__ __forceinline__ int channel_of(const Parameters &p, int i, int j) {
+        const int channel = p.first + i * p.b + j;
+        return i < p.a && j < p.b && (INPUT || channel < p.features) ? channel : -1;
+    }
+
     __device__ __forceinline__ void load(const Parameters &p, int i, int j) {
-        channel = p.first + i * p.b + j;
-        inside = i < p.a && j < p.b && (INPUT || channel < p.features);
+        const int channel = channel_of(p, i, j);
         byte = 0, scale = 0x3c00, bias = 0;
-        if (INPUT || !inside) return;
+        if (INPUT || channel < 0) return;
         byte = read_byte(p.signs + channel / 8);
         if (p.scales) scale = read_half(p.scales + 2 * channel);
         if (p.bias) bias = read_bits(p.bias, channel, p.bias_type);
     }
 
-    __device__ __forceinline__ void store(const Parameters &p, int row, float x, float factor) {
-        if (!inside) return;
+    __device__ __forceinline__ void store(const Parameters &p, int row, int i, int j, float x,
+                                          float factor) {
+        const int channel = channel_of(p, i, j);
+        if (channel < 0) return;
         if (INPUT) write(p.target, (long long)row * p.width + channel, HALF, x * factor);
         else
             write(p.target, (long long)row * p.features + channel, p.type,
                   x * factor * (of_half((u16)scale) * sign_of(byte, channel)) +
                       number(bias, p.bias_type));
-    }
-};
-
-template <bool INPUT, int N>
-struct Outputs {
-    Output<INPUT> of[N][2];
-
-    __device__ __forceinline__ void load(const Parameters &p, int i, int j) {
-#pragma unroll
-        for (int n = 0; n < N; ++n)
-#pragma unroll
-            for (int h = 0; h < 2; ++h) of[n][h].load(p, i + 8 * h, j + 4 * n);
     }
 };
 
@@ -244,18 +236,26 @@ __device__ __forceinline__ void multiply_columns(const Parameters &p, int row, i
     const int lane = threadIdx.x % LANES, steps = (p.a + SIDE - 1) / SIDE;
     const int groups = 1 << p.group_shift, i = tile * SIDE + lane / 4;
     int j = rank * groups * QUAD + lane % 4;
-    Outputs<INPUT, N> outputs;
-    outputs.load(p, i, j);
+    Output<INPUT> outputs[N][2];
+    const auto load_outputs = [&] {
+#pragma unroll
+        for (int m = 0; m < N; ++m)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) outputs[m][h].load(p, i + 8 * h, j + QUAD * m);
+    };
+    load_outputs();
     wait_for_mail(mailbox);
     const float factor = factor_of();
-    for (int n = 0; n < groups; n += N, j += QUAD * N) {
+    for (int n = 0; n < groups; n += N) {
         float result[N][2];
         multiply<N>(result, signs, columns + n * QUAD * stride_of(steps), steps);
 #pragma unroll
         for (int m = 0; m < N; ++m)
 #pragma unroll
-            for (int h = 0; h < 2; ++h) outputs.of[m][h].store(p, row, result[m][h], factor);
-        if (n + N < groups) outputs.load(p, i, j + QUAD * N);
+            for (int h = 0; h < 2; ++h)
+                outputs[m][h].store(p, row, i + 8 * h, j + QUAD * m, result[m][h], factor);
+        j += QUAD * N;
+        if (n + N < groups) load_outputs();
     }
 }
 
@@ -312,6 +312,13 @@ __device__ __forceinline__ void rotate(const Parameters &p) {
         scale = read(p.scale, 0, FLOAT);
         norm = read((const char *)(p.norms + row), 0, FLOAT);
     }
+    Output<INPUT> outputs[2][4];  // of a unit, where there is no A
+    const auto load_outputs = [&](int unit) {
+        const int i = (rank * own + unit / steps) * SIDE + q, j = unit % steps * SIDE + g;
+#pragma unroll
+        for (int k = 0; k < 8; ++k) outputs[k / 4][k % 4].load(p, i + k % 4 * 4, j + k / 4 * 8);
+    };
+    if (!INPUT && !p.left) load_outputs(warp);  // on their way while the rows are
     const int quads = 4 * steps;
     for (int u = threadIdx.x; u < own * SIDE * quads; u += blockDim.x) {
         const int i = u / quads, j = QUAD * (u % quads), row_of_x = rank * own * SIDE + i;
@@ -342,15 +349,18 @@ __device__ __forceinline__ void rotate(const Parameters &p) {
         return p.factor / largest;
     };
     float factor = 1.f;
-    if (!p.left) {
-        if (INPUT) wait_for_mail(mailbox);
-        factor = factor_of();
-    }
     for (int unit = warp; unit < own * steps; unit += warps) {
         const int tile = rank * own + unit / steps, block = unit % steps;
         if (tile >= tiles) break;
         float result[4][2];
         multiply<4>(result, right + block * row_words, rows + unit / steps * SIDE * stride, steps);
+        if (!p.left) {
+            if (INPUT || unit != warp) load_outputs(unit);
+            if (unit == warp) {
+                if (INPUT) wait_for_mail(mailbox);
+                factor = factor_of();
+            }
+        }
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             const int j = block * SIDE + 8 * h + g;
@@ -363,15 +373,15 @@ __device__ __forceinline__ void rotate(const Parameters &p) {
                      split(v));
             } else {
 #pragma unroll
-                for (int n = 0; n < 4; ++n) {
-                    Output<INPUT> output;
-                    output.load(p, tile * SIDE + 4 * n + q, j);
-                    output.store(p, row, result[n][h], factor);
-                }
+                for (int n = 0; n < 4; ++n)
+                    outputs[h][n].store(p, row, tile * SIDE + 4 * n + q, j, result[n][h], factor);
             }
         }
     }
-    if (!p.left) return;
+    if (!p.left) {
+        if (INPUT) wait_for_mail(mailbox);  // to stay while others send
+        return;
+    }
     left += warp * left_words;
     const int tile = part * p.part_tiles + warp;
     if (warp >= p.part_tiles || tile >= tiles) wait_for_mail(mailbox);  // to stay while others send
@@ -380,10 +390,11 @@ __device__ __forceinline__ void rotate(const Parameters &p) {
     else multiply_columns<INPUT, 2>(p, row, tile, rank, left, columns, mailbox, factor_of);
 }
 
+// With 256 threads they fit beside a block of the product, of 512 threads with 80 registers.
 extern "C" __global__ void __launch_bounds__(512, 2) rotate_input(Parameters p) {
     rotate<true>(p);
 }
 
-extern "C" __global__ void __launch_bounds__(512, 1) unrotate_output(Parameters p) {
+extern "C" __global__ void __maxnreg__(96) unrotate_output(Parameters p) {
     rotate<false>(p);
 }
