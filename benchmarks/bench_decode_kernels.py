@@ -47,9 +47,9 @@ from softtrellis.trellis.launch_cuda import Kernel
 SHAPES = ((4096, 11008), (2048, 8192), (28672, 4096))
 CHECKED = ((2048, 2048), (576, 1536), (272, 1040), (48, 80))
 HYB_VARIANTS = [  # warps, stages, registers of a thread, x in shared memory
-    (16, 2, 80, True), (16, 3, 80, True), (24, 2, 80, True),
+    (16, 2, 80, True), (12, 3, 104, True), (8, 4, 128, True), (8, 4, 128, False),
 ]  # fmt: skip
-MUL1_VARIANTS = [(16, 2, 80, True), (24, 2, 80, True)]
+MUL1_VARIANTS = [(16, 2, 80, True), (8, 4, 128, True)]
 FLOORS = """
 extern "C" __global__ void nothing(Parameters p) {}
 

@@ -16,6 +16,7 @@ from softtrellis.quantizers.hard import TrellisCode
 from softtrellis.trellis.launch_cuda import Kernel, multiprocessors
 
 MAX_SHARED_BYTES = 227 * 1024
+_MORE_THAN_HALF = 115 * 1024
 _STRIP, _UNIT_INPUTS, _UNIT_BYTES = 32, 128, 1024
 _TABLE_ROWS = 1024
 _LEAST_UNITS = 4  # of a block: one for each scheduler of a multiprocessor
@@ -47,11 +48,13 @@ class Variant:
     def shared_bytes(self, batch: int, inputs: int) -> int:
         """Dynamic shared memory of a block: the table, x, each warp's sums of a strip and copies.
 
-        The sums of a warp's second strip take the place of its copies.
+        The sums of a warp's second strip take the place of its copies. It is more than half of what
+        a multiprocessor has, as two blocks on one, and none on another, would take twice as long.
         """
         x_row = -(-inputs // _UNIT_INPUTS) * 2 * _UNIT_INPUTS + 16
         size = 4 * _TABLE_ROWS * self.copies + (batch * x_row if self.shared_x else 0)
-        return size + self.warps * (4 * _STRIP * batch + self.stages * _UNIT_BYTES)
+        size += self.warps * (4 * _STRIP * batch + self.stages * _UNIT_BYTES)
+        return max(size, _MORE_THAN_HALF)
 
     def takes(self, batch: int, inputs: int) -> bool:
         """Whether it can multiply so many rows of so many inputs."""

@@ -174,23 +174,22 @@ __device__ __forceinline__ void multiply(const Parameters &p) {
     const int out_block = strip * 2 + g / 4;
     const u32 next_part = ((out_block + 2) * p.in_blocks + q) * TILE + g % 4;
     u32 part = (out_block * p.in_blocks + first_block) * TILE + g % 4;
-    int ahead = here, ahead_block = first_block;
-    int limit = units > 0 && out_block < p.out_blocks ? p.in_blocks : 0;
-    int next_limit = there > 0 && out_block + 2 < p.out_blocks ? p.in_blocks : 0;
+    int ahead = here;  // units to copy, and from this lane's input block to the end of the row
+    int room = units > 0 && out_block < p.out_blocks ? p.in_blocks - first_block : 0;
+    int next_room = there > 0 && out_block + 2 < p.out_blocks ? p.in_blocks - q : 0;
     const auto copy = [&] {
         const uint4 *from = p.codes + part;
         asm("" : "+l"(from));  // likewise
 #pragma unroll
         for (int half = 0; half < 2; ++half)
-            if (ahead_block < limit - half * QUARTET)
+            if (room > half * QUARTET)
                 copy_16_bytes(slot + half * UNIT_BYTES / 2, from + half * QUARTET * TILE);
         end_copies();
-        slot = slot == slots + (STAGES - 1) * UNIT_BYTES ? slots : slot + UNIT_BYTES;
-        ahead_block += UNIT_BLOCKS, part += UNIT_BLOCKS * TILE;
-        if (--ahead == 0) {  // on to the second strip, and after it to nothing
-            part = next_part, ahead_block = q, ahead = there;
-            limit = next_limit, next_limit = 0;
-        }
+        if (STAGES == 2) slot = 2 * slots + UNIT_BYTES - slot;
+        else slot = slot == slots + (STAGES - 1) * UNIT_BYTES ? slots : slot + UNIT_BYTES;
+        room -= UNIT_BLOCKS, part += UNIT_BLOCKS * TILE;
+        if (--ahead == 0)  // on to the second strip, and after it to nothing
+            part = next_part, ahead = there, room = next_room, next_room = 0;
     };
 #pragma unroll 1
     for (int i = 0; i < STAGES; ++i) copy();
@@ -240,6 +239,7 @@ __device__ __forceinline__ void multiply(const Parameters &p) {
 
 #pragma unroll 1
     for (int side = 0; side < (there > 0 ? 2 : 1); ++side) {
+        if (SHARED_X && side) x_from = x_row, load_x(0);
         float total[ROWS8][2][4] = {};
 #pragma unroll 1
         for (int left = side ? there : here; left > 0; --left) {
@@ -250,7 +250,7 @@ __device__ __forceinline__ void multiply(const Parameters &p) {
                 if (half == 1) {
                     copy();
                     read_quarters();
-                    if (left == 1) x_at = x_end - p.in_blocks + q, x_from = x_row;
+                    if (!SHARED_X && left == 1) x_at = x_end - p.in_blocks + q;
                 }
                 load_x(1 - half);
 #pragma unroll
