@@ -90,7 +90,8 @@ struct Quarter<MUL1, COPIES> {
         }
     }
     __device__ __forceinline__ u32 state(int bit) const {
-        const u32 shifted = pieces[bit / 16] << bit % 8;  // serves two states
+        // Serves two states. Not <<, which becomes a multiplication: those are what it waits for.
+        const u32 shifted = __funnelshift_l(0u, pieces[bit / 16], bit % 8);
         return __byte_perm(shifted, 0, bit % 16 < 8 ? 0x4432 : 0x4421);
     }
     __device__ __forceinline__ u32 byte_sum(int bit) const {  // and 1024, as a float16
