@@ -11,13 +11,10 @@
 //   * Nothing that a kernel may have written is read before the kernel before this one has ended,
 //     and the next one begins after that only: of a chain of kernels two run at a time.
 
-#include "cluster.cuh"
-#include "halves.cuh"
+#include "types.cuh"
 
 constexpr int SIDE = 16, QUAD = 4, LANES = 32, LINE = 128;
 constexpr int MAX_PEAKS = 8 * 16;  // of 8 blocks of 16 warps
-
-enum Type { HALF, BFLOAT, FLOAT };
 
 struct Parameters {
     const char *source;          // x [batch, features]; or float [splits, batch, width]
@@ -35,6 +32,17 @@ struct Parameters {
     int type, bias_type;         // of the activations and of the bias
     int by_four;                 // whether four channels can be read at once
     float factor;
+    int first_block, unused;     // of the blocks of the grid that do this
+};
+
+struct Jobs {  // independent of each other
+    Parameters of[4];
+
+    __device__ __forceinline__ const Parameters &mine() const {
+        int i = 0;
+        while (i < 3 && (int)blockIdx.x >= of[i + 1].first_block) ++i;
+        return of[i];
+    }
 };
 
 extern __shared__ uint4 shared[];
@@ -47,40 +55,6 @@ __device__ __forceinline__ int words_of(int steps) { return (steps + 3) / 4 * LA
 
 __device__ __forceinline__ float sign_of(u32 byte, int channel) {
     return (byte >> (7 - channel % 8)) & 1 ? -1.f : 1.f;
-}
-
-__device__ __forceinline__ int size_of(int type) { return type == FLOAT ? 4 : 2; }
-
-__device__ __forceinline__ float number(u32 bits, int type) {
-    if (type == FLOAT) return __uint_as_float(bits);
-    return type == HALF ? of_half((u16)bits) : of_bfloat((u16)bits);
-}
-
-__device__ __forceinline__ u32 read_bits(const char *p, long long at, int type) {
-    return type == FLOAT ? read_word(p + 4 * at) : read_half(p + 2 * at);
-}
-
-__device__ __forceinline__ float read(const char *p, long long at, int type) {
-    return number(read_bits(p, at, type), type);
-}
-
-__device__ __forceinline__ float4 numbers(uint4 bits, int type) {
-    if (type == FLOAT)
-        return make_float4(__uint_as_float(bits.x), __uint_as_float(bits.y),
-                           __uint_as_float(bits.z), __uint_as_float(bits.w));
-    return make_float4(number(bits.x & 0xffff, type), number(bits.x >> 16, type),
-                       number(bits.y & 0xffff, type), number(bits.y >> 16, type));
-}
-
-__device__ __forceinline__ uint4 read_bits4(const char *p, long long at, int type) {
-    if (type == FLOAT) return read_words4(p + 4 * at);
-    const uint2 x = read_words2(p + 2 * at);
-    return make_uint4(x.x, x.y, 0, 0);
-}
-
-__device__ __forceinline__ void write(char *p, long long at, int type, float x) {
-    if (type == FLOAT) ((float *)p)[at] = x;
-    else ((u16 *)p)[at] = type == HALF ? to_half(x) : (u16)to_bfloats(x, 0.f);
 }
 
 // Four numbers as bfloat16, then what that leaves of them.
@@ -263,7 +237,8 @@ template <bool INPUT>
 __device__ __forceinline__ void rotate(const Parameters &p) {
     const int lane = threadIdx.x % LANES, g = lane / 4, q = lane % 4;
     const int warp = threadIdx.x / LANES, warps = blockDim.x / LANES;
-    const int rank = blockIdx.x % p.slices, cluster = blockIdx.x / p.slices;
+    const int index = blockIdx.x - p.first_block;
+    const int rank = index % p.slices, cluster = index / p.slices;
     const int part = cluster % p.parts, row = cluster / p.parts;
     const int tiles = (p.a + SIDE - 1) / SIDE, own = (tiles + p.slices - 1) / p.slices;
     const int steps = (p.b + SIDE - 1) / SIDE;  // of a row of X; 16 columns each, as in B's rows
@@ -345,7 +320,7 @@ __device__ __forceinline__ void rotate(const Parameters &p) {
                 largest = fmaxf(largest, __uint_as_float(peaks[i + lane]));
         largest = __uint_as_float(largest_of_warp(largest));
         if (largest == 0.f) largest = 1.f;
-        if (blockIdx.x % (p.slices * p.parts) == 0 && threadIdx.x == 0) p.norms[row] = largest;
+        if (index % (p.slices * p.parts) == 0 && threadIdx.x == 0) p.norms[row] = largest;
         return p.factor / largest;
     };
     float factor = 1.f;
@@ -391,10 +366,10 @@ __device__ __forceinline__ void rotate(const Parameters &p) {
 }
 
 // With 256 threads they fit beside a block of the product, of 512 threads with 80 registers.
-extern "C" __global__ void __launch_bounds__(512, 2) rotate_input(Parameters p) {
-    rotate<true>(p);
+extern "C" __global__ void __launch_bounds__(512, 2) rotate_input(Jobs jobs) {
+    rotate<true>(jobs.mine());
 }
 
-extern "C" __global__ void __maxnreg__(96) unrotate_output(Parameters p) {
-    rotate<false>(p);
+extern "C" __global__ void __maxnreg__(96) unrotate_output(Jobs jobs) {
+    rotate<false>(jobs.mine());
 }
