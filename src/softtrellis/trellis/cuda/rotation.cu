@@ -67,26 +67,6 @@ __device__ __forceinline__ uint4 split(float4 v) {
                                  v.w - __uint_as_float(zw & 0xffff0000u)));
 }
 
-// Sums over the shares of four channels of the product; eight loads are under way at once.
-__device__ __forceinline__ float4 read_shares(const Parameters &p, long long at) {
-    constexpr int AT_ONCE = 8;
-    const long long share = (long long)p.batch * p.width;
-    float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
-    for (int s = 0; s < p.splits; s += AT_ONCE) {
-        uint4 v[AT_ONCE];
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; ++i)
-            v[i] = s + i < p.splits ? read_words4(p.source + 4 * ((s + i) * share + at))
-                                    : make_uint4(0, 0, 0, 0);
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; ++i) {
-            const float4 x = numbers(v[i], FLOAT);
-            sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
-        }
-    }
-    return sum;
-}
-
 __device__ __forceinline__ float scaled_input(const Parameters &p, int row, int channel) {
     const float x = read(p.source, (long long)row * p.features + channel, p.type);
     return p.scales ? x * read(p.scales, channel, HALF) : x;
@@ -105,29 +85,60 @@ __device__ __forceinline__ float load(const Parameters &p, int row, int channel)
     return sum;
 }
 
-// Four channels, of which `count` belong to the row of X.
-template <bool INPUT>
-__device__ __forceinline__ float4 load4(const Parameters &p, int row, int channel, int count) {
-    float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
+// N times four channels, of each of which `count` belong to a row of X; all loads are under way
+// before the first number is used.
+template <bool INPUT, int N>
+__device__ __forceinline__ void load_quads(const Parameters &p, int row, const int (&channel)[N],
+                                           const int (&count)[N], float4 (&v)[N]) {
+    for (int k = 0; k < N; ++k) v[k] = make_float4(0.f, 0.f, 0.f, 0.f);
     if (!p.by_four) {
-        if (count > 0) v.x = load<INPUT>(p, row, channel);
-        if (count > 1) v.y = load<INPUT>(p, row, channel + 1);
-        if (count > 2) v.z = load<INPUT>(p, row, channel + 2);
-        if (count > 3) v.w = load<INPUT>(p, row, channel + 3);
-        return v;
+        for (int k = 0; k < N; ++k) {
+            if (count[k] > 0) v[k].x = load<INPUT>(p, row, channel[k]);
+            if (count[k] > 1) v[k].y = load<INPUT>(p, row, channel[k] + 1);
+            if (count[k] > 2) v[k].z = load<INPUT>(p, row, channel[k] + 2);
+            if (count[k] > 3) v[k].w = load<INPUT>(p, row, channel[k] + 3);
+        }
+    } else if (INPUT) {
+        uint4 x[N], ones[N];
+        u32 byte[N];
+#pragma unroll
+        for (int k = 0; k < N; ++k) {
+            const bool inside = count[k] > 0 && channel[k] < p.features;
+            const long long at = (long long)row * p.features + channel[k];
+            x[k] = inside ? read_bits4(p.source, at, p.type) : uint4{};
+            ones[k] = inside && p.scales ? read_bits4(p.scales, channel[k], HALF)
+                                         : make_uint4(0x3c003c00u, 0x3c003c00u, 0, 0);
+            byte[k] = inside ? read_byte(p.signs + channel[k] / 8) : 0;
+        }
+#pragma unroll
+        for (int k = 0; k < N; ++k) {
+            const float4 y = numbers(x[k], p.type), scale = numbers(ones[k], HALF);
+            const int c = channel[k];
+            v[k].x = y.x * (scale.x * sign_of(byte[k], c));
+            v[k].y = y.y * (scale.y * sign_of(byte[k], c + 1));
+            v[k].z = y.z * (scale.z * sign_of(byte[k], c + 2));
+            v[k].w = y.w * (scale.w * sign_of(byte[k], c + 3));
+        }
+    } else {
+        constexpr int SHARES = 4;
+        const long long share = (long long)p.batch * p.width;
+        for (int s = 0; s < p.splits; s += SHARES) {
+            uint4 x[N][SHARES];
+#pragma unroll
+            for (int i = 0; i < N * SHARES; ++i) {
+                const int k = i / SHARES, of = s + i % SHARES;
+                const long long at = of * share + (long long)row * p.width + channel[k];
+                const bool inside = count[k] > 0 && of < p.splits;
+                x[k][i % SHARES] = inside ? read_words4(p.source + 4 * at) : uint4{};
+            }
+#pragma unroll
+            for (int i = 0; i < N * SHARES; ++i) {
+                const float4 y = numbers(x[i / SHARES][i % SHARES], FLOAT);
+                float4 &sum = v[i / SHARES];
+                sum.x += y.x, sum.y += y.y, sum.z += y.z, sum.w += y.w;
+            }
+        }
     }
-    if (count <= 0) return v;
-    if (!INPUT) return read_shares(p, (long long)row * p.width + channel);
-    if (channel >= p.features) return v;
-    const uint4 x = read_bits4(p.source, (long long)row * p.features + channel, p.type);
-    uint4 ones = make_uint4(0x3c003c00u, 0x3c003c00u, 0, 0);
-    if (p.scales) ones = read_bits4(p.scales, channel, HALF);
-    const u32 byte = read_byte(p.signs + channel / 8);
-    const float4 scale = numbers(ones, HALF);
-    v = numbers(x, p.type);
-    v.x *= scale.x * sign_of(byte, channel), v.y *= scale.y * sign_of(byte, channel + 1);
-    v.z *= scale.z * sign_of(byte, channel + 2), v.w *= scale.w * sign_of(byte, channel + 3);
-    return v;
 }
 
 // 16 rows of a sign matrix times 4 N vectors of `steps` k-steps of 16 numbers. A lane, with g =
@@ -295,12 +306,25 @@ __device__ __forceinline__ void rotate(const Parameters &p) {
     };
     if (!INPUT && !p.left) load_outputs(warp);  // on their way while the rows are
     const int quads = 4 * steps;
-    for (int u = threadIdx.x; u < own * SIDE * quads; u += blockDim.x) {
-        const int i = u / quads, j = QUAD * (u % quads), row_of_x = rank * own * SIDE + i;
-        const int count = row_of_x < p.a ? p.b - j : 0, channel = p.first + row_of_x * p.b + j;
-        const float4 v = load4<INPUT>(p, row, channel, count);
-        peak = fmaxf(peak, fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w))));
-        rows[i * stride + j / QUAD] = split(v);
+    constexpr int AT_ONCE = 2;
+    for (int u = threadIdx.x; u < own * SIDE * quads; u += AT_ONCE * blockDim.x) {
+        int channel[AT_ONCE], count[AT_ONCE], at[AT_ONCE];
+        float4 v[AT_ONCE];
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; ++k) {
+            const int quad = u + k * blockDim.x, i = quad / quads, j = quad % quads;
+            const int row_of_x = rank * own * SIDE + i;
+            channel[k] = p.first + row_of_x * p.b + QUAD * j;
+            at[k] = i < own * SIDE ? i * stride + j : -1;
+            count[k] = at[k] >= 0 && row_of_x < p.a ? p.b - QUAD * j : 0;
+        }
+        load_quads<INPUT>(p, row, channel, count, v);
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; ++k) {
+            peak = fmaxf(peak, fmaxf(fmaxf(fabsf(v[k].x), fabsf(v[k].y)),
+                                     fmaxf(fabsf(v[k].z), fabsf(v[k].w))));
+            if (at[k] >= 0) rows[at[k]] = split(v[k]);
+        }
     }
     if (INPUT && p.a * p.b < p.width)  // other channels' transforms are other launches
         for (int channel = thread; channel < p.features; channel += p.slices * blockDim.x)
