@@ -28,20 +28,16 @@ from torch.nn import functional
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from softtrellis.modules import decode_cuda, decode_triton
-from softtrellis.modules.decode import CodeValues, decode_matmul
+from softtrellis.modules.decode import CodeValues
 from softtrellis.modules.decode_triton import Launch
 from softtrellis.modules.quantized_linear import LayerFormat, QuantizedLinear
 from softtrellis.quantizers.hard import TrellisCode
 from softtrellis.spec import TrellisSpec
 
-SHAPES = ((4096, 11008), (11008, 4096), (2048, 8192), (576, 1536), (1536, 576), (4096, 4096))
+SHAPES = ((4096, 11008), (11008, 4096), (2048, 8192), (576, 1536), (28672, 4096), (4096, 4096))
 BATCHES = (1, 2, 4, 8, 16)
 HYB = TrellisCode(TrellisSpec(16, 2, 2), "hyb")
 MUL1 = TrellisCode(TrellisSpec(16, 2, 1), "mul1", normalize=False, order="exl3")
-OTHERS = [
-    *(TrellisCode(TrellisSpec(16, k, 2), "hyb") for k in (1, 3, 4)),
-    *(TrellisCode(TrellisSpec(16, 2, 1), name) for name in ("1mad", "3inst", "mcg", "mul1")),
-]
 REPLAYS = 9
 COLD_BYTES = 192 << 20  # a multiple of the L2 cache, which has 50 or 60 MB
 LAUNCHES = [
@@ -138,40 +134,30 @@ def relative(ours: Tensor, exact: Tensor) -> float:
 
 @torch.no_grad()
 def check() -> bool:
+    """Whether layers by the CUDA kernels are right, and the same every time."""
     worst = 0.0
     for (out, inputs), code in itertools.product(SHAPES, (HYB, MUL1)):
         layer = random_layer(out, inputs, code, "torch")
-        x = torch.randn(17, inputs, device="cuda", dtype=torch.bfloat16)
-        exact = layer(x.float())
+        x = torch.randn(16, inputs, device="cuda")
+        exact = layer(x)
+        layer.backend = "cuda"
         errors = []
-        for backend, rows in itertools.product(("cuda", "triton"), (1, 2, 3, 8, 16, 17)):
-            layer.backend = backend  # type: ignore[assignment]
-            ours = layer(x[:rows].float())
-            same = all(torch.equal(layer(x[:rows].float()), ours) for _ in range(5))
+        for rows in (1, 2, 3, 8, 16):
+            ours = layer(x[:rows])
+            same = all(torch.equal(layer(x[:rows]), ours) for _ in range(5))
             errors.append(relative(ours, exact[:rows]) if same else float("inf"))
         print(f"check {out}x{inputs} {code.name}: {max(errors):.1e}", flush=True)
         worst = max(worst, *errors)
-    for code in OTHERS:
-        codes = random_codes(2048, 1536, code.spec.k)
-        values = CodeValues.of(code, code.codebook().cuda())
-        x = torch.randn(3, 1536, device="cuda").half()
-        pair = [decode_matmul(x, codes, values, code, 2048, backend=b) for b in ("triton", "torch")]  # type: ignore[arg-type]
-        error = relative(*pair)
-        print(f"check {code.name} k={code.spec.k}: {error:.1e}", flush=True)
-        worst = max(worst, error)
-    print("correct" if worst < 1e-3 else "WRONG", f"{worst:.1e}")
+    print("correct" if worst < 1e-3 else "WRONG", f"{worst:.1e}", flush=True)
     return worst < 1e-3
 
 
 @torch.no_grad()
 def table() -> None:
-    print(
-        "| shape, rows | bf16 | HYB layer | its product | mul1 layer | its product | Triton HYB |"
-    )
+    print("| shape, rows | bf16 | HYB layer | its product | mul1 layer | its product | HYB is |")
     for out, inputs in SHAPES:
         layers = [(random_layer(out, inputs, code, "cuda"), code) for code in (HYB, MUL1)]
         codes = {code: many_codes(*layer.layer.padded, code.spec.k) for layer, code in layers}
-        slow = random_layer(out, inputs, HYB, "triton")
         for rows in BATCHES:
             x = torch.randn(rows, inputs, device="cuda", dtype=torch.bfloat16)
             times = [dense_time(x, out)]
@@ -180,7 +166,6 @@ def table() -> None:
                 halves = torch.randn(rows, padded_in, device="cuda").half()
                 times.append(layer_time(layer, codes[code], x))
                 times.append(product_time(halves, codes[code], layer.table, code, padded_out))
-            times.append(layer_time(slow, codes[HYB], x))
             cells = " | ".join(f"{t:.2f}" for t in times)
             print(f"| {out}x{inputs}, {rows} | {cells} | {times[0] / times[1]:.2f}x", flush=True)
 
@@ -259,7 +244,7 @@ def main() -> None:
         bench_rotations.report()
     if wanted == "rotations":
         return
-    if not check():
+    if wanted in ("check", "all") and not check():
         sys.exit(1)
     for name, part in (("table", table), ("variants", variants), ("rows", rows)):
         if wanted in (name, "all"):

@@ -2,10 +2,11 @@
 
     python benchmarks/bench_decode_kernels.py [rank | profile]
 
-``rank`` compiles variants of ``decode.cu``, checks each against the reference, and times them at
-batch 1 with cold weights as ``bench_decode.py`` does: alone, one after the other with overlapping
-launches, and within a whole layer. Its floors, in the same graphs: a kernel that does nothing, one
-that fills HYB's table, one that reads the codes. ``profile`` needs Nsight Compute (``ncu``).
+``rank`` compiles variants of ``decode.cu``, checks each against the reference (a wrong one is named
+and not timed), and times them at batch 1 with cold weights as ``bench_decode.py`` does: alone, one
+after the other with overlapping launches, and within a whole layer. Its floors, in the same graphs:
+a kernel that does nothing, one that fills HYB's table, one that reads the codes.
+``profile`` needs Nsight Compute (``ncu``).
 """
 
 from __future__ import annotations
@@ -43,18 +44,12 @@ from softtrellis.quantizers.hard import TrellisCode
 from softtrellis.trellis import launch_cuda
 from softtrellis.trellis.launch_cuda import Kernel
 
-SHAPES = ((4096, 11008), (2048, 8192), (4096, 4096), (576, 1536))
-CHECKED = ((576, 1536), (272, 1040), (48, 80))
-HYB_VARIANTS = [  # warps, stages, copies of the table, registers of a thread
-    (16, 4, 32, 64), (16, 4, 32, 80), (16, 4, 32, 96), (16, 4, 32, 128), (16, 2, 32, 80),
-    (16, 3, 32, 80), (16, 5, 32, 80), (32, 2, 32, 64), (8, 8, 32, 128), (16, 4, 16, 80),
-    (32, 4, 16, 64),
+SHAPES = ((4096, 11008), (2048, 8192), (28672, 4096))
+CHECKED = ((2048, 2048), (576, 1536), (272, 1040), (48, 80))
+HYB_VARIANTS = [  # warps, stages, registers of a thread, x in shared memory
+    (16, 2, 80, True), (12, 3, 104, True), (8, 4, 128, True), (8, 4, 128, False),
 ]  # fmt: skip
-MUL1_VARIANTS = [
-    (16, 4, 0, 64), (16, 4, 0, 80), (16, 4, 0, 96), (16, 2, 0, 80), (16, 8, 0, 80), (32, 2, 0, 64),
-    (32, 4, 0, 64),
-]  # fmt: skip
-LEAST_UNITS = (1, 2, 4, 8)
+MUL1_VARIANTS = [(16, 2, 80, True), (8, 4, 128, True)]
 FLOORS = """
 extern "C" __global__ void nothing(Parameters p) {}
 
@@ -106,11 +101,13 @@ def write_variants(folder: Path) -> dict[TrellisCode, list[Variant]]:
     text = (Path(launch_cuda.__file__).parent / "cuda" / "decode.cu").read_text()
     path, found = folder / "decode_variants.cu", defaultdict(list)
     for code, cases in ((HYB, HYB_VARIANTS), (MUL1, MUL1_VARIANTS)):
-        for warps, stages, copies, registers in cases:
-            name = f"{code.name}_{warps}warps_{stages}stages_{copies}copies_{registers}registers"
-            text += f"KERNEL({name}, {code.name.upper()}, 1, {warps}, {stages}, {copies or 32}, "
-            text += f"{registers})\n"
-            found[code].append(Variant(Kernel(str(path), name, 32 * warps), stages, copies))
+        for warps, stages, registers, shared_x in cases:
+            name = f"{code.name}_{warps}warps_{stages}stages_{registers}registers"
+            name += "_shared_x" if shared_x else ""
+            text += f"KERNEL({name}, {code.name.upper()}, 1, {warps}, {stages}, 32, "
+            text += f"{str(shared_x).lower()}, {registers})\n"
+            kernel, copies = Kernel(str(path), name, 32 * warps), 32 if code == HYB else 0
+            found[code].append(Variant(kernel, 8, stages, copies, shared_x))
     path.write_text(text + FLOORS)
     return found
 
@@ -124,7 +121,7 @@ def is_right(variant: Variant, code: TrellisCode) -> bool:
     for out, inputs in CHECKED:
         codes = random_codes(out, inputs, 2)
         for batch in (1, 3, 8):
-            if variant.shared_bytes(batch) > 227 * 1024:
+            if not variant.takes(batch, inputs):
                 continue
             x = torch.randn(batch, inputs, device="cuda").half()
             exact = decode_matmul(x, codes, values, code, out, backend="torch")
@@ -145,7 +142,7 @@ def floor(kernel: Kernel, x: Tensor, codes: Tensor, table: Tensor, out: int, i: 
     partial_sums = torch.empty(deal.shares, 1, out, device=x.device)
     numbers = [1, out // 16, x.shape[1] // 16, deal.shares, deal.least, deal.more]
     kernel(
-        deal.grid, VARIANTS["hyb", "rows", True].shared_bytes(1), x.device,
+        deal.grid, VARIANTS["hyb", "rows"][0].shared_bytes(1, x.shape[1]), x.device,
         [x, codes[i], table, partial_sums], numbers,
     )  # fmt: skip
     return partial_sums
@@ -175,31 +172,22 @@ def rank_shape(
     out: int, inputs: int, code: TrellisCode, variants: list[Variant], codes: Tensor
 ) -> None:
     x, table = torch.randn(1, inputs, device="cuda").half(), values_of(code).table
-    key = code.name, code.order, True
+    key = code.name, code.order
     found: list[tuple[list[float], str]] = []
-    default = VARIANTS[key]
+    kept = VARIANTS[key]
     layer = random_layer(out, inputs, code, "cuda")
     whole = [many_codes(*layer.layer.padded, 2), torch.randn(1, inputs, device="cuda").bfloat16()]
 
-    def measure(variant: Variant, name: str) -> None:
+    present = next(v for v in kept if v.takes(1, inputs))
+    for variant in [present, *(v for v in variants if v.takes(1, inputs))]:
         times = [
             cold(partial(alone, variant, x, codes, table, out, overlap), len(codes))
             for overlap in (False, True)
         ]
-        VARIANTS[key] = variant
+        VARIANTS[key] = [variant, *kept]
         times.append(layer_time(layer, *whole))
-        VARIANTS[key] = default
-        found.append((times, name))
-
-    for variant in [default, *variants]:
-        measure(variant, variant.kernel.name)
-    kept = decode_cuda._LEAST_UNITS
-    for least in LEAST_UNITS if out < 2048 else ():
-        decode_cuda._LEAST_UNITS = least
-        Deal.of.cache_clear()
-        measure(default, f"{default.kernel.name}, at least {least} units a block")
-    decode_cuda._LEAST_UNITS = kept
-    Deal.of.cache_clear()
+        VARIANTS[key] = kept
+        found.append((times, variant.kernel.name))
     for times, name in sorted(found):
         cells = " ".join(f"{t:7.2f}" for t in times)
         print(f"{out}x{inputs} {code.name} alone, overlapping, layer: {cells} {name}", flush=True)
@@ -225,7 +213,7 @@ def profile() -> None:
     missing = [m for m in METRICS if m.split(".")[0] not in known]
     print("not known to this ncu:", ", ".join(missing) or "none")
     for code in (HYB, MUL1):
-        name = VARIANTS[code.name, code.order, True].kernel.name
+        name = VARIANTS[code.name, code.order][0].kernel.name
         answer = subprocess.run(
             [ncu, "--csv", "--clock-control", "none", "--kernel-name", name,
              "--launch-skip", str(PROFILED_LAUNCHES - 2), "--launch-count", "2",

@@ -267,7 +267,6 @@ def main() -> None:
         ("hyb", "cuda", True),
         ("mul1", "cuda", True),
         ("hyb", "cuda", False),
-        ("hyb", "triton", False),
     ]
     if device == "cpu":
         kinds = [("hyb", "torch", True)]

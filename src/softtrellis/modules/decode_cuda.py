@@ -15,7 +15,8 @@ from torch import Tensor
 from softtrellis.quantizers.hard import TrellisCode
 from softtrellis.trellis.launch_cuda import Kernel, multiprocessors
 
-_FEW_ROWS = 8
+MAX_SHARED_BYTES = 227 * 1024
+_MORE_THAN_HALF = 115 * 1024
 _STRIP, _UNIT_INPUTS, _UNIT_BYTES = 32, 128, 1024
 _TABLE_ROWS = 1024
 _LEAST_UNITS = 4  # of a block: one for each scheduler of a multiprocessor
@@ -27,26 +28,37 @@ class Variant:
 
     Attributes:
         kernel: the kernel itself.
+        rows: most rows of activations that it takes.
         stages: units of work whose codes a warp copies ahead.
         copies: of HYB's table; 0 for codes without one.
+        shared_x: whether each block copies all activations to its shared memory.
     """
 
     kernel: Kernel
+    rows: int
     stages: int
     copies: int
+    shared_x: bool = False
 
     @property
     def warps(self) -> int:
         """Warps of a block."""
         return self.kernel.threads // 32
 
-    def shared_bytes(self, batch: int) -> int:
-        """Dynamic shared memory of a block: the table, and of each warp a strip's sums and copies.
+    def shared_bytes(self, batch: int, inputs: int) -> int:
+        """Dynamic shared memory of a block: the table, x, each warp's sums of a strip and copies.
 
-        The sums of a warp's second strip take the place of its copies.
+        The sums of a warp's second strip take the place of its copies. It is more than half of what
+        a multiprocessor has, as two blocks on one, and none on another, would take twice as long.
         """
-        sums = 4 * _STRIP * batch
-        return 4 * _TABLE_ROWS * self.copies + self.warps * (sums + self.stages * _UNIT_BYTES)
+        x_row = -(-inputs // _UNIT_INPUTS) * 2 * _UNIT_INPUTS + 16
+        size = 4 * _TABLE_ROWS * self.copies + (batch * x_row if self.shared_x else 0)
+        size += self.warps * (4 * _STRIP * batch + self.stages * _UNIT_BYTES)
+        return max(size, _MORE_THAN_HALF)
+
+    def takes(self, batch: int, inputs: int) -> bool:
+        """Whether it can multiply so many rows of so many inputs."""
+        return batch <= self.rows and self.shared_bytes(batch, inputs) <= MAX_SHARED_BYTES
 
 
 @dataclass(frozen=True)
@@ -89,17 +101,21 @@ class Deal:
 
 
 VARIANTS = {
-    ("hyb", "rows", True): Variant(Kernel("decode.cu", "hyb_rows_8", 512), 4, 32),
-    ("hyb", "rows", False): Variant(Kernel("decode.cu", "hyb_rows_16", 512), 4, 32),
-    ("mul1", "exl3", True): Variant(Kernel("decode.cu", "mul1_exl3_8", 512), 4, 0),
-    ("mul1", "exl3", False): Variant(Kernel("decode.cu", "mul1_exl3_16", 512), 4, 0),
+    ("hyb", "rows"): [
+        Variant(Kernel("decode.cu", "hyb_rows_8", 512), 8, 2, 32),
+        Variant(Kernel("decode.cu", "hyb_rows_16", 512), 16, 2, 32),
+    ],
+    ("mul1", "exl3"): [
+        Variant(Kernel("decode.cu", "mul1_exl3_8", 512), 8, 2, 0),
+        Variant(Kernel("decode.cu", "mul1_exl3_16", 512), 16, 2, 0),
+    ],
 }
-"""By code, order, and whether the activations have at most 8 rows."""
+"""By code and order; the first that takes the activations multiplies them."""
 
 
 def runs(code: TrellisCode) -> bool:
     """Whether there is a CUDA kernel for this code."""
-    return (code.name, code.order, True) in VARIANTS and code.spec.L == 16 and code.spec.k == 2
+    return (code.name, code.order) in VARIANTS and code.spec.L == 16 and code.spec.k == 2
 
 
 def multiply(
@@ -118,7 +134,7 @@ def multiply(
     Returns:
         float32 [shares, B, out], to be summed over the first dimension.
     """
-    variant = VARIANTS[code.name, code.order, x.shape[0] <= _FEW_ROWS]
+    variant = next(v for v in VARIANTS[code.name, code.order] if v.takes(*x.shape))
     return launch(variant, x, codes, table, out, overlap=overlap)
 
 
@@ -132,7 +148,7 @@ def launch(
     aligned = [t if t.data_ptr() % 16 == 0 else t.clone() for t in (x, codes)]
     variant.kernel(
         deal.grid,
-        variant.shared_bytes(batch),
+        variant.shared_bytes(batch, inputs),
         x.device,
         [*aligned, table, partial],
         [batch, out // 16, inputs // 16, deal.shares, deal.least, deal.more],

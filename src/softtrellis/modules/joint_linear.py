@@ -8,12 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from softtrellis.modules.decode import (
+    ResolvedDecodeBackend,
     code_factor,
     partial_product,
     resolve_decode_backend,
     rotations,
 )
 from softtrellis.modules.quantized_linear import QuantizedLinear
+from softtrellis.transforms import rotation_cuda
 
 
 class JointLinear(nn.Module):
@@ -66,14 +68,37 @@ class JointLinear(nn.Module):
         product = partial_product(
             rotated, self.codes, first.table, code, sum(widths), backend, overlap=True
         )
-        outputs = []
-        for layer, width, part in zip(layers, widths, product.split(widths, -1), strict=True):
-            y = rotations(backend, width, block).unrotate_output(
-                part, norms, layer.out_signs, layer.scale, layer.out_scale, layer.bias,
-                features=layer.out_features, factor=code_factor(code), dtype=x.dtype, block=block,
-            )  # fmt: skip
-            outputs.append(y.reshape(*x.shape[:-1], layer.out_features))
-        return tuple(outputs)
+        outputs = _unrotated(
+            product.split(widths, -1), norms, layers, backend, code_factor(code), x.dtype
+        )
+        return tuple(
+            y.reshape(*x.shape[:-1], layer.out_features)
+            for y, layer in zip(outputs, layers, strict=True)
+        )
+
+
+def _unrotated(
+    products: Sequence[Tensor],
+    norms: Tensor,
+    layers: Sequence[QuantizedLinear],
+    backend: ResolvedDecodeBackend,
+    factor: float,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """Each layer's outputs, in one launch where CUDA C++ rotates them all."""
+    block = layers[0].layer.block
+    kernels = [rotations(backend, layer.layer.padded[0], block) for layer in layers]
+    parts = [(y.out_signs, y.scale, y.out_scale, y.bias, y.out_features) for y in layers]
+    if all(kernel is rotation_cuda for kernel in kernels):
+        return rotation_cuda.unrotate_outputs(
+            products, norms, parts, factor=factor, dtype=dtype, block=block
+        )
+    return [
+        kernel.unrotate_output(
+            product, norms, *part[:4], features=part[4], factor=factor, dtype=dtype, block=block
+        )
+        for kernel, product, part in zip(kernels, products, parts, strict=True)
+    ]
 
 
 def _check_alike(first: QuantizedLinear, other: QuantizedLinear) -> None:

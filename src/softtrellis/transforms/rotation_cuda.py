@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from math import sqrt
@@ -17,10 +18,16 @@ from softtrellis.transforms.incoherence import padded_size
 from softtrellis.trellis.launch_cuda import Kernel
 
 Factor = Literal["left", "right"]
+Name = Literal["rotate_input", "unrotate_output"]
+
+JOBS = 4
+"""Transforms of one launch."""
 
 MAX_SHARED_BYTES = 227 * 1024
 CLUSTERS = (2, 4, 8)
-MIN_THREADS, MAX_THREADS = 256, 512
+THREADS = 256
+"""Of a block. With more, its registers would leave no room for a block of the product beside it,
+which is to start meanwhile."""
 _TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 
 
@@ -40,7 +47,7 @@ class Launch:
     """
 
     slices: int
-    threads: int
+    threads: int = THREADS
     part_tiles: int = 8
 
     def __post_init__(self) -> None:
@@ -70,15 +77,10 @@ class Transform:
         return -(-self.b // 16)
 
     def launch(self) -> Launch:
-        """As many blocks as have something to do, and a thread for four channels."""
+        """As many blocks as have something to do."""
         groups = self.tiles if self.blocks else min(self.tiles, -(-self.b // 4))
         slices = next((n for n in CLUSTERS if n >= groups), CLUSTERS[-1])
-        return Launch(slices, self.threads(slices))
-
-    def threads(self, slices: int) -> int:
-        """Threads of a block of a cluster of so many."""
-        quads = -(-self.tiles // slices) * 16 * 4 * self.steps
-        return max(MIN_THREADS, min(MAX_THREADS, -(-quads // 32) * 32))
+        return Launch(slices)
 
     def group_shift(self, slices: int) -> int:
         """log2 of the groups of four columns that a block has."""
@@ -194,11 +196,10 @@ def rotate_input(
     width = padded_size(features, multiple)
     target = torch.empty(batch, width, dtype=torch.float16, device=x.device)
     norms = torch.empty(batch, dtype=torch.float32, device=x.device)
-    _launch(
-        "rotate_input", x, target, norms, signs, scales, None, None,
-        features=features, width=width, stride=width, block=block, splits=0, factor=1.0,
-        launch=launch,
-    )  # fmt: skip
+    rotation = Rotation(
+        x, target, norms, signs, scales, None, None, features, width, width, block, 0, 1.0
+    )
+    _start("rotate_input", [rotation], launch)
     return target, norms
 
 
@@ -219,56 +220,120 @@ def unrotate_output(
     """``rotation_triton.unrotate_output``, for widths that ``runs`` names and results of float16,
     bfloat16 or float32; see ``rotate_input``.
     """
-    splits, batch, width = partial.shape
-    y = torch.empty(batch, features, dtype=dtype, device=partial.device)
-    _launch(
-        "unrotate_output", partial, y, norms, signs, scales, bias, scale,
-        features=features, width=width, stride=partial.stride(1), block=block, splits=splits,
-        factor=factor, launch=launch,
+    (y,) = unrotate_outputs(
+        [partial], norms, [(signs, scale, scales, bias, features)],
+        factor=factor, dtype=dtype, block=block, launch=launch,
     )  # fmt: skip
     return y
 
 
-def _launch(
-    name: Literal["rotate_input", "unrotate_output"],
-    source: Tensor,
-    target: Tensor,
+def unrotate_outputs(
+    partials: Sequence[Tensor],
     norms: Tensor,
-    signs: Tensor,
-    scales: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
+    layers: Sequence[tuple[Tensor, Tensor, Tensor | None, Tensor | None, int]],
     *,
-    features: int,
-    width: int,
-    stride: int,
-    block: int | None,
-    splits: int,
     factor: float,
-    launch: Launch | None,
-) -> None:
-    activations, row = (source, features) if name == "rotate_input" else (target, stride)
-    if activations.dtype not in _TYPES:
-        names = ", ".join(str(dtype) for dtype in _TYPES)
-        raise ValueError(f"activations must be one of {names}, got {activations.dtype}")
-    aligned = all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in (source, scales))
-    for transform in transforms(width, block):
-        cut = launch or transform.launch()
-        left, right = _factors(transform, name == "unrotate_output", source.device)
-        parts = 1 if transform.blocks else -(-transform.tiles // cut.part_tiles)
-        by_four = aligned and all(n % 4 == 0 for n in (row, transform.first, transform.b))
-        together = name == "rotate_input" or not transform.blocks
+    dtype: torch.dtype,
+    block: int | None = None,
+    launch: Launch | None = None,
+) -> list[Tensor]:
+    """``unrotate_output`` of several layers of the same inputs, up to four in one launch.
+
+    Args:
+        partials, norms, factor, dtype, block, launch: as there; a product of each layer.
+        layers: signs, scale, scales, bias and features of each.
+    """
+    found, rotations = [], []
+    for partial, (signs, scale, scales, bias, features) in zip(partials, layers, strict=True):
+        splits, batch, width = partial.shape
+        y = torch.empty(batch, features, dtype=dtype, device=partial.device)
+        rotations.append(
+            Rotation(
+                partial, y, norms, signs, scales, bias, scale,
+                features, width, partial.stride(1), block, splits, factor,
+            )
+        )  # fmt: skip
+        found.append(y)
+    _start("unrotate_output", rotations, launch)
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Rotation:
+    """Rows to rotate, as the kernel's comment describes them."""
+
+    source: Tensor
+    target: Tensor
+    norms: Tensor
+    signs: Tensor
+    scales: Tensor | None
+    bias: Tensor | None
+    scale: Tensor | None
+    features: int
+    width: int
+    stride: int
+    block: int | None
+    splits: int
+    factor: float
+
+    def blocks(self, transform: Transform, cut: Launch) -> int:
+        """Of the grid, for one of its transforms."""
+        return len(self.norms) * cut.slices * _parts(transform, cut)
+
+    def parameters(
+        self, name: Name, transform: Transform, cut: Launch, first_block: int
+    ) -> tuple[list[Tensor | None], list[int]]:
+        """Of the kernel, for one of its transforms."""
+        into = name == "rotate_input"
+        activations, row = (self.source, self.features) if into else (self.target, self.stride)
+        if activations.dtype not in _TYPES:
+            names = ", ".join(str(dtype) for dtype in _TYPES)
+            raise ValueError(f"activations must be one of {names}, got {activations.dtype}")
+        left, right = _factors(transform, not into, self.source.device)
+        read = (self.source, self.scales)
+        by_four = all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in read)
+        by_four &= all(n % 4 == 0 for n in (row, transform.first, transform.b))
+        addresses = [
+            *(self.source, self.target, self.norms, left, right),
+            *(self.signs, self.scales, self.bias, self.scale),
+        ]
+        numbers = [
+            *(len(self.norms), self.features, self.stride),
+            *(transform.first, transform.a, transform.b),
+            *(self.splits, cut.slices, _parts(transform, cut), cut.part_tiles),
+            transform.group_shift(cut.slices),
+            *(_TYPES[activations.dtype], 0 if self.bias is None else _TYPES[self.bias.dtype]),
+            by_four,
+            *struct.unpack("i", struct.pack("f", self.factor / sqrt(transform.order))),
+            *(first_block, 0),
+        ]
+        return addresses, numbers
+
+
+def _parts(transform: Transform, cut: Launch) -> int:
+    """Clusters of a row."""
+    return 1 if transform.blocks else -(-transform.tiles // cut.part_tiles)
+
+
+def _start(name: Name, rotations: Sequence[Rotation], launch: Launch | None) -> None:
+    """Launches of up to JOBS transforms each."""
+    jobs = [(r, t) for r in rotations for t in transforms(r.width, r.block)]
+    for some in (jobs[i : i + JOBS] for i in range(0, len(jobs), JOBS)):
+        cut = launch or max((t.launch() for _, t in some), key=lambda cut: cut.slices)
+        parameters, blocks = [], 0
+        for rotation, transform in some:
+            parameters.append(rotation.parameters(name, transform, cut, blocks))
+            blocks += rotation.blocks(transform, cut)
+        addresses, numbers = parameters[-1]
+        nothing = addresses, [*numbers[:-2], blocks, 0]
+        parameters += [nothing] * (JOBS - len(some))
+        together = name == "rotate_input" or any(not t.blocks for _, t in some)
         Kernel("rotation.cu", name, cut.threads)(
-            len(norms) * parts * cut.slices,
-            transform.shared_bytes(cut),
-            source.device,
-            [source, target, norms, left, right, signs, scales, bias, scale],
-            [
-                *(len(norms), features, stride, transform.first, transform.a, transform.b),
-                *(splits, cut.slices, parts, cut.part_tiles, transform.group_shift(cut.slices)),
-                *(_TYPES[activations.dtype], 0 if bias is None else _TYPES[bias.dtype], by_four),
-                *struct.unpack("i", struct.pack("f", factor / sqrt(transform.order))),
-            ],
+            blocks,
+            max(transform.shared_bytes(cut) for _, transform in some),
+            some[0][0].source.device,
+            *parameters[0],
+            more=parameters[1:],
             cluster=cut.slices if together else 1,
             overlap=True,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -84,6 +85,13 @@ def _attributes(cluster: int, overlap: bool) -> list[Any]:
     return found
 
 
+def _packed(addresses: Sequence[Tensor | None], numbers: Sequence[int]) -> bytes:
+    """Pointers, then ints, filled up to whole pointers."""
+    pointers = [0 if tensor is None else tensor.data_ptr() for tensor in addresses]
+    padded = [*numbers, *[0] * (len(numbers) % 2)]
+    return struct.pack(f"{len(pointers)}Q{len(padded)}i", *pointers, *padded)
+
+
 @dataclass(frozen=True)
 class Kernel:
     """A kernel of ``cuda/<source>`` whose only parameter is a structure of addresses and ints.
@@ -106,6 +114,7 @@ class Kernel:
         addresses: Sequence[Tensor | None],
         numbers: Sequence[int],
         *,
+        more: Sequence[tuple[Sequence[Tensor | None], Sequence[int]]] = (),
         cluster: int = 1,
         overlap: bool = False,
     ) -> None:
@@ -117,17 +126,15 @@ class Kernel:
             device: the CUDA device.
             addresses: contiguous tensors, or None, in the order of the structure's pointers.
             numbers: 32-bit ints, which follow the pointers.
+            more: pointers and ints of further such structures, where the parameter is an array.
             cluster: blocks of a cluster, a divisor of ``blocks``.
             overlap: start while the kernel before it ends (programmatic dependent launch); the
                 kernel itself must wait before it touches memory that others write.
         """
         from cuda.bindings import driver
 
-        structure = (ctypes.c_int64 * (len(addresses) + -(-len(numbers) // 2)))()
-        for i, tensor in enumerate(addresses):
-            structure[i] = 0 if tensor is None else tensor.data_ptr()
-        rest = (ctypes.c_int32 * len(numbers))(*numbers)
-        ctypes.memmove(ctypes.addressof(structure) + 8 * len(addresses), rest, 4 * len(numbers))
+        packed = b"".join(_packed(*part) for part in ((addresses, numbers), *more))
+        structure = ctypes.create_string_buffer(packed, len(packed))
         parameters = (ctypes.c_void_p * 1)(ctypes.addressof(structure))
         with torch.cuda.device(device):
             stream = torch.cuda.current_stream()

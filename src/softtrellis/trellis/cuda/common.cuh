@@ -91,6 +91,20 @@ __device__ __forceinline__ uint4 read_16_bytes(u32 from) {  // of shared memory
     return x;
 }
 
+// Likewise, or zeros.
+__device__ __forceinline__ void copy_16_bytes_or_0(u32 to, const void *from, bool copy) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+                 "r"(copy ? 16 : 0)
+                 : "memory");
+}
+
+// 16 bytes of shared memory, or what `to` was.
+__device__ __forceinline__ void read_if(bool condition, uint4 &to, u32 from) {
+    asm volatile("{.reg .pred p; setp.ne.s32 p, %5, 0; @p ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];}"
+                 : "+r"(to.x), "+r"(to.y), "+r"(to.z), "+r"(to.w)
+                 : "r"(from), "r"((int)condition));
+}
+
 // 16 bytes of global memory, or what `to` was.
 __device__ __forceinline__ void load_if(bool condition, uint4 &to, const uint4 *from) {
     asm volatile("{.reg .pred p; setp.ne.s32 p, %5, 0; @p ld.global.v4.b32 {%0, %1, %2, %3}, [%4];}"

@@ -90,7 +90,8 @@ struct Quarter<MUL1, COPIES> {
         }
     }
     __device__ __forceinline__ u32 state(int bit) const {
-        const u32 shifted = pieces[bit / 16] << bit % 8;  // serves two states
+        // Serves two states. Not <<, which becomes a multiplication: those are what it waits for.
+        const u32 shifted = __funnelshift_l(0u, pieces[bit / 16], bit % 8);
         return __byte_perm(shifted, 0, bit % 16 < 8 ? 0x4432 : 0x4421);
     }
     __device__ __forceinline__ u32 byte_sum(int bit) const {  // and 1024, as a float16
@@ -106,17 +107,21 @@ struct Quarter<MUL1, COPIES> {
 // neighbours begin at different banks.
 template <int COPIES, int THREADS>
 struct TableFill {
-    static constexpr int ROWS = TABLE_ROWS / THREADS, PARTS = COPIES / 4;
+    static constexpr int ROWS = (TABLE_ROWS + THREADS - 1) / THREADS, PARTS = COPIES / 4;
     u32 values[ROWS];
 
     __device__ __forceinline__ void load(const u32 *table) {
 #pragma unroll
-        for (int r = 0; r < ROWS; ++r) values[r] = __ldg(table + r * THREADS + threadIdx.x);
+        for (int r = 0; r < ROWS; ++r) {
+            const int row = r * THREADS + threadIdx.x;
+            if (row < TABLE_ROWS) values[r] = __ldg(table + row);
+        }
     }
     __device__ __forceinline__ void store() {
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
             const int row = r * THREADS + threadIdx.x;
+            if (row >= TABLE_ROWS) break;
             const u32 v = values[r];
 #pragma unroll
             for (int i = 0; i < PARTS; ++i) {
@@ -127,7 +132,16 @@ struct TableFill {
     }
 };
 
-template <Code CODE, int ROWS8, int WARPS, int STAGES, int COPIES>
+// The block's copy of x, rows of whole units; what is beyond the inputs is 0.
+template <int THREADS>
+__device__ __forceinline__ void copy_x(const Parameters &p, u32 to, int row_units, int row_bytes) {
+    for (int row = 0; row < p.batch; ++row, to += row_bytes)
+        for (int i = threadIdx.x; i < row_units * UNIT_BLOCKS * 2; i += THREADS)
+            copy_16_bytes_or_0(to + 16 * i, &p.x[row * p.in_blocks][0] + i, i < p.in_blocks * 2);
+    end_copies();
+}
+
+template <Code CODE, int ROWS8, int WARPS, int STAGES, int COPIES, bool SHARED_X>
 __device__ __forceinline__ void multiply(const Parameters &p) {
     const int lane = threadIdx.x % LANES, g = lane / 4, q = lane % 4, warp = threadIdx.x / LANES;
     const int row_units = (p.in_blocks + UNIT_BLOCKS - 1) / UNIT_BLOCKS;
@@ -142,7 +156,9 @@ __device__ __forceinline__ void multiply(const Parameters &p) {
 
     // Of each warp: the sums of its first strip, and the copies, whose place those of its second
     // strip take.
-    char *const own = (char *)shared + (CODE == HYB ? TABLE_ROWS * COPIES * 4 : 0);
+    const int x_row_bytes = row_units * UNIT_BLOCKS * SIDE * 2 + 16;  // 16: rows in other banks
+    char *const shared_x = (char *)shared + (CODE == HYB ? TABLE_ROWS * COPIES * 4 : 0);
+    char *const own = shared_x + (SHARED_X ? p.batch * x_row_bytes : 0);
     const int sums_bytes = p.batch * STRIP * 4, own_bytes = sums_bytes + STAGES * UNIT_BYTES;
     u32 slot = address(own) + warp * own_bytes + sums_bytes + 16 * lane, slots = slot;
     asm("" : "+r"(slots));  // else computed again and again
@@ -159,23 +175,22 @@ __device__ __forceinline__ void multiply(const Parameters &p) {
     const int out_block = strip * 2 + g / 4;
     const u32 next_part = ((out_block + 2) * p.in_blocks + q) * TILE + g % 4;
     u32 part = (out_block * p.in_blocks + first_block) * TILE + g % 4;
-    int ahead = here, ahead_block = first_block;
-    int limit = units > 0 && out_block < p.out_blocks ? p.in_blocks : 0;
-    int next_limit = there > 0 && out_block + 2 < p.out_blocks ? p.in_blocks : 0;
+    int ahead = here;  // units to copy, and from this lane's input block to the end of the row
+    int room = units > 0 && out_block < p.out_blocks ? p.in_blocks - first_block : 0;
+    int next_room = there > 0 && out_block + 2 < p.out_blocks ? p.in_blocks - q : 0;
     const auto copy = [&] {
         const uint4 *from = p.codes + part;
         asm("" : "+l"(from));  // likewise
 #pragma unroll
         for (int half = 0; half < 2; ++half)
-            if (ahead_block < limit - half * QUARTET)
+            if (room > half * QUARTET)
                 copy_16_bytes(slot + half * UNIT_BYTES / 2, from + half * QUARTET * TILE);
         end_copies();
-        slot = slot == slots + (STAGES - 1) * UNIT_BYTES ? slots : slot + UNIT_BYTES;
-        ahead_block += UNIT_BLOCKS, part += UNIT_BLOCKS * TILE;
-        if (--ahead == 0) {  // on to the second strip, and after it to nothing
-            part = next_part, ahead_block = q, ahead = there;
-            limit = next_limit, next_limit = 0;
-        }
+        if (STAGES == 2) slot = 2 * slots + UNIT_BYTES - slot;
+        else slot = slot == slots + (STAGES - 1) * UNIT_BYTES ? slots : slot + UNIT_BYTES;
+        room -= UNIT_BLOCKS, part += UNIT_BLOCKS * TILE;
+        if (--ahead == 0)  // on to the second strip, and after it to nothing
+            part = next_part, ahead = there, room = next_room, next_room = 0;
     };
 #pragma unroll 1
     for (int i = 0; i < STAGES; ++i) copy();
@@ -183,26 +198,40 @@ __device__ __forceinline__ void multiply(const Parameters &p) {
     wait_for_the_kernel_before();  // which writes x; codes and table were there
     let_the_next_kernel_begin();
 
+    uint4 x[2][ROWS8][2] = {};
     int x_at = g * p.in_blocks + first_block;
     const int x_end = (g + 1) * p.in_blocks;
-    uint4 x[2][ROWS8][2];
+    const u32 x_row = address(shared_x) + g * x_row_bytes + q * SIDE * 2;
+    u32 x_from = x_row + (first_block - q) * SIDE * 2;
     const auto load_x = [&](int half) {
 #pragma unroll
         for (int r = 0; r < ROWS8; ++r) {
-            const uint4 *from = p.x[x_at + r * 8 * p.in_blocks];
+            const bool inside = r * 8 + g < p.batch;
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                x[half][r][i] = make_uint4(0, 0, 0, 0);
-                load_if(x_at < x_end && r * 8 + g < p.batch, x[half][r][i], from + i);
+                if (SHARED_X) {
+                    read_if(inside, x[half][r][i], x_from + r * 8 * x_row_bytes + 16 * i);
+                } else {
+                    x[half][r][i] = make_uint4(0, 0, 0, 0);
+                    load_if(x_at < x_end && inside, x[half][r][i],
+                            p.x[x_at + r * 8 * p.in_blocks] + i);
+                }
             }
         }
-        x_at += QUARTET;
+        x_at += QUARTET, x_from += QUARTET * SIDE * 2;
     };
-    load_x(0);
-    if (CODE == HYB) __syncthreads();
-    wait_for_copies<STAGES - 1>();
+    if (SHARED_X) {
+        copy_x<WARPS * LANES>(p, address(shared_x), row_units, x_row_bytes);
+        wait_for_copies<0>();
+        __syncthreads();
+        load_x(0);
+    } else {
+        load_x(0);
+        if (CODE == HYB) __syncthreads();
+    }
     uint4 quarters[2];
     const auto read_quarters = [&] {
+        wait_for_copies<STAGES - 1>();
         quarters[0] = read_16_bytes(slot);
         quarters[1] = read_16_bytes(slot + UNIT_BYTES / 2);
     };
@@ -211,6 +240,7 @@ __device__ __forceinline__ void multiply(const Parameters &p) {
 
 #pragma unroll 1
     for (int side = 0; side < (there > 0 ? 2 : 1); ++side) {
+        if (SHARED_X && side) x_from = x_row, load_x(0);
         float total[ROWS8][2][4] = {};
 #pragma unroll 1
         for (int left = side ? there : here; left > 0; --left) {
@@ -220,9 +250,8 @@ __device__ __forceinline__ void multiply(const Parameters &p) {
                 const Quarter<CODE, COPIES> quarter(quarters[half], after);
                 if (half == 1) {
                     copy();
-                    wait_for_copies<STAGES - 1>();
                     read_quarters();
-                    if (left == 1) x_at = x_end - p.in_blocks + q;
+                    if (!SHARED_X && left == 1) x_at = x_end - p.in_blocks + q;
                 }
                 load_x(1 - half);
 #pragma unroll
@@ -286,12 +315,12 @@ __device__ __forceinline__ void multiply(const Parameters &p) {
     }
 }
 
-#define KERNEL(NAME, CODE, ROWS8, WARPS, STAGES, COPIES, REGISTERS)            \
+#define KERNEL(NAME, CODE, ROWS8, WARPS, STAGES, COPIES, SHARED_X, REGISTERS)  \
     extern "C" __global__ void __maxnreg__(REGISTERS) NAME(Parameters p) {     \
-        multiply<CODE, ROWS8, WARPS, STAGES, COPIES>(p);                       \
+        multiply<CODE, ROWS8, WARPS, STAGES, COPIES, SHARED_X>(p);             \
     }
 
-KERNEL(hyb_rows_8, HYB, 1, 16, 4, 32, 80)
-KERNEL(hyb_rows_16, HYB, 2, 16, 4, 32, 128)
-KERNEL(mul1_exl3_8, MUL1, 1, 16, 4, 32, 80)
-KERNEL(mul1_exl3_16, MUL1, 2, 16, 4, 32, 128)
+KERNEL(hyb_rows_8, HYB, 1, 16, 2, 32, false, 80)
+KERNEL(hyb_rows_16, HYB, 2, 16, 2, 32, false, 128)
+KERNEL(mul1_exl3_8, MUL1, 1, 16, 2, 32, false, 80)
+KERNEL(mul1_exl3_16, MUL1, 2, 16, 2, 32, false, 128)

@@ -11,13 +11,10 @@
 //   * Nothing that a kernel may have written is read before the kernel before this one has ended,
 //     and the next one begins after that only: of a chain of kernels two run at a time.
 
-#include "cluster.cuh"
-#include "halves.cuh"
+#include "types.cuh"
 
 constexpr int SIDE = 16, QUAD = 4, LANES = 32, LINE = 128;
 constexpr int MAX_PEAKS = 8 * 16;  // of 8 blocks of 16 warps
-
-enum Type { HALF, BFLOAT, FLOAT };
 
 struct Parameters {
     const char *source;          // x [batch, features]; or float [splits, batch, width]
@@ -35,6 +32,17 @@ struct Parameters {
     int type, bias_type;         // of the activations and of the bias
     int by_four;                 // whether four channels can be read at once
     float factor;
+    int first_block, unused;     // of the blocks of the grid that do this
+};
+
+struct Jobs {  // independent of each other
+    Parameters of[4];
+
+    __device__ __forceinline__ const Parameters &mine() const {
+        int i = 0;
+        while (i < 3 && (int)blockIdx.x >= of[i + 1].first_block) ++i;
+        return of[i];
+    }
 };
 
 extern __shared__ uint4 shared[];
@@ -49,40 +57,6 @@ __device__ __forceinline__ float sign_of(u32 byte, int channel) {
     return (byte >> (7 - channel % 8)) & 1 ? -1.f : 1.f;
 }
 
-__device__ __forceinline__ int size_of(int type) { return type == FLOAT ? 4 : 2; }
-
-__device__ __forceinline__ float number(u32 bits, int type) {
-    if (type == FLOAT) return __uint_as_float(bits);
-    return type == HALF ? of_half((u16)bits) : of_bfloat((u16)bits);
-}
-
-__device__ __forceinline__ u32 read_bits(const char *p, long long at, int type) {
-    return type == FLOAT ? read_word(p + 4 * at) : read_half(p + 2 * at);
-}
-
-__device__ __forceinline__ float read(const char *p, long long at, int type) {
-    return number(read_bits(p, at, type), type);
-}
-
-__device__ __forceinline__ float4 numbers(uint4 bits, int type) {
-    if (type == FLOAT)
-        return make_float4(__uint_as_float(bits.x), __uint_as_float(bits.y),
-                           __uint_as_float(bits.z), __uint_as_float(bits.w));
-    return make_float4(number(bits.x & 0xffff, type), number(bits.x >> 16, type),
-                       number(bits.y & 0xffff, type), number(bits.y >> 16, type));
-}
-
-__device__ __forceinline__ uint4 read_bits4(const char *p, long long at, int type) {
-    if (type == FLOAT) return read_words4(p + 4 * at);
-    const uint2 x = read_words2(p + 2 * at);
-    return make_uint4(x.x, x.y, 0, 0);
-}
-
-__device__ __forceinline__ void write(char *p, long long at, int type, float x) {
-    if (type == FLOAT) ((float *)p)[at] = x;
-    else ((u16 *)p)[at] = type == HALF ? to_half(x) : (u16)to_bfloats(x, 0.f);
-}
-
 // Four numbers as bfloat16, then what that leaves of them.
 __device__ __forceinline__ uint4 split(float4 v) {
     const u32 xy = to_bfloats(v.x, v.y), zw = to_bfloats(v.z, v.w);
@@ -91,26 +65,6 @@ __device__ __forceinline__ uint4 split(float4 v) {
                                  v.y - __uint_as_float(xy & 0xffff0000u)),
                       to_bfloats(v.z - __uint_as_float(zw << 16),
                                  v.w - __uint_as_float(zw & 0xffff0000u)));
-}
-
-// Sums over the shares of four channels of the product; eight loads are under way at once.
-__device__ __forceinline__ float4 read_shares(const Parameters &p, long long at) {
-    constexpr int AT_ONCE = 8;
-    const long long share = (long long)p.batch * p.width;
-    float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
-    for (int s = 0; s < p.splits; s += AT_ONCE) {
-        uint4 v[AT_ONCE];
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; ++i)
-            v[i] = s + i < p.splits ? read_words4(p.source + 4 * ((s + i) * share + at))
-                                    : make_uint4(0, 0, 0, 0);
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; ++i) {
-            const float4 x = numbers(v[i], FLOAT);
-            sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
-        }
-    }
-    return sum;
 }
 
 __device__ __forceinline__ float scaled_input(const Parameters &p, int row, int channel) {
@@ -131,29 +85,60 @@ __device__ __forceinline__ float load(const Parameters &p, int row, int channel)
     return sum;
 }
 
-// Four channels, of which `count` belong to the row of X.
-template <bool INPUT>
-__device__ __forceinline__ float4 load4(const Parameters &p, int row, int channel, int count) {
-    float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
+// N times four channels, of each of which `count` belong to a row of X; all loads are under way
+// before the first number is used.
+template <bool INPUT, int N>
+__device__ __forceinline__ void load_quads(const Parameters &p, int row, const int (&channel)[N],
+                                           const int (&count)[N], float4 (&v)[N]) {
+    for (int k = 0; k < N; ++k) v[k] = make_float4(0.f, 0.f, 0.f, 0.f);
     if (!p.by_four) {
-        if (count > 0) v.x = load<INPUT>(p, row, channel);
-        if (count > 1) v.y = load<INPUT>(p, row, channel + 1);
-        if (count > 2) v.z = load<INPUT>(p, row, channel + 2);
-        if (count > 3) v.w = load<INPUT>(p, row, channel + 3);
-        return v;
+        for (int k = 0; k < N; ++k) {
+            if (count[k] > 0) v[k].x = load<INPUT>(p, row, channel[k]);
+            if (count[k] > 1) v[k].y = load<INPUT>(p, row, channel[k] + 1);
+            if (count[k] > 2) v[k].z = load<INPUT>(p, row, channel[k] + 2);
+            if (count[k] > 3) v[k].w = load<INPUT>(p, row, channel[k] + 3);
+        }
+    } else if (INPUT) {
+        uint4 x[N], ones[N];
+        u32 byte[N];
+#pragma unroll
+        for (int k = 0; k < N; ++k) {
+            const bool inside = count[k] > 0 && channel[k] < p.features;
+            const long long at = (long long)row * p.features + channel[k];
+            x[k] = inside ? read_bits4(p.source, at, p.type) : uint4{};
+            ones[k] = inside && p.scales ? read_bits4(p.scales, channel[k], HALF)
+                                         : make_uint4(0x3c003c00u, 0x3c003c00u, 0, 0);
+            byte[k] = inside ? read_byte(p.signs + channel[k] / 8) : 0;
+        }
+#pragma unroll
+        for (int k = 0; k < N; ++k) {
+            const float4 y = numbers(x[k], p.type), scale = numbers(ones[k], HALF);
+            const int c = channel[k];
+            v[k].x = y.x * (scale.x * sign_of(byte[k], c));
+            v[k].y = y.y * (scale.y * sign_of(byte[k], c + 1));
+            v[k].z = y.z * (scale.z * sign_of(byte[k], c + 2));
+            v[k].w = y.w * (scale.w * sign_of(byte[k], c + 3));
+        }
+    } else {
+        constexpr int SHARES = 4;
+        const long long share = (long long)p.batch * p.width;
+        for (int s = 0; s < p.splits; s += SHARES) {
+            uint4 x[N][SHARES];
+#pragma unroll
+            for (int i = 0; i < N * SHARES; ++i) {
+                const int k = i / SHARES, of = s + i % SHARES;
+                const long long at = of * share + (long long)row * p.width + channel[k];
+                const bool inside = count[k] > 0 && of < p.splits;
+                x[k][i % SHARES] = inside ? read_words4(p.source + 4 * at) : uint4{};
+            }
+#pragma unroll
+            for (int i = 0; i < N * SHARES; ++i) {
+                const float4 y = numbers(x[i / SHARES][i % SHARES], FLOAT);
+                float4 &sum = v[i / SHARES];
+                sum.x += y.x, sum.y += y.y, sum.z += y.z, sum.w += y.w;
+            }
+        }
     }
-    if (count <= 0) return v;
-    if (!INPUT) return read_shares(p, (long long)row * p.width + channel);
-    if (channel >= p.features) return v;
-    const uint4 x = read_bits4(p.source, (long long)row * p.features + channel, p.type);
-    uint4 ones = make_uint4(0x3c003c00u, 0x3c003c00u, 0, 0);
-    if (p.scales) ones = read_bits4(p.scales, channel, HALF);
-    const u32 byte = read_byte(p.signs + channel / 8);
-    const float4 scale = numbers(ones, HALF);
-    v = numbers(x, p.type);
-    v.x *= scale.x * sign_of(byte, channel), v.y *= scale.y * sign_of(byte, channel + 1);
-    v.z *= scale.z * sign_of(byte, channel + 2), v.w *= scale.w * sign_of(byte, channel + 3);
-    return v;
 }
 
 // 16 rows of a sign matrix times 4 N vectors of `steps` k-steps of 16 numbers. A lane, with g =
@@ -197,42 +182,34 @@ __device__ __forceinline__ void multiply(float (&result)[N][2], const u32 *signs
         }
 }
 
-// One number of the result: row i of A and column j of X.
+// What one number of the result is multiplied by and added to: row i of A and column j of X.
 template <bool INPUT>
 struct Output {
-    int channel;
-    bool inside;
     u32 byte, scale, bias;  // as they are read
 
+    static __device__ __forceinline__ int channel_of(const Parameters &p, int i, int j) {
+        const int channel = p.first + i * p.b + j;
+        return i < p.a && j < p.b && (INPUT || channel < p.features) ? channel : -1;
+    }
+
     __device__ __forceinline__ void load(const Parameters &p, int i, int j) {
-        channel = p.first + i * p.b + j;
-        inside = i < p.a && j < p.b && (INPUT || channel < p.features);
+        const int channel = channel_of(p, i, j);
         byte = 0, scale = 0x3c00, bias = 0;
-        if (INPUT || !inside) return;
+        if (INPUT || channel < 0) return;
         byte = read_byte(p.signs + channel / 8);
         if (p.scales) scale = read_half(p.scales + 2 * channel);
         if (p.bias) bias = read_bits(p.bias, channel, p.bias_type);
     }
 
-    __device__ __forceinline__ void store(const Parameters &p, int row, float x, float factor) {
-        if (!inside) return;
+    __device__ __forceinline__ void store(const Parameters &p, int row, int i, int j, float x,
+                                          float factor) {
+        const int channel = channel_of(p, i, j);
+        if (channel < 0) return;
         if (INPUT) write(p.target, (long long)row * p.width + channel, HALF, x * factor);
         else
             write(p.target, (long long)row * p.features + channel, p.type,
                   x * factor * (of_half((u16)scale) * sign_of(byte, channel)) +
                       number(bias, p.bias_type));
-    }
-};
-
-template <bool INPUT, int N>
-struct Outputs {
-    Output<INPUT> of[N][2];
-
-    __device__ __forceinline__ void load(const Parameters &p, int i, int j) {
-#pragma unroll
-        for (int n = 0; n < N; ++n)
-#pragma unroll
-            for (int h = 0; h < 2; ++h) of[n][h].load(p, i + 8 * h, j + 4 * n);
     }
 };
 
@@ -244,18 +221,26 @@ __device__ __forceinline__ void multiply_columns(const Parameters &p, int row, i
     const int lane = threadIdx.x % LANES, steps = (p.a + SIDE - 1) / SIDE;
     const int groups = 1 << p.group_shift, i = tile * SIDE + lane / 4;
     int j = rank * groups * QUAD + lane % 4;
-    Outputs<INPUT, N> outputs;
-    outputs.load(p, i, j);
+    Output<INPUT> outputs[N][2];
+    const auto load_outputs = [&] {
+#pragma unroll
+        for (int m = 0; m < N; ++m)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) outputs[m][h].load(p, i + 8 * h, j + QUAD * m);
+    };
+    load_outputs();
     wait_for_mail(mailbox);
     const float factor = factor_of();
-    for (int n = 0; n < groups; n += N, j += QUAD * N) {
+    for (int n = 0; n < groups; n += N) {
         float result[N][2];
         multiply<N>(result, signs, columns + n * QUAD * stride_of(steps), steps);
 #pragma unroll
         for (int m = 0; m < N; ++m)
 #pragma unroll
-            for (int h = 0; h < 2; ++h) outputs.of[m][h].store(p, row, result[m][h], factor);
-        if (n + N < groups) outputs.load(p, i, j + QUAD * N);
+            for (int h = 0; h < 2; ++h)
+                outputs[m][h].store(p, row, i + 8 * h, j + QUAD * m, result[m][h], factor);
+        j += QUAD * N;
+        if (n + N < groups) load_outputs();
     }
 }
 
@@ -263,7 +248,8 @@ template <bool INPUT>
 __device__ __forceinline__ void rotate(const Parameters &p) {
     const int lane = threadIdx.x % LANES, g = lane / 4, q = lane % 4;
     const int warp = threadIdx.x / LANES, warps = blockDim.x / LANES;
-    const int rank = blockIdx.x % p.slices, cluster = blockIdx.x / p.slices;
+    const int index = blockIdx.x - p.first_block;
+    const int rank = index % p.slices, cluster = index / p.slices;
     const int part = cluster % p.parts, row = cluster / p.parts;
     const int tiles = (p.a + SIDE - 1) / SIDE, own = (tiles + p.slices - 1) / p.slices;
     const int steps = (p.b + SIDE - 1) / SIDE;  // of a row of X; 16 columns each, as in B's rows
@@ -312,13 +298,33 @@ __device__ __forceinline__ void rotate(const Parameters &p) {
         scale = read(p.scale, 0, FLOAT);
         norm = read((const char *)(p.norms + row), 0, FLOAT);
     }
+    Output<INPUT> outputs[2][4];  // of a unit, where there is no A
+    const auto load_outputs = [&](int unit) {
+        const int i = (rank * own + unit / steps) * SIDE + q, j = unit % steps * SIDE + g;
+#pragma unroll
+        for (int k = 0; k < 8; ++k) outputs[k / 4][k % 4].load(p, i + k % 4 * 4, j + k / 4 * 8);
+    };
+    if (!INPUT && !p.left) load_outputs(warp);  // on their way while the rows are
     const int quads = 4 * steps;
-    for (int u = threadIdx.x; u < own * SIDE * quads; u += blockDim.x) {
-        const int i = u / quads, j = QUAD * (u % quads), row_of_x = rank * own * SIDE + i;
-        const int count = row_of_x < p.a ? p.b - j : 0, channel = p.first + row_of_x * p.b + j;
-        const float4 v = load4<INPUT>(p, row, channel, count);
-        peak = fmaxf(peak, fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w))));
-        rows[i * stride + j / QUAD] = split(v);
+    constexpr int AT_ONCE = 2;
+    for (int u = threadIdx.x; u < own * SIDE * quads; u += AT_ONCE * blockDim.x) {
+        int channel[AT_ONCE], count[AT_ONCE], at[AT_ONCE];
+        float4 v[AT_ONCE];
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; ++k) {
+            const int quad = u + k * blockDim.x, i = quad / quads, j = quad % quads;
+            const int row_of_x = rank * own * SIDE + i;
+            channel[k] = p.first + row_of_x * p.b + QUAD * j;
+            at[k] = i < own * SIDE ? i * stride + j : -1;
+            count[k] = at[k] >= 0 && row_of_x < p.a ? p.b - QUAD * j : 0;
+        }
+        load_quads<INPUT>(p, row, channel, count, v);
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; ++k) {
+            peak = fmaxf(peak, fmaxf(fmaxf(fabsf(v[k].x), fabsf(v[k].y)),
+                                     fmaxf(fabsf(v[k].z), fabsf(v[k].w))));
+            if (at[k] >= 0) rows[at[k]] = split(v[k]);
+        }
     }
     if (INPUT && p.a * p.b < p.width)  // other channels' transforms are other launches
         for (int channel = thread; channel < p.features; channel += p.slices * blockDim.x)
@@ -338,19 +344,22 @@ __device__ __forceinline__ void rotate(const Parameters &p) {
                 largest = fmaxf(largest, __uint_as_float(peaks[i + lane]));
         largest = __uint_as_float(largest_of_warp(largest));
         if (largest == 0.f) largest = 1.f;
-        if (blockIdx.x % (p.slices * p.parts) == 0 && threadIdx.x == 0) p.norms[row] = largest;
+        if (index % (p.slices * p.parts) == 0 && threadIdx.x == 0) p.norms[row] = largest;
         return p.factor / largest;
     };
     float factor = 1.f;
-    if (!p.left) {
-        if (INPUT) wait_for_mail(mailbox);
-        factor = factor_of();
-    }
     for (int unit = warp; unit < own * steps; unit += warps) {
         const int tile = rank * own + unit / steps, block = unit % steps;
         if (tile >= tiles) break;
         float result[4][2];
         multiply<4>(result, right + block * row_words, rows + unit / steps * SIDE * stride, steps);
+        if (!p.left) {
+            if (INPUT || unit != warp) load_outputs(unit);
+            if (unit == warp) {
+                if (INPUT) wait_for_mail(mailbox);
+                factor = factor_of();
+            }
+        }
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             const int j = block * SIDE + 8 * h + g;
@@ -363,15 +372,15 @@ __device__ __forceinline__ void rotate(const Parameters &p) {
                      split(v));
             } else {
 #pragma unroll
-                for (int n = 0; n < 4; ++n) {
-                    Output<INPUT> output;
-                    output.load(p, tile * SIDE + 4 * n + q, j);
-                    output.store(p, row, result[n][h], factor);
-                }
+                for (int n = 0; n < 4; ++n)
+                    outputs[h][n].store(p, row, tile * SIDE + 4 * n + q, j, result[n][h], factor);
             }
         }
     }
-    if (!p.left) return;
+    if (!p.left) {
+        if (INPUT) wait_for_mail(mailbox);  // to stay while others send
+        return;
+    }
     left += warp * left_words;
     const int tile = part * p.part_tiles + warp;
     if (warp >= p.part_tiles || tile >= tiles) wait_for_mail(mailbox);  // to stay while others send
@@ -380,10 +389,11 @@ __device__ __forceinline__ void rotate(const Parameters &p) {
     else multiply_columns<INPUT, 2>(p, row, tile, rank, left, columns, mailbox, factor_of);
 }
 
-extern "C" __global__ void __launch_bounds__(512, 2) rotate_input(Parameters p) {
-    rotate<true>(p);
+// With 256 threads they fit beside a block of the product, of 512 threads with 80 registers.
+extern "C" __global__ void __launch_bounds__(512, 2) rotate_input(Jobs jobs) {
+    rotate<true>(jobs.mine());
 }
 
-extern "C" __global__ void __launch_bounds__(512, 1) unrotate_output(Parameters p) {
-    rotate<false>(p);
+extern "C" __global__ void __maxnreg__(96) unrotate_output(Jobs jobs) {
+    rotate<false>(jobs.mine());
 }
