@@ -19,6 +19,7 @@ from softtrellis.modules.quantized_linear import LayerFormat, QuantizedLinear
 from softtrellis.modules.replace import get_linear, linear_names, replace_modules
 from softtrellis.quantizers.hard import TrellisCode
 from softtrellis.recipes.qat import DistillConfig
+from softtrellis.recipes.trainables import TRAINABLE
 from softtrellis.recipes.trainer import Trainer
 from softtrellis.spec import TrellisSpec
 
@@ -99,6 +100,7 @@ def step_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--ctx", type=int, default=1024)
     parser.add_argument("--micro-batch", type=int, default=4)
     parser.add_argument("--checkpoint-layers", action="store_true")
+    parser.add_argument("--train", nargs="+", default=["latents"], choices=TRAINABLE)
     return parser
 
 
@@ -112,6 +114,7 @@ def step_config(options: argparse.Namespace, **more: Any) -> DistillConfig:
         micro_batch=options.micro_batch,
         ctx=options.ctx,
         checkpoint_layers=options.checkpoint_layers,
+        train=tuple(options.train),
         measure_every=0,
         held_out=0,
         device=options.device,
@@ -157,7 +160,15 @@ def main() -> None:
             layer.held.grad = torch.randn_like(layer.held)
     filled = now()
     release(layers)
-    print(f"weights {held - began:.2f} s, their gradients {now() - filled:.2f} s", flush=True)
+    released = now()
+    trainer.optimizer.step()
+    updated = now()
+    print(
+        f"weights {held - began:.3f} s, their gradients {released - filled:.3f} s, "
+        f"optimizer {updated - released:.3f} s",
+        flush=True,
+    )
+    trainer.optimizer.zero_grad()
     if options.profile:
         profile_step(trainer, options.steps, cuda=cuda)
 
