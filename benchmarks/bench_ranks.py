@@ -22,7 +22,8 @@ from collections.abc import Callable
 import torch
 from bench_step import SHAPES, models, step_config, step_parser
 
-from softtrellis.modules.latent_linear import _batches, _values, hold, release
+from softtrellis.modules.latent_linear import hold, release
+from softtrellis.modules.latent_stacks import batches, codewords_of
 from softtrellis.recipes.ranks import Ranks, join, shard_frozen_
 from softtrellis.recipes.trainer import Trainer
 
@@ -51,8 +52,8 @@ class Clock:
 @torch.no_grad()
 def codewords(trainer: Trainer) -> None:
     """BCJR forward on this rank's tiles, without a graph."""
-    for batch in _batches(trainer.layers.values()):
-        _values(batch)
+    for batch in batches(trainer.layers.values()):
+        codewords_of(batch)
 
 
 def gathers(trainer: Trainer) -> None:

@@ -161,7 +161,15 @@ def main() -> None:
             layer.held.grad = torch.randn_like(layer.held)
     filled = now()
     release(layers)
-    print(f"weights {held - began:.2f} s, their gradients {now() - filled:.2f} s", flush=True)
+    released = now()
+    trainer.optimizer.step()
+    updated = now()
+    print(
+        f"weights {held - began:.3f} s, their gradients {released - filled:.3f} s, "
+        f"optimizer {updated - released:.3f} s",
+        flush=True,
+    )
+    trainer.optimizer.zero_grad()
     if options.profile:
         profile_step(trainer, options.steps, cuda=cuda)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from softtrellis.quantizers.tiling import from_tiles, to_tiles
+from softtrellis.quantizers.tiling import TileOrder, from_tiles, to_tiles
 from softtrellis.spec import TrellisSpec
 
 
@@ -38,3 +38,12 @@ def test_exl3_order_is_the_documented_one() -> None:
 def test_dimensions_that_are_no_multiples() -> None:
     with pytest.raises(ValueError, match="multiples of 16"):
         to_tiles(torch.zeros(16, 20), TrellisSpec(8, 2, 1), "rows")
+
+
+@pytest.mark.parametrize("order", ["rows", "exl3"])
+def test_stacks_are_their_matrices(order: TileOrder) -> None:
+    weights = torch.arange(2 * 3 * 48 * 32.0).reshape(2, 3, 48, 32)
+    tiles = to_tiles(weights, TrellisSpec(8, 1, 2), order)
+    assert tiles.shape == (2, 3, 6, 128, 2)
+    assert torch.equal(tiles[1, 2], to_tiles(weights[1, 2], TrellisSpec(8, 1, 2), order))
+    assert torch.equal(from_tiles(tiles, 48, 32, order), weights)

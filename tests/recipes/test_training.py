@@ -17,7 +17,13 @@ from softtrellis.modules.latent_linear import LatentLinear
 from softtrellis.modules.quantized_linear import QuantizedLinear
 from softtrellis.modules.replace import decoder_layers, get_linear, quantized_layers
 from softtrellis.recipes import objective, trainer
-from softtrellis.recipes.optimizer import load_optimizer_tensors, make_optimizer, optimizer_tensors
+from softtrellis.recipes.optimizer import (
+    gradient_norm,
+    load_optimizer_tensors,
+    make_optimizer,
+    optimizer_tensors,
+    scale_gradients_,
+)
 from softtrellis.recipes.qat import DistillConfig
 from softtrellis.recipes.training_text import WindowOrder
 
@@ -218,6 +224,37 @@ def test_the_state_of_an_optimizer_goes_on_where_it_was(name: Any) -> None:
         step(*one, number)
         step(*two, number)
     assert torch.equal(one[0], two[0])
+
+
+def test_parameters_of_one_rate_are_one_group(setting: Setting) -> None:
+    groups: list[dict[str, Any]] = []
+    original = trainer.make_optimizer
+
+    def spy(name: Any, given: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
+        groups.extend(given)
+        return original(name, given, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "make_optimizer", spy)
+        student = setting.student()
+        setting.train(student, train=("latents", "norms"), steps=1)
+    rates = [group["lr"] for group in groups]
+    assert len(set(rates)) == len(rates)
+    assert max(len(group["params"]) for group in groups) >= len(quantized_layers(student))
+
+
+def test_norm_and_scale_of_all_gradients() -> None:
+    parameters = [torch.nn.Parameter(torch.zeros(n)) for n in (3, 4, 5)]
+    assert float(gradient_norm(parameters)) == 0.0
+    scale_gradients_(parameters, 0.5)
+    parameters[0].grad = torch.full((3,), 2.0)
+    parameters[2].grad = torch.full((5,), -2.0)
+    norm = gradient_norm(parameters)
+    assert norm.dtype == torch.float64
+    assert float(norm) == pytest.approx(32**0.5, rel=1e-12)
+    scale_gradients_(parameters, 0.5)
+    assert parameters[1].grad is None
+    assert parameters[2].grad.tolist() == [-1.0] * 5
 
 
 def test_packages_that_are_asked_for(setting: Setting, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from softtrellis.transforms.incoherence import (
     pack_signs,
     padded_size,
     unpack_signs,
+    unrotate_weights,
 )
 
 LAYERS = [  # in, out, multiple, block
@@ -225,3 +226,32 @@ def test_to_moves_the_signs():
     assert moved.in_signs.is_meta
     assert moved.out_signs.is_meta
     assert moved.rotate_weight(torch.ones(172, 64, device="meta")).shape == (176, 64)
+
+
+def test_stacks_are_unrotated_each_by_its_own_signs(rotation):
+    others = [
+        Incoherence.random(
+            rotation.in_features,
+            rotation.out_features,
+            seed=seed,
+            multiple=rotation.multiple,
+            block=rotation.block,
+        )
+        for seed in (6, 7)
+    ]
+    rotations = [rotation, *others]
+    weights = randn(3, rotation.out_pad, rotation.in_pad)
+    found = unrotate_weights(rotations, weights)
+    assert found.is_contiguous()
+    for one, weight, alone in zip(found, weights, rotations, strict=True):
+        close(one, alone.unrotate_weight(weight))
+
+
+def test_stacks_that_do_not_fit_are_refused():
+    one, other = Incoherence.random(64, 32, seed=0), Incoherence.random(32, 64, seed=0)
+    with pytest.raises(ValueError, match="same sizes"):
+        unrotate_weights([one, other], torch.ones(2, 32, 64))
+    with pytest.raises(ValueError, match="2 rotated weights must be a stack"):
+        unrotate_weights([one, one], torch.ones(3, 32, 64))
+    with pytest.raises(ValueError, match=r"rotated weight must be \[32, 64\]"):
+        unrotate_weights([one, one], torch.ones(2, 64, 32))

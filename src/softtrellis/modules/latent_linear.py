@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -12,14 +12,14 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from softtrellis.backend import Backend
+from softtrellis.modules.latent_stacks import batches, codewords_of, stacks, states_of, weights_of
 from softtrellis.modules.quantized_linear import LayerFormat, QuantizedLinear
 from softtrellis.modules.tile_share import TileShare
 from softtrellis.quantizers.basis import WeightBasis
-from softtrellis.quantizers.soft import Estimator, check_estimator, estimate
+from softtrellis.quantizers.soft import Estimator, check_estimator
 from softtrellis.quantizers.tiling import from_tiles, to_tiles
 from softtrellis.trellis.bitshift import overlap_in
 from softtrellis.trellis.packing import pack, unpack
-from softtrellis.trellis.viterbi import best_states
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -172,7 +172,7 @@ class LatentLinear(nn.Module):
 
     def weight(self) -> Tensor:
         """[out_features, in_features] at the current temperature, differentiable."""
-        own = _values([self])
+        own = codewords_of([self])
         return self._weight_of(own if self.share is None else self.share.gather(own))
 
     def _weight_of(self, codewords: Tensor) -> Tensor:
@@ -213,18 +213,20 @@ class LatentLinear(nn.Module):
         else:
             self._hard_weight = hardened.weight
 
-    def _hold(self, own: Tensor) -> None:
-        """Lets passes take these codewords [own tiles, N, V]."""
+    def _hold(self, made: Tensor) -> None:
+        """Lets passes take this weight [out, in], or with a ``share`` codewords [own tiles, N, V].
+
+        Its graph is kept, and carries the gradient of ``_release``.
+        """
+        self._graph = made
         if self.share is None:
-            self._graph = self._weight_of(own)
-            self.held = self._graph.detach().requires_grad_(self._graph.requires_grad)
+            self.held = made.detach().requires_grad_(made.requires_grad)
             return
         assert self.codewords is not None
-        self._graph = own
-        self.share.local(self.codewords).copy_(own.detach())
+        self.share.local(self.codewords).copy_(made.detach())
 
     def _release(self) -> tuple[Tensor, Tensor] | None:
-        """What ``_hold`` was given or made, with its gradient, if there is one."""
+        """What ``_hold`` was given, with its gradient, if there is one."""
         graph, held = self._graph, self.held
         self._graph = self.held = self._hard_weight = None
         if self.share is None:
@@ -244,12 +246,12 @@ class LatentLinear(nn.Module):
     @torch.no_grad()
     def hard_states(self) -> Tensor:
         """int32 [tiles, N]: the code that T to 0 leads to with the current pins."""
-        return self._all_states(_encode([self], closed=False))
+        return self._all_states(states_of([self], closed=False))
 
     @torch.no_grad()
     def reencode(self) -> None:
         """Moves the pins to where tail-biting Viterbi now closes the paths."""
-        self.pins = overlap_in(_encode([self], closed=True)[:, 0], self.layer.code.spec)
+        self.pins = overlap_in(states_of([self], closed=True)[:, 0], self.layer.code.spec)
 
     def harden(self, states: Tensor | None = None) -> QuantizedLinear:
         """The inference layer of the hard code; its weight is what is saved, bit for bit.
@@ -273,25 +275,26 @@ class LatentLinear(nn.Module):
         )
 
 
-MOST_TILES = 1 << 17
-"""Tiles whose codewords are computed together, of several layers where these are small."""
-
-
 def hold(layers: Iterable[LatentLinear]) -> None:
     """Computes the layers' codewords once for any number of passes, until ``release``.
 
     Of layers that this process has alone, their weights. Where gradients are enabled the graph is
     kept, and the passes see codewords or weights of their own that collect gradients.
     """
-    for batch in _batches(layers):
-        counts = [len(layer.pins) for layer in batch]
-        for layer, values in zip(batch, _values(batch).split(counts), strict=True):
-            layer._hold(values)
+    for batch in batches(layers):
+        found = list(stacks(batch))
+        counts = [[len(layer.pins) for layer in stack] for stack in found]
+        values = codewords_of(batch).split([sum(count) for count in counts])
+        for stack, count, own in zip(found, counts, values, strict=True):
+            alone = stack[0].share is None
+            made = weights_of(stack, own).unbind() if alone else own.split(count)
+            for layer, one in zip(stack, made, strict=True):
+                layer._hold(one)
 
 
 def release(layers: Iterable[LatentLinear]) -> None:
     """Ends ``hold``, and carries the gradients that were collected to the parameters."""
-    for batch in _batches(layers):
+    for batch in batches(layers):
         pairs = [pair for layer in batch if (pair := layer._release()) is not None]
         if pairs:
             torch.autograd.backward([graph for graph, _ in pairs], [grad for _, grad in pairs])
@@ -300,82 +303,16 @@ def release(layers: Iterable[LatentLinear]) -> None:
 @torch.no_grad()
 def hard_states(layers: Iterable[LatentLinear]) -> Iterator[tuple[LatentLinear, Tensor]]:
     """Every layer with its ``hard_states()``, encoded together."""
-    for batch in _batches(layers):
+    for batch in batches(layers):
         counts = [len(layer.pins) for layer in batch]
-        for layer, own in zip(batch, _encode(batch, closed=False).split(counts), strict=True):
+        for layer, own in zip(batch, states_of(batch, closed=False).split(counts), strict=True):
             yield layer, layer._all_states(own)
 
 
 @torch.no_grad()
 def reencode(layers: Iterable[LatentLinear]) -> None:
     """``reencode()`` of every layer, encoded together."""
-    for batch in _batches(layers):
+    for batch in batches(layers):
         counts = [len(layer.pins) for layer in batch]
-        for layer, states in zip(batch, _encode(batch, closed=True).split(counts), strict=True):
+        for layer, states in zip(batch, states_of(batch, closed=True).split(counts), strict=True):
             layer.pins = overlap_in(states[:, 0], layer.layer.code.spec)
-
-
-def alike(layers: Iterable[LatentLinear]) -> Iterator[list[LatentLinear]]:
-    """Neighbours that one call of the trellis can serve: of one code, codebook and temperature."""
-    batch: list[LatentLinear] = []
-    for layer in layers:
-        if batch and not _alike(batch[0], layer):
-            yield batch
-            batch = []
-        batch.append(layer)
-    if batch:
-        yield batch
-
-
-def _batches(layers: Iterable[LatentLinear]) -> Iterator[list[LatentLinear]]:
-    """``alike`` layers with ``MOST_TILES`` at most, or a single larger one.
-
-    The same ones on every rank, so that all ranks gather in one order.
-    """
-    for neighbours in alike(layers):
-        batch: list[LatentLinear] = []
-        tiles = 0
-        for layer in neighbours:
-            most = layer.layer.tiles if layer.share is None else layer.share.most
-            if batch and tiles + most > MOST_TILES:
-                yield batch
-                batch, tiles = [], 0
-            batch.append(layer)
-            tiles += most
-        yield batch
-
-
-def _alike(a: LatentLinear, b: LatentLinear) -> bool:
-    same = a.codebook is b.codebook and a.temperature is b.temperature
-    return same and (a.layer.code.spec, a.estimator, a.backend) == (
-        b.layer.code.spec,
-        b.estimator,
-        b.backend,
-    )
-
-
-def _values(layers: Sequence[LatentLinear]) -> Tensor:
-    """[tiles of all, N, V], the codewords of layers that are alike."""
-    first = layers[0]
-    return estimate(
-        torch.cat([layer.tiles() for layer in layers]),
-        first.codebook,
-        first.layer.code.spec,
-        estimator=first.estimator,
-        temperature=first.temperature * first.variance,
-        pins=torch.cat([layer.pins for layer in layers]),
-        backend=first.backend,
-    )
-
-
-def _encode(layers: Sequence[LatentLinear], *, closed: bool) -> Tensor:
-    """int32 [tiles of all, N]: hard codes, pinned as they are or tail-biting anew."""
-    first = layers[0]
-    pins = torch.cat([layer.pins for layer in layers])
-    return best_states(
-        torch.cat([layer.tiles() for layer in layers]),
-        first.codebook,
-        first.layer.code.spec,
-        ends="tail_biting" if closed else pins,
-        backend=first.backend,
-    )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from softtrellis.transforms.incoherence import Incoherence
+from softtrellis.transforms.incoherence import Incoherence, unrotate_weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,12 +70,7 @@ class WeightBasis:
 
     def to_weight(self, latent: Tensor) -> Tensor:
         """Weights [out, in] from a latent matrix [out_pad, in_pad]; differentiable."""
-        weight = self.unscaled_weight(latent)
-        if self.out_scale is not None:
-            weight = weight * self.out_scale.to(weight.dtype).unsqueeze(1)
-        if self.in_scale is not None:
-            weight = weight * self.in_scale.to(weight.dtype)
-        return weight
+        return _scaled(self.unscaled_weight(latent), self.out_scale, self.in_scale)
 
     def unscaled_weight(self, latent: Tensor) -> Tensor:
         """``to_weight`` without the scales of the channels; differentiable."""
@@ -93,6 +89,49 @@ class WeightBasis:
             scale = self.out_scale.to(hessian.dtype)
             hessian = scale.unsqueeze(1) * hessian * scale
         return self.incoherence.rotate_output_hessian(hessian)
+
+
+def to_weights(bases: Sequence[WeightBasis], latents: Tensor) -> Tensor:
+    """``to_weight`` of a stack, every matrix in its own basis; differentiable.
+
+    Args:
+        bases: n, of rotations that differ in their signs only; either all have ``out_scale`` or
+            none, and likewise with ``in_scale``. One or more.
+        latents: [n, out_pad, in_pad], in the codebook's units.
+
+    Returns:
+        [n, out, in].
+
+    Raises:
+        ValueError: other bases than that, or another shape.
+    """
+    scale = torch.stack([basis.scale for basis in bases])
+    weights = unrotate_weights(
+        [basis.incoherence for basis in bases], latents * scale[:, None, None]
+    )
+    out_scales = _stack([basis.out_scale for basis in bases])
+    return _scaled(weights, out_scales, _stack([basis.in_scale for basis in bases]))
+
+
+def _stack(scales: Sequence[Tensor | None]) -> Tensor | None:
+    """[n, channels] of n scales [channels]; None for none.
+
+    Raises:
+        ValueError: some, but not all.
+    """
+    found = [scale for scale in scales if scale is not None]
+    if found and len(found) < len(scales):
+        raise ValueError("of one stack either all matrices have scales of their channels or none")
+    return torch.stack(found) if found else None
+
+
+def _scaled(weight: Tensor, out_scale: Tensor | None, in_scale: Tensor | None) -> Tensor:
+    """diag(out_scale) W diag(in_scale) of W [..., out, in], scales [..., out] and [..., in]."""
+    if out_scale is not None:
+        weight = weight * out_scale.to(weight.dtype).unsqueeze(-1)
+    if in_scale is not None:
+        weight = weight * in_scale.to(weight.dtype).unsqueeze(-2)
+    return weight
 
 
 def _rms(x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 from torch import Tensor
@@ -29,26 +30,33 @@ def check_order(order: str) -> None:
 
 
 def to_tiles(weight: Tensor, spec: TrellisSpec, order: TileOrder) -> Tensor:
-    """[out, in] to [B, N, V]: tiles run over output blocks first, then input blocks.
+    """[..., out, in] to [..., B, N, V]: tiles run over output blocks first, then input blocks.
 
     Args:
-        weight: [out, in], both multiples of 16.
+        weight: [..., out, in], both multiples of 16.
         spec: gives V.
         order: the elements' order inside a tile: "rows" (QTIP: along the inputs, then down the
             outputs) or "exl3" (EXL3's tensor core order).
     """
-    rows, columns = weight.shape
+    *stack, rows, columns = weight.shape
     if rows % TILE_SIDE or columns % TILE_SIDE:
         raise ValueError(
             f"weight must have multiples of {TILE_SIDE} as dimensions, got {rows}x{columns}"
         )
-    blocks = weight.reshape(_split(rows, columns)).permute(_AXES[order])
-    return blocks.reshape(-1, spec.steps(), spec.V)
+    blocks = weight.reshape(*stack, *_split(rows, columns))
+    blocks = blocks.permute(_stacked(_AXES[order], len(stack)))
+    return blocks.reshape(*stack, -1, spec.steps(), spec.V)
 
 
 def from_tiles(tiles: Tensor, out_features: int, in_features: int, order: TileOrder) -> Tensor:
-    """[B, N, V] to [out, in], the inverse of ``to_tiles``."""
-    split, axes = _split(out_features, in_features), _AXES[order]
-    blocks = tiles.reshape([split[axis] for axis in axes])
+    """[..., B, N, V] to [..., out, in], the inverse of ``to_tiles``."""
+    split, axes, stack = _split(out_features, in_features), _AXES[order], tiles.shape[:-3]
+    blocks = tiles.reshape(*stack, *(split[axis] for axis in axes))
     back = [axes.index(axis) for axis in range(len(axes))]
-    return blocks.permute(back).reshape(out_features, in_features)
+    blocks = blocks.permute(_stacked(back, len(stack)))
+    return blocks.reshape(*stack, out_features, in_features)
+
+
+def _stacked(axes: Sequence[int], dimensions: int) -> list[int]:
+    """Axes of a matrix behind the dimensions of a stack of matrices, which stay in front."""
+    return [*range(dimensions), *(dimensions + axis for axis in axes)]

@@ -10,7 +10,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from softtrellis.modules.latent_linear import LatentLinear, alike
+from softtrellis.modules.latent_linear import LatentLinear
+from softtrellis.modules.latent_stacks import alike
 from softtrellis.recipes.optimizer import BETAS
 from softtrellis.recipes.ranks import Ranks
 from softtrellis.recipes.schedules import learning_rate_at

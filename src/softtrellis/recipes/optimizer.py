@@ -45,6 +45,21 @@ def make_optimizer(
     return optimizer
 
 
+def grouped_by_rate(
+    parameters: Iterable[nn.Parameter], rates: Iterable[float]
+) -> list[dict[str, Any]]:
+    """A group for every learning rate, as a fused optimizer launches once per group.
+
+    Args:
+        parameters: of the optimizer.
+        rates: each parameter's own.
+    """
+    groups: dict[float, list[nn.Parameter]] = {}
+    for parameter, rate in zip(parameters, rates, strict=True):
+        groups.setdefault(rate, []).append(parameter)
+    return [{"params": members, "lr": rate} for rate, members in groups.items()]
+
+
 def set_learning_rates(optimizer: torch.optim.Optimizer, rates: Sequence[float]) -> None:
     """Gives every group its learning rate."""
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -99,5 +114,19 @@ def load_optimizer_tensors(
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """float64 [], the norm of all gradients together."""
-    norms = [p.grad.norm(dtype=torch.float64) for p in parameters if p.grad is not None]
-    return torch.stack(norms).norm() if norms else torch.zeros((), dtype=torch.float64)
+    found = _gradients(parameters)
+    if not found:
+        return torch.zeros((), dtype=torch.float64)
+    norm: Tensor = torch.stack(torch._foreach_norm(found, 2, torch.float64)).norm()
+    return norm
+
+
+def scale_gradients_(parameters: Iterable[nn.Parameter], factor: float) -> None:
+    """Multiplies all gradients by a number."""
+    found = _gradients(parameters)
+    if found:
+        torch._foreach_mul_(found, factor)
+
+
+def _gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    return [p.grad for p in parameters if p.grad is not None]

@@ -35,9 +35,11 @@ from softtrellis.recipes.network import wrap_layers_
 from softtrellis.recipes.objective import Objective
 from softtrellis.recipes.optimizer import (
     gradient_norm,
+    grouped_by_rate,
     load_optimizer_tensors,
     make_optimizer,
     optimizer_tensors,
+    scale_gradients_,
     set_learning_rates,
 )
 from softtrellis.recipes.ranks import ONE, Ranks, whole_weight
@@ -127,11 +129,9 @@ class Trainer:
         with_table = TABLE in config.train
         self.tables = shared_tables(self.layers, quantized_layers(student)) if with_table else []
         self.parameters = trained_parameters(student, self.layers, self.tables, config.train)
-        self._rates = learning_rates(self.parameters, self.layers, config)
-        groups = [
-            {"params": [parameter], "lr": rate}
-            for parameter, rate in zip(self.parameters.values(), self._rates, strict=True)
-        ]
+        rates = learning_rates(self.parameters, self.layers, config)
+        groups = grouped_by_rate(self.parameters.values(), rates)
+        self._rates = [group["lr"] for group in groups]
         self.optimizer = make_optimizer(config.optimizer, groups, fused=cuda)
         self.best: tuple[float, int] | None = None
         self._kept: dict[str, Tensor] = {}
@@ -249,9 +249,7 @@ class Trainer:
 
     def _clip(self, norm: float) -> None:
         if self.config.clip is not None and norm > self.config.clip:
-            for parameter in self.parameters.values():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(self.config.clip / norm)
+            scale_gradients_(self.parameters.values(), self.config.clip / norm)
 
     def _drift(self) -> dict[str, Any]:
         tiles = max(1, min(SAMPLED_TILES, _MEASURED_TILES // len(self.layers)))

@@ -310,8 +310,11 @@ def _hadamard(x: Tensor, block: int | None, inverse: bool) -> Tensor:
             raise ValueError(f"block={block} does not divide the {n} channels; pad them first")
         work, orders = work.reshape(*x.shape[:-1], n // block, block), (block,)
     with _without_autocast(x.device):
-        parts = [_transform(part, inverse) for part in torch.split(work, list(orders), dim=-1)]
-    y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        if len(orders) == 1:
+            y = _transform(work, inverse)
+        else:
+            parts = torch.split(work, list(orders), dim=-1)
+            y = torch.cat([_transform(part, inverse) for part in parts], dim=-1)
     return y.reshape(x.shape).to(x.dtype)
 
 

@@ -6,6 +6,7 @@ Sources: QTIP (arXiv 2406.11235), the section on incoherence processing; the ran
 transform is QuIP#'s (arXiv 2402.04396).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -218,10 +219,14 @@ class Incoherence:
             ValueError: another shape, or another device than the signs'.
         """
         self._check(weight, (self.out_pad, self.in_pad), "rotated weight")
-        w = hadamard_transform(_working(weight), block=self.block, inverse=True) * self.in_signs
-        w = w[:, : self.in_features].mT
-        w = hadamard_transform(w, block=self.block, inverse=True) * self.out_signs
-        return w[:, : self.out_features].mT.contiguous().to(weight.dtype)
+        return self._unrotate(weight, self.in_signs, self.out_signs)
+
+    def _unrotate(self, weight: Tensor, in_signs: Tensor, out_signs: Tensor) -> Tensor:
+        """[..., out, in] of W~ [..., out_pad, in_pad], with signs that its rows broadcast with."""
+        w = hadamard_transform(_working(weight), block=self.block, inverse=True) * in_signs
+        w = w[..., : self.in_features].mT
+        w = hadamard_transform(w, block=self.block, inverse=True) * out_signs
+        return w[..., : self.out_features].mT.contiguous().to(weight.dtype)
 
     def rotate_input(self, x: Tensor) -> Tensor:
         """Activations for W~: H_in diag(in_signs) x_padded.
@@ -308,6 +313,33 @@ class Incoherence:
                 f"{name} is on {tensor.device} and the signs on {self.in_signs.device}; "
                 f'move them with .to("{tensor.device}")'
             )
+
+
+def unrotate_weights(rotations: Sequence[Incoherence], weights: Tensor) -> Tensor:
+    """`unrotate_weight` of a stack, every matrix by its own rotation.
+
+    Args:
+        rotations: n, which differ in their signs only; one or more.
+        weights: W~ [n, out_pad, in_pad], any floating dtype.
+
+    Returns:
+        W [n, out, in], W~'s dtype.
+
+    Raises:
+        ValueError: rotations of several sizes, another shape, or another device than the signs'.
+    """
+    first = rotations[0]
+    if len({(r.in_features, r.out_features, r.multiple, r.block) for r in rotations}) > 1:
+        raise ValueError("rotations of one stack must have the same sizes, multiple and block")
+    if weights.ndim != 3 or len(weights) != len(rotations):
+        raise ValueError(
+            f"{len(rotations)} rotated weights must be a stack of as many matrices, "
+            f"not {list(weights.shape)}"
+        )
+    first._check(weights[0], (first.out_pad, first.in_pad), "rotated weight")
+    in_signs = torch.stack([rotation.in_signs for rotation in rotations]).unsqueeze(1)
+    out_signs = torch.stack([rotation.out_signs for rotation in rotations]).unsqueeze(1)
+    return first._unrotate(weights, in_signs, out_signs)
 
 
 def _working(x: Tensor) -> Tensor:
