@@ -162,6 +162,11 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--progressive-batch", type=int, help="of it, windows per step; 16 by default"
     )
+    parser.add_argument(
+        "--progressive-micro-batch",
+        type=int,
+        help="of it, windows that pass the model at once; 4 by default",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the random signs of the rotations")
     add_device(parser, "what quantizes; cuda holds one decoder layer at a time")
     add_backend(parser)
@@ -228,12 +233,12 @@ def configs(
             raise ValueError(f"end_to_end must be at least 1, got {options.end_to_end}")
         whole = EndToEndConfig(epochs=options.end_to_end, seed=options.seed)
     behind = None
-    given = {
-        name: getattr(options, f"progressive_{name}") for name in ("data", "ctx", "lr", "batch")
-    }
+    names = ("data", "ctx", "lr", "batch", "micro_batch")
+    given = {name: getattr(options, f"progressive_{name}") for name in names}
     given = {name: value for name, value in given.items() if value is not None}
     if given and options.progressive is None:
-        raise UsageError(f"--progressive-{next(iter(given))} needs --progressive")
+        option = next(iter(given)).replace("_", "-")
+        raise UsageError(f"--progressive-{option} needs --progressive")
     if options.progressive is not None:
         if "data" in given:
             given["data"] = tuple(given["data"])
