@@ -100,6 +100,7 @@ def step_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--micro-batch", type=int, default=4)
     parser.add_argument("--checkpoint-layers", action="store_true")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--viterbi-every", type=int, default=1)
     parser.add_argument("--train", default="latents", help="as in softtrellis train")
     return parser
 
@@ -115,6 +116,7 @@ def step_config(options: argparse.Namespace, **more: Any) -> DistillConfig:
         ctx=options.ctx,
         checkpoint_layers=options.checkpoint_layers,
         compile=options.compile,
+        viterbi_every=options.viterbi_every,
         train=tuple(options.train.split(",")),
         measure_every=0,
         held_out=0,

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from softtrellis.modules import latent_stacks
-from softtrellis.modules.latent_linear import LatentLinear, hard_states, hold, reencode, release
+from softtrellis.modules.latent_linear import (
+    LatentLinear,
+    find_codes,
+    hard_states,
+    hold,
+    reencode,
+    release,
+    searching,
+)
 from softtrellis.modules.latent_stacks import batches, stacks
 from softtrellis.modules.quantized_linear import LayerFormat
 from softtrellis.quantizers.basis import WeightBasis, to_weights
@@ -131,6 +139,30 @@ def test_hard_codes(layers: list[LatentLinear], most_tiles: int) -> None:
     for layer, together in zip(layers, pins, strict=True):
         layer.reencode()
         assert torch.equal(layer.pins, together)
+
+
+def test_codes_are_kept_until_they_are_found_again(
+    layers: list[LatentLinear], estimator: Estimator
+) -> None:
+    find_codes(layers)
+    before = [layer.weight().detach() for layer in layers]
+    with torch.no_grad():
+        for layer in layers:
+            layer.latent.add_(torch.randn_like(layer.latent))
+    with searching(layers):
+        new = [layer.weight().detach() for layer in layers]
+    assert not any(torch.equal(a, b) for a, b in zip(before, new, strict=True))
+    kept = before if estimator == "identity" else new
+    hold(layers)
+    for layer, weight in zip(layers, kept, strict=True):
+        assert layer.held is not None
+        torch.testing.assert_close(layer.held.detach(), weight)
+        layer.held.sum().backward()
+    release(layers)
+    assert all(layer.latent.grad is not None for layer in layers)
+    find_codes(layers)
+    for layer, weight in zip(layers, new, strict=True):
+        torch.testing.assert_close(layer.weight().detach(), weight)
 
 
 def test_layers_of_one_shape_are_one_stack(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,13 +91,21 @@ def test_log_has_a_record_per_step(setting: Setting, tmp_path: Path) -> None:
     assert set(last["layers"]) == set(setting.codes(setting.student))
 
 
-@pytest.mark.parametrize("mode", ["joint", "greedy"])
+@pytest.mark.parametrize(
+    ("mode", "more"),
+    [("joint", {}), ("greedy", {}), ("joint", {"estimator": "identity", "viterbi_every": 3})],
+)
 def test_resuming_gives_the_weights_of_an_uninterrupted_run(
-    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+    setting: Setting,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    mode: str,
+    more: dict[str, Any],
 ) -> None:
     from softtrellis.recipes import trainer
 
     change = {"mode": mode, "save_every": 2, "reencode_every": 3, "measure_every": 0, "lr": 0.2}
+    change |= more
     result = setting.train(**change)
     whole, start = setting.codes(result.model), setting.codes(setting.student)
     assert not any(torch.equal(whole[name], start[name]) for name in start)

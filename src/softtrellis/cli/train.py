@@ -124,6 +124,13 @@ def add_parser(commands: Commands) -> None:
         action="store_true",
         help="run decoder layers through torch.compile: a minute at the start, then faster steps",
     )
+    parser.add_argument(
+        "--viterbi-every",
+        metavar="N",
+        type=int,
+        default=1,
+        help="steps between searches for the hard codes that estimator identity takes",
+    )
     every = (
         ("--reencode-every", 25, "moves of the paths' ends"),
         ("--measure-every", 5, "measurements of drift and changed codes"),
@@ -189,6 +196,7 @@ def config_of(options: argparse.Namespace) -> DistillConfig:
         evaluate_every=options.evaluate_every,
         checkpoint_layers=options.checkpoint_layers,
         compile=options.compile,
+        viterbi_every=options.viterbi_every,
         reencode_every=options.reencode_every,
         measure_every=options.measure_every,
         save_every=options.save_every,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -51,6 +52,8 @@ class LatentLinear(nn.Module):
             layer's device where a CUDA graph or ``torch.compile`` is to follow its changes: every
             new number would be compiled anew.
         estimator: "soft", "straight_through" or "identity", see ``estimate``.
+        codes: int32 [own tiles, N], states that "identity" takes for the hard code, see
+            ``find_codes``; None is to look for them in every pass.
         backend: as in ``bcjr``.
         in_scale, out_scale: float32 parameters [in_features] and [out_features] once
             ``train_scales`` was called; None before.
@@ -87,6 +90,7 @@ class LatentLinear(nn.Module):
         check_estimator(estimator)
         self.layer, self.codebook, self.basis = layer, codebook, basis
         self.estimator: Estimator = estimator
+        self.codes: Tensor | None = None
         self.temperature, self.backend = temperature, backend
         self.variance = layer.code.sigma(codebook) ** 2
         self.share = share
@@ -292,6 +296,26 @@ def hold(layers: Iterable[LatentLinear]) -> None:
                 layer._hold(one)
 
 
+@torch.no_grad()
+def find_codes(layers: Iterable[LatentLinear]) -> None:
+    """Sets ``codes``, all at once, to the hard code of the latents and pins as they are now."""
+    for layer, own in _own_states(layers, closed=False):
+        layer.codes = own
+
+
+@contextmanager
+def searching(layers: Sequence[LatentLinear]) -> Iterator[None]:
+    """Lets layers look for their codes in every pass, for a while."""
+    codes = [layer.codes for layer in layers]
+    for layer in layers:
+        layer.codes = None
+    try:
+        yield
+    finally:
+        for layer, own in zip(layers, codes, strict=True):
+            layer.codes = own
+
+
 def release(layers: Iterable[LatentLinear]) -> None:
     """Ends ``hold``, and carries the gradients that were collected to the parameters."""
     for batch in batches(layers):
@@ -303,16 +327,21 @@ def release(layers: Iterable[LatentLinear]) -> None:
 @torch.no_grad()
 def hard_states(layers: Iterable[LatentLinear]) -> Iterator[tuple[LatentLinear, Tensor]]:
     """Every layer with its ``hard_states()``, encoded together."""
-    for batch in batches(layers):
-        counts = [len(layer.pins) for layer in batch]
-        for layer, own in zip(batch, states_of(batch, closed=False).split(counts), strict=True):
-            yield layer, layer._all_states(own)
+    for layer, own in _own_states(layers, closed=False):
+        yield layer, layer._all_states(own)
 
 
 @torch.no_grad()
 def reencode(layers: Iterable[LatentLinear]) -> None:
     """``reencode()`` of every layer, encoded together."""
+    for layer, own in _own_states(layers, closed=True):
+        layer.pins = overlap_in(own[:, 0], layer.layer.code.spec)
+
+
+def _own_states(
+    layers: Iterable[LatentLinear], *, closed: bool
+) -> Iterator[tuple[LatentLinear, Tensor]]:
+    """Every layer with the ``states_of`` its own tiles."""
     for batch in batches(layers):
         counts = [len(layer.pins) for layer in batch]
-        for layer, states in zip(batch, states_of(batch, closed=True).split(counts), strict=True):
-            layer.pins = overlap_in(states[:, 0], layer.layer.code.spec)
+        yield from zip(batch, states_of(batch, closed=closed).split(counts), strict=True)

@@ -87,9 +87,13 @@ def _alike(a: LatentLinear, b: LatentLinear) -> bool:
 
 def codewords_of(layers: Sequence[LatentLinear]) -> Tensor:
     """[tiles of all, N, V], the codewords of layers that are alike."""
-    first = layers[0]
+    first, tiles = layers[0], _tiles(layers)
+    codes = [layer.codes for layer in layers if layer.codes is not None]
+    if first.estimator == "identity" and len(codes) == len(layers):
+        hard = first.codebook.index_select(0, torch.cat(codes).flatten()).view_as(tiles)
+        return tiles + (hard - tiles).detach()
     return estimate(
-        _tiles(layers),
+        tiles,
         first.codebook,
         first.layer.code.spec,
         estimator=first.estimator,

@@ -99,6 +99,8 @@ class DistillConfig:
         checkpoint_layers: decoder layers recompute their activations in the backward pass.
         compile: run both models' decoder layers through ``torch.compile``, which takes about a
             minute at the start, for faster steps on a GPU; on one rank only.
+        viterbi_every: steps between searches for the hard codes that estimator "identity" takes;
+            in between it keeps them, which change slowly. On one rank only unless 1.
         reencode_every: steps between moves of the pinned ends; 0 never moves them.
         measure_every: steps between measurements of drift and codes; 0 measures nothing.
         save_every: steps between saved states, for resuming; 0 leaves that to ``save_minutes``.
@@ -140,6 +142,7 @@ class DistillConfig:
     evaluate_every: int = 20
     checkpoint_layers: bool = False
     compile: bool = False
+    viterbi_every: int = 1
     reencode_every: int = 25
     measure_every: int = 5
     save_every: int = 0
@@ -188,6 +191,7 @@ class DistillConfig:
             ("ctx", 2),
             ("warmup", 0),
             ("windows", 1),
+            ("viterbi_every", 1),
         ):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -244,8 +248,9 @@ def distill(
     ranks = ranks or ONE
     if ranks.size > 1 and config.optimizer == "adamw8bit":
         raise ValueError("optimizer adamw8bit trains on one rank only; use adamw")
-    if ranks.size > 1 and config.compile:
-        raise ValueError("compile trains on one rank only; leave it out")
+    if ranks.size > 1 and (config.compile or config.viterbi_every > 1):
+        name = "compile" if config.compile else "viterbi_every"
+        raise ValueError(f"{name} trains on one rank only; leave it out")
     if not ranks.first:
         config = replace(config, show_progress=False)
     if isinstance(model, str | Path):

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from softtrellis.backend import compute_dtype
 from softtrellis.modules.latent_linear import (
     LatentLinear,
+    find_codes,
     hard_states,
     hold,
     reencode,
     release,
+    searching,
 )
 from softtrellis.modules.quantized_linear import QuantizedLinear
 from softtrellis.modules.replace import (
@@ -56,6 +58,7 @@ from softtrellis.recipes.trainables import (
 )
 from softtrellis.recipes.training_text import WindowOrder
 from softtrellis.trellis.memory import halvings
+from softtrellis.trellis.packing import pack, unpack
 
 if TYPE_CHECKING:
     from softtrellis.recipes.qat import DistillConfig
@@ -174,6 +177,8 @@ class Trainer:
         temperature = self._set_schedule(step, share)
         if config.reencode_every and step and step % config.reencode_every == 0:
             reencode(layers)
+        if config.viterbi_every > 1 and step % config.viterbi_every == 0:
+            find_codes(layers)
         rows, losses = self._order.rows(step), list[Tensor]()
         size = config.micro_batch or config.batch
         with torch.enable_grad():
@@ -279,7 +284,8 @@ class Trainer:
         layers = list(self.layers.values())
         for table in self.tables:
             table.hold()
-        hold(layers)
+        with searching(layers):
+            hold(layers)
         soft = self._divergence()
         return {"heldout_kl": soft, "heldout_kl_hard": self._judge(self._harden(), step)}
 
@@ -338,7 +344,10 @@ class Trainer:
     def state(self) -> dict[str, Tensor]:
         """Everything that a step changes; what ranks share of it as ``DTensor``s."""
         tensors: dict[str, Tensor] = dict(self.parameters)
-        tensors |= {f"{name}.pins": layer.pins for name, layer in self.layers.items()}
+        for name, layer in self.layers.items():
+            tensors[f"{name}.pins"] = layer.pins
+            if layer.codes is not None:
+                tensors[f"{name}.codes"] = pack(layer.codes, layer.layer.code.spec)
         tensors |= optimizer_tensors(self.optimizer, self.parameters)
         tensors["skipped"] = torch.tensor(self.skipped)
         if self.best is not None:
@@ -354,6 +363,9 @@ class Trainer:
             parameter.copy_(tensors[name])
         for name, layer in self.layers.items():
             layer.pins.copy_(tensors[f"{name}.pins"])
+            if (codes := tensors.get(f"{name}.codes")) is not None:
+                codes, steps = codes.to(layer.pins.device), layer.start.shape[1]
+                layer.codes = unpack(codes, layer.layer.code.spec, steps=steps)
         self.skipped = int(tensors["skipped"])
         if "best" in tensors:
             divergence, step = tensors["best"].tolist()
