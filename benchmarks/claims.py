@@ -1,7 +1,7 @@
 """The paper's claims, each as an experiment (docs/results.md).
 
     python benchmarks/claims.py CLAIM MODEL --calibration C4 --train documents:TRAIN --test TEXT \
-        --json FILE [--layers 4 12 20] [--steps 100] [--seeds 0]
+        --json FILE [--layers 4 12 20] [--steps 60] [--seeds 0] [--claims FOLDER]
 
 CLAIM is one of
 
@@ -35,6 +35,7 @@ LR = {"identity": 1e-2, "soft": 1e-2}
 STARTS = ("1.0", "0.3", "0.1")
 GRID_LR = (1e-5, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 GRID_STEPS = (10, 40)
+MEASURED_TILES = 512
 
 
 def soft(t_init: str, *, lr: float = LR["soft"]) -> str:
@@ -77,16 +78,19 @@ def pairs(experiment: Experiment, layers: Sequence[int], common: str, seed: int)
 def drift(experiment: Experiment, layers: Sequence[int], common: str, seed: int) -> None:
     """Do the predicted and the measured radii say which runs change codes?"""
     quantize = f"--layers {layers[0]}"
-    modules = quantized_layers(experiment.quantized(quantize, seed=seed))
+    model = experiment.quantized(quantize, seed=seed).to(experiment.device)
+    modules = quantized_layers(model)
     latents = {name: LatentLinear.from_quantized(module) for name, module in modules.items()}
+    radii = plan_layers(latents, PlanConfig(tiles=MEASURED_TILES)).radii
     for lr, steps in itertools.product(GRID_LR, GRID_STEPS):
-        radii = plan_layers(latents, PlanConfig(lr, steps, tiles=64)).radii
         budget = drift_budget(learning_rates(lr, steps))
         for estimator in ("soft", "identity"):
             options = soft("0.1", lr=lr) if estimator == "soft" else identity(lr=lr)
             name = f"drift/{estimator}/{lr:g}/{steps}"
             options += f" --steps {steps} --measure-every {steps} {common}"
             record = experiment.run(name, options, quantize=quantize, seed=seed)
+            if record is None:
+                continue
             last = record["log"][-1]
             states = next(iter(latents.values())).layer.code.spec.num_states
             prediction = {

@@ -108,15 +108,21 @@ class Experiment:
             return True
         claims.mkdir(parents=True, exist_ok=True)
         try:
-            (claims / f"{name}.{seed}").touch(exist_ok=False)
+            (claims / f"{name.replace('/', '_')}.{seed}").touch(exist_ok=False)
         except FileExistsError:
             return False
         return True
 
     def run(
         self, name: str, train: str | None, *, quantize: str = "", seed: int = 0
-    ) -> dict[str, Any]:
-        """Quantizes, trains with options of ``softtrellis train`` if there are some, and scores."""
+    ) -> dict[str, Any] | None:
+        """Quantizes, trains with options of ``softtrellis train`` if there are some, and scores.
+
+        Returns:
+            The run's record; None if it is another process's, see ``claim``.
+        """
+        if not self.claim(name, seed):
+            return None
         model = self.quantized(quantize, seed=seed)
         record: dict[str, Any] = {"name": name, "seed": seed, "train": train, "quantize": quantize}
         began = time.perf_counter()
@@ -137,7 +143,7 @@ class Experiment:
             record |= {"log": log, "kept": result.kept, "changed": sum(changed) / len(changed)}
         record["seconds"] = time.perf_counter() - began
         if self.options.save is not None:
-            folder = self.options.save / f"{name}.{seed}"
+            folder = self.options.save / f"{name.replace('/', '_')}.{seed}"
             folder.mkdir(parents=True)
             save_quantized(model, self.tokenizer, folder, base=self.base)
         return self.record(record, model)
@@ -180,8 +186,7 @@ def main() -> None:
     for text in options.runs:
         name, given, train = text.partition("=")
         for seed in options.seeds:
-            if experiment.claim(name, seed):
-                experiment.run(name, train if given else None, seed=seed)
+            experiment.run(name, train if given else None, seed=seed)
 
 
 if __name__ == "__main__":

@@ -147,7 +147,8 @@ def main() -> None:
     for text in options.runs:
         name, _, train = text.partition("=")
         for seed in options.seeds:
-            run(experiment, name, train, seed)
+            if experiment.claim(name, seed):
+                run(experiment, name, train, seed)
 
 
 if __name__ == "__main__":
