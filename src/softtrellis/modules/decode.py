@@ -18,6 +18,7 @@ from softtrellis.codes.hybrid import TABLE_ROWS, Flip
 from softtrellis.quantizers.hard import TrellisCode
 from softtrellis.quantizers.tiling import TileOrder
 from softtrellis.spec import TrellisSpec
+from softtrellis.transforms.incoherence import padded_size
 from softtrellis.trellis.packing import unpack, words_per_tile
 
 DecodeBackend = Literal["auto", "torch", "triton", "cuda"]
@@ -206,8 +207,8 @@ def quantized_linear(
     """A whole quantized layer on a GPU: the activations are rotated, not the weight.
 
     ``y = out_scale R_out^T (scale M (R_in (in_scale x))) + bias`` with the latent matrix M of the
-    codes, in three kernels for up to 16 rows. The rotated activations are rounded to float16 after
-    a division by the row's largest, sums are float32.
+    codes, in two or three kernels for up to 16 rows. The rotated activations are rounded to
+    float16 after a division by the row's largest, sums are float32.
 
     Args:
         x: [..., in] on a CUDA device, any floating dtype of at most 32 bits.
@@ -285,6 +286,36 @@ def rotations(backend: ResolvedDecodeBackend, width: int, block: int | None) -> 
     return rotation_triton
 
 
+def rotated_product(
+    x: Tensor,
+    signs: Tensor,
+    scales: Tensor | None,
+    codes: Tensor,
+    table: Tensor,
+    code: TrellisCode,
+    out: int,
+    backend: ResolvedDecodeBackend,
+    *,
+    multiple: int,
+    block: int | None,
+) -> tuple[Tensor, Tensor]:
+    """``partial_product`` of x's rows, rotated, and float32 [B], what they were divided by.
+
+    The kernels read codes and table while the last kernel before them ends, which must not have
+    written those.
+    """
+    from softtrellis.modules import decode_cuda
+
+    there = codes.is_contiguous()
+    if backend == "cuda" and there and decode_cuda.rotates(code, x, scales, multiple, block):
+        return decode_cuda.rotate_and_multiply(x, signs, scales, codes, table, code, out, block)
+    rotated, norms = rotations(backend, padded_size(x.shape[1], multiple), block).rotate_input(
+        x, signs, scales, multiple=multiple, block=block
+    )
+    partial = partial_product(rotated, codes.contiguous(), table, code, out, backend, overlap=there)
+    return partial, norms
+
+
 @torch.library.impl("softtrellis::decode_matmul", "default")
 def _decode_matmul_op(
     x: Tensor,
@@ -328,17 +359,14 @@ def _quantized_linear_op(
     order: TileOrder,
     backend: ResolvedDecodeBackend,
 ) -> Tensor:
-    from softtrellis.transforms.incoherence import padded_size
 
     if x.shape[0] == 0:
         return x.new_empty(0, out)
-    codes = codes.contiguous()  # before the rotation, which the product may overlap
-    inputs, width = padded_size(x.shape[1], multiple), padded_size(out, multiple)
-    rotated, norms = rotations(backend, inputs, block).rotate_input(
-        x.contiguous(), in_signs, in_scale, multiple=multiple, block=block
-    )
-    code = _code(name, L, k, V, order)
-    partial = partial_product(rotated, codes, table, code, width, backend, overlap=True)
+    width, code = padded_size(out, multiple), _code(name, L, k, V, order)
+    partial, norms = rotated_product(
+        x.contiguous(), in_signs, in_scale, codes, table, code, width, backend,
+        multiple=multiple, block=block,
+    )  # fmt: skip
     return rotations(backend, width, block).unrotate_output(  # type: ignore[no-any-return]
         partial, norms, out_signs, scale, out_scale, bias,
         features=out, factor=factor, dtype=x.dtype, block=block,

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from softtrellis.modules.decode import (
     ResolvedDecodeBackend,
     code_factor,
-    partial_product,
     resolve_decode_backend,
+    rotated_product,
     rotations,
 )
 from softtrellis.modules.quantized_linear import QuantizedLinear
@@ -62,12 +62,10 @@ class JointLinear(nn.Module):
         (block, multiple), code = (first.layer.block, first.layer.multiple), first.layer.code
         widths = [layer.layer.padded[0] for layer in layers]
         rows = x.reshape(-1, first.in_features).contiguous()
-        rotated, norms = rotations(backend, first.layer.padded[1], block).rotate_input(
-            rows, first.in_signs, first.in_scale, multiple=multiple, block=block
-        )
-        product = partial_product(
-            rotated, self.codes, first.table, code, sum(widths), backend, overlap=True
-        )
+        product, norms = rotated_product(
+            rows, first.in_signs, first.in_scale, self.codes, first.table, code, sum(widths),
+            backend, multiple=multiple, block=block,
+        )  # fmt: skip
         outputs = _unrotated(
             product.split(widths, -1), norms, layers, backend, code_factor(code), x.dtype
         )

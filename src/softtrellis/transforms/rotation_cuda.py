@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from softtrellis.transforms.hadamard import hadamard_blocks, kronecker_factors
 from softtrellis.transforms.incoherence import padded_size
-from softtrellis.trellis.launch_cuda import Kernel
+from softtrellis.trellis.launch_cuda import TYPES, Kernel
 
 Factor = Literal["left", "right"]
 Name = Literal["rotate_input", "unrotate_output"]
@@ -25,10 +25,7 @@ JOBS = 4
 
 MAX_SHARED_BYTES = 227 * 1024
 CLUSTERS = (2, 4, 8)
-THREADS = 256
-"""Of a block. With more, its registers would leave no room for a block of the product beside it,
-which is to start meanwhile."""
-_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+MIN_THREADS, MAX_THREADS = 256, 512
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,7 @@ class Launch:
     """
 
     slices: int
-    threads: int = THREADS
+    threads: int
     part_tiles: int = 8
 
     def __post_init__(self) -> None:
@@ -77,10 +74,11 @@ class Transform:
         return -(-self.b // 16)
 
     def launch(self) -> Launch:
-        """As many blocks as have something to do."""
+        """As many blocks as have something to do, and a thread for four channels."""
         groups = self.tiles if self.blocks else min(self.tiles, -(-self.b // 4))
         slices = next((n for n in CLUSTERS if n >= groups), CLUSTERS[-1])
-        return Launch(slices)
+        quads = -(-self.tiles // slices) * 16 * 4 * self.steps
+        return Launch(slices, max(MIN_THREADS, min(MAX_THREADS, -(-quads // 32) * 32)))
 
     def group_shift(self, slices: int) -> int:
         """log2 of the groups of four columns that a block has."""
@@ -186,7 +184,7 @@ def rotate_input(
     """``rotation_triton.rotate_input``, for widths that ``runs`` names and x of float16, bfloat16
     or float32.
 
-    It may begin while the kernel before it ends, and lets the next one do so.
+    It may begin while the kernel before it ends, and lets the next one begin at once.
 
     Args:
         x, signs, scales, multiple, block: as there.
@@ -286,8 +284,8 @@ class Rotation:
         """Of the kernel, for one of its transforms."""
         into = name == "rotate_input"
         activations, row = (self.source, self.features) if into else (self.target, self.stride)
-        if activations.dtype not in _TYPES:
-            names = ", ".join(str(dtype) for dtype in _TYPES)
+        if activations.dtype not in TYPES:
+            names = ", ".join(str(dtype) for dtype in TYPES)
             raise ValueError(f"activations must be one of {names}, got {activations.dtype}")
         left, right = _factors(transform, not into, self.source.device)
         read = (self.source, self.scales)
@@ -302,7 +300,7 @@ class Rotation:
             *(transform.first, transform.a, transform.b),
             *(self.splits, cut.slices, _parts(transform, cut), cut.part_tiles),
             transform.group_shift(cut.slices),
-            *(_TYPES[activations.dtype], 0 if self.bias is None else _TYPES[self.bias.dtype]),
+            *(TYPES[activations.dtype], 0 if self.bias is None else TYPES[self.bias.dtype]),
             by_four,
             *struct.unpack("i", struct.pack("f", self.factor / sqrt(transform.order))),
             *(first_block, 0),
@@ -319,7 +317,7 @@ def _start(name: Name, rotations: Sequence[Rotation], launch: Launch | None) -> 
     """Launches of up to JOBS transforms each."""
     jobs = [(r, t) for r in rotations for t in transforms(r.width, r.block)]
     for some in (jobs[i : i + JOBS] for i in range(0, len(jobs), JOBS)):
-        cut = launch or max((t.launch() for _, t in some), key=lambda cut: cut.slices)
+        cut = launch or max((t.launch() for _, t in some), key=lambda c: (c.slices, c.threads))
         parameters, blocks = [], 0
         for rotation, transform in some:
             parameters.append(rotation.parameters(name, transform, cut, blocks))

@@ -10,26 +10,33 @@
 //     else's: no barriers. The first copies are under way before the kernel before this one ends.
 //   * HYB: 2 h(s) = 2 s (s + 1) holds the row of a table of 1024 codewords, signs included, in its
 //     bits 7 to 16. Every lane has its own copy of the table in its own bank (128 KiB in all), and
-//     bits 7 to 16 of 2 h, with the lane in bits 2 to 6, are the address: no reads conflict. (With
-//     16 copies two lanes share a bank; h is shifted one less.)
+//     bits 7 to 16 of 2 h, with the lane in bits 2 to 6, are the address: no reads conflict.
 //   * The units, inputs first, are dealt evenly to the blocks of the grid, and those of a block to
 //     its warps, none of which gets more than one row of units: so it has sums for at most two
 //     strips of 32 outputs. A block adds up its warps, in their order, and writes one share.
 
 #include "mma.cuh"
+#include "sylvester.cuh"
 
 constexpr int LANES = 32, SIDE = 16, QUARTET = 4, TILE = 4;  // a tile of 4 times 16 bytes
 constexpr int UNIT_BLOCKS = 8, UNIT_BYTES = 1024, STRIP = 2 * SIDE, TABLE_ROWS = 1024;
 
 enum Code { HYB, MUL1 };
 
+// Where a lane's activations come from: memory; the block's copy of all of them; or the one row
+// that the block itself rotates.
+enum Inputs { GLOBAL, SHARED, ROTATED };
+
 struct Parameters {
-    const uint4 (*x)[2];  // float16 [batch, in_blocks, 16]
     const uint4 *codes;   // [out_blocks, in_blocks, 64 bytes]
     const u32 *table;     // of HYB, two float16 each
+    const uint4 (*x)[2];  // float16 [batch, in_blocks, 16]; ROTATED: see Row
     float *partial;       // [shares, batch, 16 out_blocks]
+    const char *signs, *scales;  // ROTATED: see Row
+    float *norm;                 // ROTATED: what the row was divided by
     int batch, out_blocks, in_blocks, shares;
     int least, more;  // units of a block, of which the first `more` have one more
+    int bits, type;   // ROTATED: see Row
 };
 
 // The first unit of a part, where each has so many and the first `more` have one more.
@@ -52,11 +59,11 @@ __device__ constexpr int output_of(int quarter, int half, int row) {
 }
 
 // A quarter of a tile, of which `weights` are the two from this bit on, as float16.
-template <Code CODE, int COPIES>
+template <Code CODE>
 struct Quarter;
 
-template <int COPIES>
-struct Quarter<HYB, COPIES> {
+template <>
+struct Quarter<HYB> {
     u32 words[5], swapped[5];  // the stream begins in the high half of what is swapped
 
     __device__ __forceinline__ Quarter(const uint4 &v, u32 after)
@@ -71,14 +78,14 @@ struct Quarter<HYB, COPIES> {
         return __funnelshift_r(swapped[i + 1], swapped[i], 48 - offset);
     }
     __device__ __forceinline__ u32 weights(int bit, u32 bank) const {
-        const u32 s = state(bit), scaled = COPIES / 16 * s;
-        const u32 row = (scaled * s + scaled) & ((TABLE_ROWS - 1) * COPIES * 4);
+        const u32 s = state(bit), twice = 2 * s;
+        const u32 row = (twice * s + twice) & ((TABLE_ROWS - 1) * LANES * 4);
         return *(const u32 *)((const char *)shared + (row | bank));
     }
 };
 
-template <int COPIES>
-struct Quarter<MUL1, COPIES> {
+template <>
+struct Quarter<MUL1> {
     u32 pieces[8];  // [k]: 32 bits from bit 16 k on
 
     __device__ __forceinline__ Quarter(const uint4 &v, u32 after) {
@@ -103,11 +110,11 @@ struct Quarter<MUL1, COPIES> {
     }
 };
 
-// A copy of the table for each of COPIES lanes: thread t writes rows t, t + THREADS, ..., and
+// A copy of the table for each lane: thread t writes rows t, t + THREADS, ..., and
 // neighbours begin at different banks.
-template <int COPIES, int THREADS>
+template <int THREADS>
 struct TableFill {
-    static constexpr int ROWS = (TABLE_ROWS + THREADS - 1) / THREADS, PARTS = COPIES / 4;
+    static constexpr int ROWS = (TABLE_ROWS + THREADS - 1) / THREADS, PARTS = LANES / 4;
     u32 values[ROWS];
 
     __device__ __forceinline__ void load(const u32 *table) {
@@ -125,7 +132,7 @@ struct TableFill {
             const u32 v = values[r];
 #pragma unroll
             for (int i = 0; i < PARTS; ++i) {
-                const int part = (i + threadIdx.x * PARTS / 8) % PARTS;
+                const int part = (i + threadIdx.x) % PARTS;
                 ((uint4 *)shared)[row * PARTS + part] = make_uint4(v, v, v, v);
             }
         }
@@ -141,7 +148,7 @@ __device__ __forceinline__ void copy_x(const Parameters &p, u32 to, int row_unit
     end_copies();
 }
 
-template <Code CODE, int ROWS8, int WARPS, int STAGES, int COPIES, bool SHARED_X>
+template <Code CODE, int ROWS8, int WARPS, int STAGES, Inputs INPUTS>
 __device__ __forceinline__ void multiply(const Parameters &p) {
     const int lane = threadIdx.x % LANES, g = lane / 4, q = lane % 4, warp = threadIdx.x / LANES;
     const int row_units = (p.in_blocks + UNIT_BLOCKS - 1) / UNIT_BLOCKS;
@@ -150,14 +157,15 @@ __device__ __forceinline__ void multiply(const Parameters &p) {
     const auto first_of_warp = [&](int w) {
         return first + first_of(w, count / WARPS, count % WARPS);
     };
-    const u32 bank = 4 * (lane % COPIES);
-    TableFill<COPIES, WARPS * LANES> fill;
+    const u32 bank = 4 * lane;
+    constexpr bool SHARED_X = INPUTS != GLOBAL;
+    TableFill<WARPS * LANES> fill;
     if (CODE == HYB) fill.load(p.table);
 
     // Of each warp: the sums of its first strip, and the copies, whose place those of its second
     // strip take.
     const int x_row_bytes = row_units * UNIT_BLOCKS * SIDE * 2 + 16;  // 16: rows in other banks
-    char *const shared_x = (char *)shared + (CODE == HYB ? TABLE_ROWS * COPIES * 4 : 0);
+    char *const shared_x = (char *)shared + (CODE == HYB ? TABLE_ROWS * LANES * 4 : 0);
     char *const own = shared_x + (SHARED_X ? p.batch * x_row_bytes : 0);
     const int sums_bytes = p.batch * STRIP * 4, own_bytes = sums_bytes + STAGES * UNIT_BYTES;
     u32 slot = address(own) + warp * own_bytes + sums_bytes + 16 * lane, slots = slot;
@@ -194,6 +202,8 @@ __device__ __forceinline__ void multiply(const Parameters &p) {
     };
 #pragma unroll 1
     for (int i = 0; i < STAGES; ++i) copy();
+    const Row row{(const char *)p.x, p.signs, p.scales, p.in_blocks * SIDE, p.bits, p.type};
+    if (INPUTS == ROTATED) fetch_constants<WARPS * LANES>(row);
     if (CODE == HYB) fill.store();
     wait_for_the_kernel_before();  // which writes x; codes and table were there
     let_the_next_kernel_begin();
@@ -220,7 +230,14 @@ __device__ __forceinline__ void multiply(const Parameters &p) {
         }
         x_at += QUARTET, x_from += QUARTET * SIDE * 2;
     };
-    if (SHARED_X) {
+    if (INPUTS == ROTATED) {
+        float *const room = (float *)(own + WARPS * own_bytes);
+        u32 *const peaks = (u32 *)(room + row.channels);
+        const float peak = rotate_row<WARPS * LANES>(row, room, (u16 *)shared_x, peaks);
+        if (blockIdx.x == 0 && threadIdx.x == 0) *p.norm = peak;
+        __syncthreads();
+        load_x(0);
+    } else if (INPUTS == SHARED) {
         copy_x<WARPS * LANES>(p, address(shared_x), row_units, x_row_bytes);
         wait_for_copies<0>();
         __syncthreads();
@@ -247,7 +264,7 @@ __device__ __forceinline__ void multiply(const Parameters &p) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const u32 after = __shfl_sync(0xffffffffu, quarters[half].x, lane_after);
-                const Quarter<CODE, COPIES> quarter(quarters[half], after);
+                const Quarter<CODE> quarter(quarters[half], after);
                 if (half == 1) {
                     copy();
                     read_quarters();
@@ -315,12 +332,16 @@ __device__ __forceinline__ void multiply(const Parameters &p) {
     }
 }
 
-#define KERNEL(NAME, CODE, ROWS8, WARPS, STAGES, COPIES, SHARED_X, REGISTERS)  \
-    extern "C" __global__ void __maxnreg__(REGISTERS) NAME(Parameters p) {     \
-        multiply<CODE, ROWS8, WARPS, STAGES, COPIES, SHARED_X>(p);             \
+#define KERNEL(NAME, CODE, ROWS8, WARPS, STAGES, INPUTS, REGISTERS)        \
+    extern "C" __global__ void __maxnreg__(REGISTERS) NAME(Parameters p) { \
+        multiply<CODE, ROWS8, WARPS, STAGES, INPUTS>(p);                   \
     }
 
-KERNEL(hyb_rows_8, HYB, 1, 16, 2, 32, false, 80)
-KERNEL(hyb_rows_16, HYB, 2, 16, 2, 32, false, 128)
-KERNEL(mul1_exl3_8, MUL1, 1, 16, 2, 32, false, 80)
-KERNEL(mul1_exl3_16, MUL1, 2, 16, 2, 32, false, 128)
+KERNEL(hyb_rotating, HYB, 1, 8, 4, ROTATED, 128)
+KERNEL(hyb_shared_x, HYB, 1, 8, 4, SHARED, 128)
+KERNEL(hyb_rows_8, HYB, 1, 8, 4, GLOBAL, 128)
+KERNEL(hyb_rows_16, HYB, 2, 16, 2, GLOBAL, 128)
+KERNEL(mul1_rotating, MUL1, 1, 8, 4, ROTATED, 128)
+KERNEL(mul1_shared_x, MUL1, 1, 8, 4, SHARED, 128)
+KERNEL(mul1_rows_8, MUL1, 1, 16, 2, GLOBAL, 80)
+KERNEL(mul1_rows_16, MUL1, 2, 16, 2, GLOBAL, 128)

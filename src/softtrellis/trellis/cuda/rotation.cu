@@ -8,13 +8,15 @@
 //   * The blocks of a cluster share a row: each reads 16 or more rows of X, multiplies them by B^T
 //     and hands every block its columns; each then multiplies its columns by A. Where A is large,
 //     several clusters do all but that product, of which each computes its rows of A.
-//   * Nothing that a kernel may have written is read before the kernel before this one has ended,
-//     and the next one begins after that only: of a chain of kernels two run at a time.
+//   * Nothing that a kernel may have written is read before the kernel before this one has ended.
+//     On the way in the next kernel, the product, may begin at once: its table and its first codes
+//     take longer than a rotation. It waits for this one, and so for all before it.
 
 #include "types.cuh"
 
 constexpr int SIDE = 16, QUAD = 4, LANES = 32, LINE = 128;
 constexpr int MAX_PEAKS = 8 * 16;  // of 8 blocks of 16 warps
+constexpr int AT_ONCE = 1;         // times four channels that a thread loads before it uses one
 
 struct Parameters {
     const char *source;          // x [batch, features]; or float [splits, batch, width]
@@ -246,6 +248,7 @@ __device__ __forceinline__ void multiply_columns(const Parameters &p, int row, i
 
 template <bool INPUT>
 __device__ __forceinline__ void rotate(const Parameters &p) {
+    if (INPUT) let_the_next_kernel_begin();
     const int lane = threadIdx.x % LANES, g = lane / 4, q = lane % 4;
     const int warp = threadIdx.x / LANES, warps = blockDim.x / LANES;
     const int index = blockIdx.x - p.first_block;
@@ -291,7 +294,7 @@ __device__ __forceinline__ void rotate(const Parameters &p) {
     __syncwarp();
     if (exchange) cluster_wait();
     wait_for_the_kernel_before();
-    let_the_next_kernel_begin();
+    if (!INPUT) let_the_next_kernel_begin();
 
     float peak = 0.f, scale = 1.f, norm = 1.f;
     if (!INPUT) {
@@ -306,7 +309,6 @@ __device__ __forceinline__ void rotate(const Parameters &p) {
     };
     if (!INPUT && !p.left) load_outputs(warp);  // on their way while the rows are
     const int quads = 4 * steps;
-    constexpr int AT_ONCE = 2;
     for (int u = threadIdx.x; u < own * SIDE * quads; u += AT_ONCE * blockDim.x) {
         int channel[AT_ONCE], count[AT_ONCE], at[AT_ONCE];
         float4 v[AT_ONCE];
@@ -389,11 +391,11 @@ __device__ __forceinline__ void rotate(const Parameters &p) {
     else multiply_columns<INPUT, 2>(p, row, tile, rank, left, columns, mailbox, factor_of);
 }
 
-// With 256 threads they fit beside a block of the product, of 512 threads with 80 registers.
+// A block of either fits beside one of the product, of 256 threads with up to 128 registers.
 extern "C" __global__ void __launch_bounds__(512, 2) rotate_input(Jobs jobs) {
     rotate<true>(jobs.mine());
 }
 
-extern "C" __global__ void __maxnreg__(96) unrotate_output(Jobs jobs) {
+extern "C" __global__ void __launch_bounds__(512, 2) unrotate_output(Jobs jobs) {
     rotate<false>(jobs.mine());
 }
