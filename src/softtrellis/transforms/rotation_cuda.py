@@ -20,6 +20,7 @@ from softtrellis.trellis.launch_cuda import TYPES, Kernel
 Factor = Literal["left", "right"]
 Name = Literal["rotate_input", "unrotate_output"]
 
+SOURCE = "rotation.cu"
 JOBS = 4
 """Transforms of one launch."""
 
@@ -74,8 +75,8 @@ class Transform:
         return -(-self.b // 16)
 
     def launch(self) -> Launch:
-        """As many blocks as have something to do, and a thread for four channels."""
-        groups = self.tiles if self.blocks else min(self.tiles, -(-self.b // 4))
+        """As many blocks as have rows or columns, and a thread for four channels."""
+        groups = self.tiles if self.blocks else max(self.tiles, -(-self.b // 4))
         slices = next((n for n in CLUSTERS if n >= groups), CLUSTERS[-1])
         quads = -(-self.tiles // slices) * 16 * 4 * self.steps
         return Launch(slices, max(MIN_THREADS, min(MAX_THREADS, -(-quads // 32) * 32)))
@@ -326,7 +327,7 @@ def _start(name: Name, rotations: Sequence[Rotation], launch: Launch | None) -> 
         nothing = addresses, [*numbers[:-2], blocks, 0]
         parameters += [nothing] * (JOBS - len(some))
         together = name == "rotate_input" or any(not t.blocks for _, t in some)
-        Kernel("rotation.cu", name, cut.threads)(
+        Kernel(SOURCE, name, cut.threads)(
             blocks,
             max(transform.shared_bytes(cut) for _, transform in some),
             some[0][0].source.device,
