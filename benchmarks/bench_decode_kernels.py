@@ -48,9 +48,10 @@ from softtrellis.trellis.launch_cuda import Kernel
 SHAPES = ((4096, 11008), (2048, 8192), (28672, 4096), (6144, 4096), (4096, 14336))
 CHECKED = ((2048, 2048), (576, 1536), (272, 1040), (48, 80))
 PRODUCTS: list[tuple[int, int, int, Inputs]] = [
-    (12, 3, 104, "shared"), (8, 4, 128, "global"), (16, 2, 80, "global"),
+    (12, 3, 104, "shared"), (8, 4, 128, "global"), (16, 2, 80, "global"), (8, 0, 128, "shared"),
+    (12, 0, 104, "shared"),
 ]  # fmt: skip
-"""Warps, stages, registers of a thread, where x comes from."""
+"""Warps, stages (0: codes straight into registers), registers of a thread, where x comes from."""
 FLOORS = """
 extern "C" __global__ void nothing(Parameters p) {}
 

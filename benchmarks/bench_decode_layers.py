@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from unittest.mock import patch
 
@@ -47,7 +48,7 @@ SHAPES = (
     (4096, 11008), (2048, 8192), (28672, 4096), (6144, 4096), (4096, 14336), (4096, 4096),
     (576, 1536),
 )  # fmt: skip
-REPLAYS = 200
+REPLAYS = 100
 BLOCKS = 256  # most of a grid
 KERNELS = Path(launch_cuda.__file__).parent / "cuda"
 
@@ -60,10 +61,8 @@ EARLY: list[Edit] = [(EARLY_IN, EARLY_IN.replace("if (INPUT) ", "")), (LATE_OUT,
 BOUNDS = "__launch_bounds__(512, 2) unrotate_output"
 TWICE: list[Edit] = [("AT_ONCE = 1", "AT_ONCE = 2"), (BOUNDS, "__maxnreg__(96) unrotate_output")]
 ROOMY: list[Edit] = [(BOUNDS, "__maxnreg__(80) unrotate_output")]
-TWELVE_WARPS = """
-KERNEL(hyb_rotating_12, HYB, 1, 12, 3, ROTATED, 104)
-KERNEL(mul1_rotating_12, MUL1, 1, 12, 3, ROTATED, 104)
-"""
+MORE_KERNELS = [(12, 3, 104), (8, 0, 128), (12, 0, 104)]
+"""Warps, stages (0: codes straight into registers), registers of a thread."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ class Way:
         apart: the product never rotates its row itself.
         threads: of a rotation's block, at most.
         part_tiles: see ``Launch``.
-        rotating: kernels in place of those that rotate.
+        kernels: warps and stages of other kernels, of ``MORE_KERNELS``.
     """
 
     name: str
@@ -85,22 +84,23 @@ class Way:
     apart: bool = False
     threads: int = 512
     part_tiles: int = 8
-    rotating: dict[tuple[str, str], Variant] | None = None
+    kernels: tuple[int, int] | None = None
 
     def cut(self, usual: Launch) -> Launch:
         return replace(usual, threads=min(usual.threads, self.threads), part_tiles=self.part_tiles)
 
+    def moved(self, usual: Variant) -> Variant:
+        name, threads, stages = usual.kernel.name, usual.kernel.threads, usual.stages
+        if self.kernels and usual.inputs != "global":
+            warps, stages = self.kernels
+            name, threads = f"{name}_{warps}_{stages}", 32 * warps
+        return replace(usual, kernel=Kernel(self.decode, name, threads), stages=stages)
+
     @contextmanager
     def used(self) -> Iterator[None]:
         usual = Transform.launch
-        moved = {
-            key: [replace(v, kernel=replace(v.kernel, source=self.decode)) for v in variants]
-            for key, variants in VARIANTS.items()
-        }
-        turning = {
-            key: replace(v, kernel=replace(v.kernel, source=self.decode))
-            for key, v in (self.rotating or ROTATING).items()
-        }
+        moved = {key: [self.moved(v) for v in variants] for key, variants in VARIANTS.items()}
+        turning = {key: self.moved(v) for key, v in ROTATING.items()}
         with ExitStack() as stack:
             for change in (
                 patch.dict(decode_cuda.VARIANTS, moved),
@@ -131,12 +131,15 @@ def edited(folder: Path, source: str, name: str, edits: list[Edit], more: str = 
 
 
 def ways(folder: Path) -> list[Way]:
-    twelve = edited(folder, "decode.cu", "twelve", [], TWELVE_WARPS)
+    more = ""
+    for warps, stages, registers in MORE_KERNELS:
+        for code, (name, inputs) in product(
+            ("hyb", "mul1"), (("rotating", "ROTATED"), ("shared_x", "SHARED"))
+        ):
+            more += f"KERNEL({code}_{name}_{warps}_{stages}, {code.upper()}, 1, {warps}, {stages}, "
+            more += f"{inputs}, {registers})\n"
+    products = edited(folder, "decode.cu", "more", [], more)
     late = edited(folder, "rotation.cu", "late", LATE)
-    wider = {
-        key: replace(v, kernel=Kernel("", f"{v.kernel.name}_12", 384), stages=3)
-        for key, v in ROTATING.items()
-    }
     return [
         Way("as it is"),
         Way("rotation apart", apart=True),
@@ -149,7 +152,9 @@ def ways(folder: Path) -> list[Way]:
         Way("384 threads of 80 registers on the way out",
             rotation=edited(folder, "rotation.cu", "roomy", ROOMY), threads=384),
         Way("4 runs of A a cluster", part_tiles=4),
-        Way("rotating with 12 warps", decode=twelve, rotating=wider),
+        *(Way(f"{warps} warps, {f'{stages} stages' if stages else 'codes into registers'}",
+              decode=products, kernels=(warps, stages))
+          for warps, stages, _ in MORE_KERNELS),
     ]  # fmt: skip
 
 
@@ -198,7 +203,7 @@ PRODUCT_POINTS: list[tuple[str, str]] = [
     ("begins", "    const u32 bank = 4 * lane;\n"),
     ("asks for codes", "    const Row row{"),
     ("let go", LET_GO),
-    ("has x", "    uint4 quarters[2];\n"),
+    ("has x", "    const auto read_quarters = [&] {\n"),
     ("has codes", "    const int lane_after = "),
     ("has multiplied", "    int column = warp;  // of the sums"),
     ("adds up", "    const int width = p.out_blocks * SIDE;\n"),

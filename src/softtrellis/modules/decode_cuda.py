@@ -34,7 +34,7 @@ class Variant:
     Attributes:
         kernel: the kernel itself.
         rows: most rows of activations that it takes.
-        stages: units of work whose codes a warp copies ahead.
+        stages: units of work whose codes a warp copies ahead; 0: it loads them into registers.
         table: whether it has HYB's table.
         inputs: where activations come from: global memory; a copy of all of them in every block's
             shared memory; one row that every block itself rotates.
@@ -63,7 +63,8 @@ class Variant:
             size += batch * (-(-inputs // _UNIT_INPUTS) * 2 * _UNIT_INPUTS + 16)
         if self.inputs == "rotated":
             size += 4 * inputs + 4 * self.warps
-        size += self.warps * (4 * _STRIP * batch + self.stages * _UNIT_BYTES)
+        sums, copies = 4 * _STRIP * batch, self.stages * _UNIT_BYTES
+        size += self.warps * (sums + max(copies, sums))
         return max(size, _MORE_THAN_HALF)
 
     def takes(self, batch: int, inputs: int) -> bool:

@@ -8,6 +8,7 @@
 //     of work is twice that, 32 outputs by 128 inputs.
 //   * A lane copies its own quarters to shared memory, several units ahead, and reads no one
 //     else's: no barriers. The first copies are under way before the kernel before this one ends.
+//     Or (STAGES 0) it loads them into registers, a unit ahead, as others were fetched to L2.
 //   * HYB: 2 h(s) = 2 s (s + 1) holds the row of a table of 1024 codewords, signs included, in its
 //     bits 7 to 16. Every lane has its own copy of the table in its own bank (128 KiB in all), and
 //     bits 7 to 16 of 2 h, with the lane in bits 2 to 6, are the address: no reads conflict.
@@ -19,6 +20,7 @@
 #include "sylvester.cuh"
 
 constexpr int LANES = 32, SIDE = 16, QUARTET = 4, TILE = 4;  // a tile of 4 times 16 bytes
+constexpr int LEAD = 4;  // units that are on their way to L2 before they are loaded
 constexpr int UNIT_BLOCKS = 8, UNIT_BYTES = 1024, STRIP = 2 * SIDE, TABLE_ROWS = 1024;
 
 enum Code { HYB, MUL1 };
@@ -158,7 +160,8 @@ __device__ __forceinline__ void multiply(const Parameters &p) {
         return first + first_of(w, count / WARPS, count % WARPS);
     };
     const u32 bank = 4 * lane;
-    constexpr bool SHARED_X = INPUTS != GLOBAL;
+    constexpr bool SHARED_X = INPUTS != GLOBAL, RING = STAGES > 0;
+    constexpr int AHEAD = RING ? STAGES - 1 : 0;
     TableFill<WARPS * LANES> fill;
     if (CODE == HYB) fill.load(p.table);
 
@@ -167,7 +170,8 @@ __device__ __forceinline__ void multiply(const Parameters &p) {
     const int x_row_bytes = row_units * UNIT_BLOCKS * SIDE * 2 + 16;  // 16: rows in other banks
     char *const shared_x = (char *)shared + (CODE == HYB ? TABLE_ROWS * LANES * 4 : 0);
     char *const own = shared_x + (SHARED_X ? p.batch * x_row_bytes : 0);
-    const int sums_bytes = p.batch * STRIP * 4, own_bytes = sums_bytes + STAGES * UNIT_BYTES;
+    const int sums_bytes = p.batch * STRIP * 4;
+    const int own_bytes = sums_bytes + (RING ? STAGES * UNIT_BYTES : sums_bytes);
     u32 slot = address(own) + warp * own_bytes + sums_bytes + 16 * lane, slots = slot;
     asm("" : "+r"(slots));  // else computed again and again
 
@@ -186,22 +190,44 @@ __device__ __forceinline__ void multiply(const Parameters &p) {
     int ahead = here;  // units to copy, and from this lane's input block to the end of the row
     int room = units > 0 && out_block < p.out_blocks ? p.in_blocks - first_block : 0;
     int next_room = there > 0 && out_block + 2 < p.out_blocks ? p.in_blocks - q : 0;
+    const auto advance = [&] {
+        room -= UNIT_BLOCKS, part += UNIT_BLOCKS * TILE;
+        if (--ahead == 0)  // on to the second strip, and after it to nothing
+            part = next_part, ahead = there, room = next_room, next_room = 0;
+    };
     const auto copy = [&] {
         const uint4 *from = p.codes + part;
         asm("" : "+l"(from));  // likewise
 #pragma unroll
         for (int half = 0; half < 2; ++half)
-            if (room > half * QUARTET)
-                copy_16_bytes(slot + half * UNIT_BYTES / 2, from + half * QUARTET * TILE);
+            copy_if(room > half * QUARTET, slot + half * UNIT_BYTES / 2,
+                    from + half * QUARTET * TILE);
         end_copies();
         if (STAGES == 2) slot = 2 * slots + UNIT_BYTES - slot;
-        else slot = slot == slots + (STAGES - 1) * UNIT_BYTES ? slots : slot + UNIT_BYTES;
-        room -= UNIT_BLOCKS, part += UNIT_BLOCKS * TILE;
-        if (--ahead == 0)  // on to the second strip, and after it to nothing
-            part = next_part, ahead = there, room = next_room, next_room = 0;
+        else slot = slot == slots + AHEAD * UNIT_BYTES ? slots : slot + UNIT_BYTES;
+        advance();
     };
+    // Without a ring of copies: the next unit is on its way into registers, those after it to L2.
+    uint4 quarters[2] = {};
+    const auto load = [&](int half) {
+        load_if(room > half * QUARTET, quarters[half], p.codes + part + half * QUARTET * TILE);
+    };
+    const auto fetch = [&](u32 at) {  // each lane 32 bytes of the unit
+        at += g % 2 * QUARTET * TILE;
+        if (at < p.out_blocks * p.in_blocks * TILE) fetch_to_l2(p.codes + at);
+    };
+    if (RING) {
 #pragma unroll 1
-    for (int i = 0; i < STAGES; ++i) copy();
+        for (int i = 0; i < STAGES; ++i) copy();
+    } else {
+        load(0), load(1);
+#pragma unroll 1
+        for (int i = 1; i <= LEAD; ++i) {
+            fetch(part + i * UNIT_BLOCKS * TILE);
+            if (there > 0) fetch(next_part + (i - 1) * UNIT_BLOCKS * TILE);
+        }
+        advance();
+    }
     const Row row{(const char *)p.x, p.signs, p.scales, p.in_blocks * SIDE, p.bits, p.type};
     if (INPUTS == ROTATED) fetch_constants<WARPS * LANES>(row);
     if (CODE == HYB) fill.store();
@@ -246,13 +272,12 @@ __device__ __forceinline__ void multiply(const Parameters &p) {
         load_x(0);
         if (CODE == HYB) __syncthreads();
     }
-    uint4 quarters[2];
     const auto read_quarters = [&] {
-        wait_for_copies<STAGES - 1>();
+        wait_for_copies<AHEAD>();
         quarters[0] = read_16_bytes(slot);
         quarters[1] = read_16_bytes(slot + UNIT_BYTES / 2);
     };
-    read_quarters();
+    if (RING) read_quarters();
     const int lane_after = (lane & 19) | ((lane + 4) & 12);
 
 #pragma unroll 1
@@ -265,9 +290,15 @@ __device__ __forceinline__ void multiply(const Parameters &p) {
             for (int half = 0; half < 2; ++half) {
                 const u32 after = __shfl_sync(0xffffffffu, quarters[half].x, lane_after);
                 const Quarter<CODE> quarter(quarters[half], after);
+                if (!RING) load(half);
                 if (half == 1) {
-                    copy();
-                    read_quarters();
+                    if (RING) {
+                        copy();
+                        read_quarters();
+                    } else {
+                        fetch(part + LEAD * UNIT_BLOCKS * TILE);
+                        advance();
+                    }
                     if (!SHARED_X && left == 1) x_at = x_end - p.in_blocks + q;
                 }
                 load_x(1 - half);
