@@ -73,6 +73,7 @@ class Way:
         name: for the table.
         decode, rotation: sources in place of ``decode.cu`` and ``rotation.cu``.
         apart: the product never rotates its row itself.
+        quads: whether blocks of 128 channels of the outputs are a warp's work.
         threads: of a rotation's block, at most.
         part_tiles: see ``Launch``.
         kernels: warps and stages of other kernels, of ``MORE_KERNELS``.
@@ -82,6 +83,7 @@ class Way:
     decode: str = "decode.cu"
     rotation: str = "rotation.cu"
     apart: bool = False
+    quads: bool = True
     threads: int = 512
     part_tiles: int = 8
     kernels: tuple[int, int] | None = None
@@ -109,6 +111,9 @@ class Way:
                 patch.object(Transform, "launch", lambda transform: self.cut(usual(transform))),
             ):
                 stack.enter_context(change)
+            if not self.quads:
+                no = patch.object(rotation_cuda.Rotation, "in_quads", lambda _: False)
+                stack.enter_context(no)
             if self.apart:
                 stack.enter_context(patch.object(decode_cuda, "rotates", lambda *_: False))
             yield
@@ -145,6 +150,7 @@ def ways(folder: Path) -> list[Way]:
         Way("rotation apart", apart=True),
         Way("apart, product begins after its wait", rotation=late, apart=True),
         Way("all begin early", rotation=edited(folder, "rotation.cu", "early", EARLY)),
+        Way("blocks of 128 by matrix instructions", quads=False),
         Way("256 threads, eight channels each",
             rotation=edited(folder, "rotation.cu", "twice", TWICE), threads=256),
         Way("256 threads", threads=256),

@@ -27,6 +27,7 @@ JOBS = 4
 MAX_SHARED_BYTES = 227 * 1024
 CLUSTERS = (2, 4, 8)
 MIN_THREADS, MAX_THREADS = 256, 512
+QUAD_BLOCK, QUAD_WARPS = 128, 4
 
 
 @dataclass(frozen=True)
@@ -253,7 +254,10 @@ def unrotate_outputs(
             )
         )  # fmt: skip
         found.append(y)
-    _start("unrotate_output", rotations, launch)
+    if launch is None and all(rotation.in_quads() for rotation in rotations):
+        _start_quads(rotations)
+    else:
+        _start("unrotate_output", rotations, launch)
     return found
 
 
@@ -274,6 +278,12 @@ class Rotation:
     block: int | None
     splits: int
     factor: float
+
+    def in_quads(self) -> bool:
+        """Whether ``rotation_blocks.cu`` takes it: it reads and writes four channels at once."""
+        read = (self.source, self.scales, self.bias)
+        aligned = all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in read)
+        return self.block == QUAD_BLOCK and self.features % 4 == 0 and aligned
 
     def blocks(self, transform: Transform, cut: Launch) -> int:
         """Of the grid, for one of its transforms."""
@@ -323,16 +333,41 @@ def _start(name: Name, rotations: Sequence[Rotation], launch: Launch | None) -> 
         for rotation, transform in some:
             parameters.append(rotation.parameters(name, transform, cut, blocks))
             blocks += rotation.blocks(transform, cut)
-        addresses, numbers = parameters[-1]
-        nothing = addresses, [*numbers[:-2], blocks, 0]
-        parameters += [nothing] * (JOBS - len(some))
         together = name == "rotate_input" or any(not t.blocks for _, t in some)
         Kernel(SOURCE, name, cut.threads)(
             blocks,
             max(transform.shared_bytes(cut) for _, transform in some),
             some[0][0].source.device,
             *parameters[0],
-            more=parameters[1:],
+            more=_filled(parameters[1:], parameters[-1], blocks),
             cluster=cut.slices if together else 1,
             overlap=True,
         )
+
+
+def _start_quads(rotations: Sequence[Rotation]) -> None:
+    """Likewise, a warp for each block of channels."""
+    for some in (rotations[i : i + JOBS] for i in range(0, len(rotations), JOBS)):
+        parameters, blocks = [], 0
+        for rotation in some:
+            (transform,) = transforms(rotation.width, rotation.block)
+            cut = transform.launch()
+            parameters.append(rotation.parameters("unrotate_output", transform, cut, blocks))
+            blocks += -(-len(rotation.norms) * transform.a // QUAD_WARPS)
+        Kernel("rotation_blocks.cu", "unrotate_blocks", 32 * QUAD_WARPS)(
+            blocks,
+            0,
+            some[0].source.device,
+            *parameters[0],
+            more=_filled(parameters[1:], parameters[-1], blocks),
+            overlap=True,
+        )
+
+
+_Parameters = tuple[list[Tensor | None], list[int]]
+
+
+def _filled(more: list[_Parameters], last: _Parameters, blocks: int) -> list[_Parameters]:
+    """Up to JOBS - 1 jobs, those that are not there beginning after all blocks."""
+    addresses, numbers = last
+    return [*more, *[(addresses, [*numbers[:-2], blocks, 0])] * (JOBS - 1 - len(more))]
