@@ -33,6 +33,7 @@ SOURCES = (
     "viterbi_scalar.cu",
     "decode.cu",
     "rotation.cu",
+    "rotation_blocks.cu",
 )
 
 
