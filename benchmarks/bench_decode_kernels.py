@@ -164,7 +164,7 @@ def floor(kernel: Kernel, x: Tensor, codes: Tensor, table: Tensor, out: int, i: 
     """A launch of a kernel that does part of the work, as large as HYB's."""
     deal = Deal.of(out, x.shape[1], 16, launch_cuda.multiprocessors(x.device))
     partial_sums = torch.empty(deal.shares, 1, out, device=x.device)
-    numbers = [1, out // 16, x.shape[1] // 16, deal.shares, deal.least, deal.more, 0, 0]
+    numbers = [1, out // 16, x.shape[1] // 16, deal.shares, deal.least, deal.more, 0, 0, 0]
     kernel(
         deal.grid, VARIANTS["hyb", "rows"][0].shared_bytes(1, x.shape[1]), x.device,
         [codes[i], table, x, partial_sums, None, None, None], numbers,
@@ -175,7 +175,7 @@ def floor(kernel: Kernel, x: Tensor, codes: Tensor, table: Tensor, out: int, i: 
 def relay(kernel: Kernel, numbers: Tensor, cluster: int, i: int) -> None:
     """8 blocks that each add 1 to 256 numbers of the kernel before; ``i`` is not used."""
     addresses = [None, None, None, numbers, None, None, None]
-    kernel(8, 512, numbers.device, addresses, [0] * 8, cluster=cluster, overlap=True)
+    kernel(8, 512, numbers.device, addresses, [0] * 9, cluster=cluster, overlap=True)
 
 
 def relays(source: str) -> None:

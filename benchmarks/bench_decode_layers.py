@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import count, product
 from pathlib import Path
 from unittest.mock import patch
 
@@ -58,6 +58,9 @@ EARLY_IN = "    if (INPUT) let_the_next_kernel_begin();\n"
 LATE_OUT = "    if (!INPUT) let_the_next_kernel_begin();\n"
 LATE: list[Edit] = [(EARLY_IN, ""), (LATE_OUT, LATE_OUT.replace("if (!INPUT) ", ""))]
 EARLY: list[Edit] = [(EARLY_IN, EARLY_IN.replace("if (INPUT) ", "")), (LATE_OUT, "")]
+BEGIN_COLUMNS = "    const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;\n"
+LATE_COLUMNS = "    let_the_next_kernel_begin();\n"
+EARLY_COLUMNS = [(LATE_COLUMNS, ""), (BEGIN_COLUMNS, LATE_COLUMNS + BEGIN_COLUMNS)]
 BOUNDS = "__launch_bounds__(512, 2) unrotate_output"
 TWICE: list[Edit] = [("AT_ONCE = 1", "AT_ONCE = 2"), (BOUNDS, "__maxnreg__(96) unrotate_output")]
 ROOMY: list[Edit] = [(BOUNDS, "__maxnreg__(80) unrotate_output")]
@@ -71,8 +74,9 @@ class Way:
 
     Attributes:
         name: for the table.
-        decode, rotation: sources in place of ``decode.cu`` and ``rotation.cu``.
+        decode, rotation, columns, blocks: sources in place of those in the package.
         apart: the product never rotates its row itself.
+        strips: whether products begin the outputs' rotation.
         quads: whether blocks of 128 channels of the outputs are a warp's work.
         threads: of a rotation's block, at most.
         part_tiles: see ``Launch``.
@@ -82,7 +86,10 @@ class Way:
     name: str
     decode: str = "decode.cu"
     rotation: str = "rotation.cu"
+    columns: str = "rotation_columns.cu"
+    blocks: str = "rotation_blocks.cu"
     apart: bool = False
+    strips: bool = True
     quads: bool = True
     threads: int = 512
     part_tiles: int = 8
@@ -108,9 +115,13 @@ class Way:
                 patch.dict(decode_cuda.VARIANTS, moved),
                 patch.dict(decode_cuda.ROTATING, turning),
                 patch.object(rotation_cuda, "SOURCE", self.rotation),
+                patch.object(rotation_cuda, "COLUMNS_SOURCE", self.columns),
+                patch.object(rotation_cuda, "BLOCKS_SOURCE", self.blocks),
                 patch.object(Transform, "launch", lambda transform: self.cut(usual(transform))),
             ):
                 stack.enter_context(change)
+            if not self.strips:
+                stack.enter_context(patch.object(rotation_cuda, "by_strips", lambda *_: False))
             if not self.quads:
                 no = patch.object(rotation_cuda.Rotation, "in_quads", lambda _: False)
                 stack.enter_context(no)
@@ -149,15 +160,18 @@ def ways(folder: Path) -> list[Way]:
         Way("as it is"),
         Way("rotation apart", apart=True),
         Way("apart, product begins after its wait", rotation=late, apart=True),
-        Way("all begin early", rotation=edited(folder, "rotation.cu", "early", EARLY)),
+        Way("all begin early", rotation=edited(folder, "rotation.cu", "early", EARLY),
+            columns=edited(folder, "rotation_columns.cu", "early_columns", EARLY_COLUMNS)),
+        Way("outputs rotated by a cluster", strips=False),
+        Way("outputs rotated by a cluster, 384 threads of 80 registers",
+            rotation=edited(folder, "rotation.cu", "roomy", ROOMY), threads=384, strips=False),
+        Way("rotation apart, outputs by a cluster", apart=True, strips=False),
         Way("blocks of 128 by matrix instructions", quads=False),
         Way("256 threads, eight channels each",
-            rotation=edited(folder, "rotation.cu", "twice", TWICE), threads=256),
-        Way("256 threads", threads=256),
-        Way("384 threads", threads=384),
-        Way("384 threads of 80 registers on the way out",
-            rotation=edited(folder, "rotation.cu", "roomy", ROOMY), threads=384),
-        Way("4 runs of A a cluster", part_tiles=4),
+            rotation=edited(folder, "rotation.cu", "twice", TWICE), threads=256, apart=True,
+            strips=False),
+        Way("256 threads", threads=256, apart=True, strips=False),
+        Way("4 runs of A a block", part_tiles=4),
         *(Way(f"{warps} warps, {f'{stages} stages' if stages else 'codes into registers'}",
               decode=products, kernels=(warps, stages))
           for warps, stages, _ in MORE_KERNELS),
@@ -205,6 +219,18 @@ ROTATION_POINTS: list[tuple[str, str]] = [  # before the text; afterwards for LE
     ("has sent", "    left += warp * left_words;\n"),
     ("has its mail", "    const float factor = factor_of();\n    for (int n = 0;"),
 ]  # fmt: skip
+COLUMN_POINTS: list[tuple[str, str]] = [
+    ("begins", "    const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;\n"
+     "    const int index = blockIdx.x - p.first_block, first"),
+    ("let go", LET_GO),
+    ("has read", "    wait_for_copies();\n    __syncthreads();\n    if (!works) return;"),
+    ("has its columns", "    if (!works) return;\n    for (int k = 0; k < strips"),
+]  # fmt: skip
+BLOCK_POINTS: list[tuple[str, str]] = [
+    ("begins", "    const int index = (blockIdx.x - p.first_block) * WARPS"),
+    ("let go", LET_GO),
+    ("has read", "    v = transformed(v);\n"),
+]
 PRODUCT_POINTS: list[tuple[str, str]] = [
     ("begins", "    const u32 bank = 4 * lane;\n"),
     ("asks for codes", "    const Row row{"),
@@ -229,8 +255,13 @@ def marks(points: list[tuple[str, str]], kernel: str) -> list[Edit]:
     return edits
 
 
-def with_clock(folder: Path, times: Tensor, source: str, points: list[tuple[str, str]]) -> str:
-    """A source whose blocks write the time, nanoseconds, to ``times``; its end is a row too."""
+def with_clock(
+    folder: Path, times: Tensor, source: str, edits: list[Edit], ends: dict[str, str]
+) -> str:
+    """A source whose blocks write the time, nanoseconds, to ``times``.
+
+    ``ends`` has the calls after which a kernel ends, and the rows for that.
+    """
     clock = f"""
 __device__ __forceinline__ void mark(int point) {{
     if (threadIdx.x) return;
@@ -238,38 +269,64 @@ __device__ __forceinline__ void mark(int point) {{
     asm volatile("mov.u64 %0, %globaltimer;" : "=l"(time) :: "memory");
     ((unsigned long long *){times.data_ptr():#x}ull)[point * {BLOCKS} + blockIdx.x] = time;
 }}
+
 """
-    into = source == "rotation.cu"
-    edits = marks(points, f"(INPUT ? 0 : {2 * POINTS})" if into else str(POINTS))
-    edits.append(("extern __shared__", clock + "extern __shared__"))
-    if into:
-        for name, row in (("true", POINTS - 1), ("false", 3 * POINTS - 1)):
-            call = f"    rotate<{name}>(jobs.mine());\n"
-            edits.append((call, call + mark(str(row))))
-    else:
-        call = "multiply<CODE, ROWS8, WARPS, STAGES, INPUTS>(p); "
-        edits.append((call, f"{call} mark({2 * POINTS - 1}); "))
-    return edited(folder, source, f"timed_{source[:-3]}", edits)
+    edits = [(call, f"{call} mark({row}); ") for call, row in ends.items()] + edits
+    text = (KERNELS / source).read_text()
+    begin = text.index("\n\n", text.index("constexpr")) + 2  # below what it includes
+    return edited(folder, source, f"timed_{source[:-3]}", [(text[begin : begin + 80],
+                  clock + text[begin : begin + 80]), *edits])  # fmt: skip
+
+
+def timed(folder: Path, times: Tensor) -> list[str]:
+    """Sources with clocks, in the order of a ``Way``; rows of kernel k begin at k POINTS."""
+    last = POINTS - 1
+    return [
+        with_clock(
+            folder, times, "decode.cu", marks(PRODUCT_POINTS, str(POINTS)),
+            {"multiply<CODE, ROWS8, WARPS, STAGES, INPUTS>(p); ": str(POINTS + last)},
+        ),
+        with_clock(
+            folder, times, "rotation.cu", marks(ROTATION_POINTS, f"(INPUT ? 0 : {2 * POINTS})"),
+            {"rotate<true>(jobs.mine());": str(last),
+             "rotate<false>(jobs.mine());": str(2 * POINTS + last)},
+        ),
+        with_clock(
+            folder, times, "rotation_columns.cu", marks(COLUMN_POINTS, str(3 * POINTS)),
+            {"    unrotate(jobs.mine());": str(3 * POINTS + last)},
+        ),
+        with_clock(
+            folder, times, "rotation_blocks.cu", marks(BLOCK_POINTS, str(4 * POINTS)),
+            {"    unrotate(jobs.mine());": str(4 * POINTS + last)},
+        ),
+    ]  # fmt: skip
 
 
 POINTS = 8  # of a kernel, at most, its end being the last
+TIMED = {
+    "rotate_input": ROTATION_POINTS,
+    "product": PRODUCT_POINTS,
+    "unrotate_output": ROTATION_POINTS,
+    "unrotate_columns": COLUMN_POINTS,
+    "unrotate_blocks": BLOCK_POINTS,
+}
+"""By kernel, in the order of rows."""
 
 
 @torch.no_grad()
 def timeline() -> None:
-    times = torch.zeros(3 * POINTS, BLOCKS, dtype=torch.int64, device="cuda")
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        rotation = with_clock(folder, times, "rotation.cu", ROTATION_POINTS)
-        way = Way("", with_clock(folder, times, "decode.cu", PRODUCT_POINTS), rotation)
+    times = torch.zeros(len(TIMED) * POINTS, BLOCKS, dtype=torch.int64, device="cuda")
+    with tempfile.TemporaryDirectory() as folder:
+        decode, rotation, columns, blocks = timed(Path(folder), times)
+        way = Way("", decode, rotation, columns, blocks)
         for out, inputs in SHAPES:
             for code in (HYB, MUL1):
                 layer = random_layer(out, inputs, code, "cuda")
                 with way.used():
                     rotated = show(layer, f"{out}x{inputs} {code.name}", times)
                 if not rotated:
-                    with replace(way, apart=True).used():
-                        show(layer, f"{out}x{inputs} {code.name}, rotation apart", times)
+                    with replace(way, apart=True, strips=False).used():
+                        show(layer, f"{out}x{inputs} {code.name}, three kernels", times)
 
 
 def show(layer: QuantizedLinear, label: str, times: Tensor) -> bool:
@@ -297,18 +354,14 @@ def show(layer: QuantizedLinear, label: str, times: Tensor) -> bool:
     apart = bool(found[:, 1].isfinite().any())
     let_go = 1 if apart else POINTS + [name for name, _ in PRODUCT_POINTS].index("let go")
     found = (found - smallest(found[:, let_go])[:, None, None]) / 1e3
-    for kernel, (base, points) in {
-        "rotate_input": (0, ROTATION_POINTS),
-        "product": (POINTS, PRODUCT_POINTS),
-        "unrotate_output": (2 * POINTS, ROTATION_POINTS),
-    }.items():
+    for base, (kernel, points) in zip(count(0, POINTS), TIMED.items(), strict=False):
         names = {base + i: name for i, (name, _) in enumerate(points)} | {base + POINTS - 1: "ends"}
         for row, name in names.items():
             at = found[:, row]
             if bool(at.isfinite().any()):
                 three = (smallest(at), at.nanmean(-1), -smallest(-at))
                 cells = " ".join(f"{float(cell.mean()):6.2f}" for cell in three)
-                print(f"    {kernel:15s} {name:15s} {cells}", flush=True)
+                print(f"    {kernel:16s} {name:15s} {cells}", flush=True)
     return apart
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
-from types import ModuleType
 from typing import Literal, get_args
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from softtrellis.backend import why_no_cuda
 from softtrellis.codes.codebook import WHOLE_CODES, codebook
 from softtrellis.codes.hybrid import TABLE_ROWS, Flip
+from softtrellis.modules.rotated_product import partial_product, rotated_product, unrotated
 from softtrellis.quantizers.hard import TrellisCode
 from softtrellis.quantizers.tiling import TileOrder
 from softtrellis.spec import TrellisSpec
@@ -23,9 +23,6 @@ from softtrellis.trellis.packing import unpack, words_per_tile
 
 DecodeBackend = Literal["auto", "torch", "triton", "cuda"]
 ResolvedDecodeBackend = Literal["torch", "triton", "cuda"]
-
-FUSED_ROWS = 16
-"""Most rows of x that the fused kernel takes; for more, the matrix is decoded to memory first."""
 
 _ONE_MAD_STEP = 147.800537109375
 
@@ -256,66 +253,6 @@ torch.library.define(
 )
 
 
-def partial_product(
-    x: Tensor,
-    codes: Tensor,
-    table: Tensor,
-    code: TrellisCode,
-    out: int,
-    backend: ResolvedDecodeBackend,
-    *,
-    overlap: bool = False,
-) -> Tensor:
-    """float32 [splits, B, out]; see ``decode_triton.multiply``."""
-    from softtrellis.modules import decode_cuda, decode_triton
-
-    if x.shape[0] > FUSED_ROWS:
-        matrix = decode_triton.decode(codes, table, code, out, x.shape[1], torch.float16)
-        return torch.matmul(x, matrix.T).float().unsqueeze(0)
-    if backend == "cuda" and decode_cuda.runs(code):
-        return decode_cuda.multiply(x, codes, table, code, out, overlap=overlap)
-    return decode_triton.multiply(x, codes, table, code, out)
-
-
-def rotations(backend: ResolvedDecodeBackend, width: int, block: int | None) -> ModuleType:
-    """The module that rotates rows of so many padded channels."""
-    from softtrellis.transforms import rotation_cuda, rotation_triton
-
-    if backend == "cuda" and rotation_cuda.runs(width, block):
-        return rotation_cuda
-    return rotation_triton
-
-
-def rotated_product(
-    x: Tensor,
-    signs: Tensor,
-    scales: Tensor | None,
-    codes: Tensor,
-    table: Tensor,
-    code: TrellisCode,
-    out: int,
-    backend: ResolvedDecodeBackend,
-    *,
-    multiple: int,
-    block: int | None,
-) -> tuple[Tensor, Tensor]:
-    """``partial_product`` of x's rows, rotated, and float32 [B], what they were divided by.
-
-    The kernels read codes and table while the last kernel before them ends, which must not have
-    written those.
-    """
-    from softtrellis.modules import decode_cuda
-
-    there = codes.is_contiguous()
-    if backend == "cuda" and there and decode_cuda.rotates(code, x, scales, multiple, block):
-        return decode_cuda.rotate_and_multiply(x, signs, scales, codes, table, code, out, block)
-    rotated, norms = rotations(backend, padded_size(x.shape[1], multiple), block).rotate_input(
-        x, signs, scales, multiple=multiple, block=block
-    )
-    partial = partial_product(rotated, codes.contiguous(), table, code, out, backend, overlap=there)
-    return partial, norms
-
-
 @torch.library.impl("softtrellis::decode_matmul", "default")
 def _decode_matmul_op(
     x: Tensor,
@@ -363,14 +300,14 @@ def _quantized_linear_op(
     if x.shape[0] == 0:
         return x.new_empty(0, out)
     width, code = padded_size(out, multiple), _code(name, L, k, V, order)
-    partial, norms = rotated_product(
-        x.contiguous(), in_signs, in_scale, codes, table, code, width, backend,
+    product = rotated_product(
+        x.contiguous(), in_signs, in_scale, codes, table, code, [width], backend,
         multiple=multiple, block=block,
     )  # fmt: skip
-    return rotations(backend, width, block).unrotate_output(  # type: ignore[no-any-return]
-        partial, norms, out_signs, scale, out_scale, bias,
-        features=out, factor=factor, dtype=x.dtype, block=block,
-    )  # fmt: skip
+    layer = out_signs, scale, out_scale, bias, out
+    return unrotated(product, [layer], factor=factor, dtype=x.dtype, backend=backend, block=block)[
+        0
+    ]
 
 
 def _decode_matmul_shape(

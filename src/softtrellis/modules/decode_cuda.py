@@ -170,6 +170,8 @@ def rotate_and_multiply(
     code: TrellisCode,
     out: int,
     block: int | None,
+    *,
+    by_strips: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """``rotation_cuda.rotate_input`` and ``multiply`` in one kernel, for what ``rotates`` names.
 
@@ -178,7 +180,7 @@ def rotate_and_multiply(
     Args:
         x: float16, bfloat16 or float32 [1, in].
         signs, scales, block: as in ``rotate_input``.
-        codes, table, code, out: as in ``multiply``.
+        codes, table, code, out, by_strips: as in ``multiply``.
 
     Returns:
         What ``multiply`` returns, and float32 [1], the row's largest number, by which it divided.
@@ -186,11 +188,19 @@ def rotate_and_multiply(
     norm = torch.empty(1, dtype=torch.float32, device=x.device)
     variant = ROTATING[code.name, code.order]
     row = (signs, scales, norm), ((block or x.shape[1]).bit_length() - 1, TYPES[x.dtype])
-    return _launch(variant, x, codes, table, out, row, overlap=True), norm
+    partial = _launch(variant, x, codes, table, out, row, overlap=True, by_strips=by_strips)
+    return partial, norm
 
 
 def multiply(
-    x: Tensor, codes: Tensor, table: Tensor, code: TrellisCode, out: int, *, overlap: bool = False
+    x: Tensor,
+    codes: Tensor,
+    table: Tensor,
+    code: TrellisCode,
+    out: int,
+    *,
+    overlap: bool = False,
+    by_strips: bool = False,
 ) -> Tensor:
     """``decode_triton.multiply`` for the codes that ``runs`` names.
 
@@ -201,20 +211,29 @@ def multiply(
         code: how the matrix was written.
         out: rows of the matrix, a multiple of 16.
         overlap: start while the kernel before it ends; only where that kernel makes nothing but x.
+        by_strips: put each 32 outputs, of a multiple of 32, through Sylvester's transform.
 
     Returns:
         float32 [shares, B, out], to be summed over the first dimension.
     """
     variant = next(v for v in VARIANTS[code.name, code.order] if v.takes(*x.shape))
-    return launch(variant, x, codes, table, out, overlap=overlap)
+    return launch(variant, x, codes, table, out, overlap=overlap, by_strips=by_strips)
 
 
 def launch(
-    variant: Variant, x: Tensor, codes: Tensor, table: Tensor, out: int, *, overlap: bool = False
+    variant: Variant,
+    x: Tensor,
+    codes: Tensor,
+    table: Tensor,
+    out: int,
+    *,
+    overlap: bool = False,
+    by_strips: bool = False,
 ) -> Tensor:
     """``multiply`` by this variant, whatever the code."""
     x = x if x.data_ptr() % 16 == 0 else x.clone()
-    return _launch(variant, x, codes, table, out, ((None, None, None), (0, 0)), overlap=overlap)
+    row = (None, None, None), (0, 0)
+    return _launch(variant, x, codes, table, out, row, overlap=overlap, by_strips=by_strips)
 
 
 def _launch(
@@ -226,6 +245,7 @@ def _launch(
     row: tuple[tuple[Tensor | None, ...], tuple[int, int]],
     *,
     overlap: bool,
+    by_strips: bool,
 ) -> Tensor:
     """With what only variants that rotate have: signs, scales, norm; bits, type."""
     batch, inputs = x.shape
@@ -237,7 +257,7 @@ def _launch(
         variant.shared_bytes(batch, inputs),
         x.device,
         [aligned, table, x, partial, *row[0]],
-        [batch, out // 16, inputs // 16, deal.shares, deal.least, deal.more, *row[1]],
+        [batch, out // 16, inputs // 16, deal.shares, deal.least, deal.more, *row[1], by_strips],
         overlap=overlap and aligned is codes,  # a copy of the codes would be the kernel before
     )
     return partial

@@ -5,29 +5,28 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from math import sqrt
 from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from softtrellis.transforms.hadamard import hadamard_blocks, kronecker_factors
 from softtrellis.transforms.incoherence import padded_size
+from softtrellis.transforms.packed_signs import packed_bytes, packed_factors
 from softtrellis.trellis.launch_cuda import TYPES, Kernel
 
-Factor = Literal["left", "right"]
 Name = Literal["rotate_input", "unrotate_output"]
 
-SOURCE = "rotation.cu"
+SOURCE, BLOCKS_SOURCE, COLUMNS_SOURCE = "rotation.cu", "rotation_blocks.cu", "rotation_columns.cu"
 JOBS = 4
 """Transforms of one launch."""
 
 MAX_SHARED_BYTES = 227 * 1024
 CLUSTERS = (2, 4, 8)
 MIN_THREADS, MAX_THREADS = 256, 512
-QUAD_BLOCK, QUAD_WARPS = 128, 4
+QUAD_BLOCK, QUAD_WARPS, STRIP = 128, 4, 32
 
 
 @dataclass(frozen=True)
@@ -90,18 +89,34 @@ class Transform:
     def shared_bytes(self, launch: Launch) -> int:
         """Dynamic shared memory of a block."""
         warps, own = launch.threads // 32, -(-self.tiles // launch.slices)
-        size = self.steps * _packed_bytes(self.steps) + 16 * own * 16 * 4 * (self.steps | 1)
+        size = self.steps * packed_bytes(self.steps) + 16 * own * 16 * 4 * (self.steps | 1)
         if not self.blocks:
             columns = 4 << self.group_shift(launch.slices)
-            size += launch.part_tiles * _packed_bytes(self.tiles) + 16 * columns * 4 * (
+            size += launch.part_tiles * packed_bytes(self.tiles) + 16 * columns * 4 * (
                 self.tiles | 1
             )
         return size + 16 + 4 * launch.slices * warps
 
+    def column_bytes(self, launch: Launch) -> int:
+        """Of a block that takes four columns of each strip."""
+        columns = 4 * self.b // STRIP
+        return launch.part_tiles * packed_bytes(self.tiles) + 16 * columns * 4 * (self.tiles | 1)
 
-def _packed_bytes(steps: int) -> int:
-    """Of 16 rows of packed signs with 16 ``steps`` columns."""
-    return -(-steps // 4) * 128
+
+@cache
+def strips_of(width: int, block: int | None) -> Transform | None:
+    """The transform of so many padded channels as A (x) B with Sylvester's B of 32, 64 or 128."""
+    (first, *more) = transforms(width, block)
+    if first.blocks or more:
+        return None
+    if first.b < STRIP and width.bit_count() == 1 and width >= STRIP:
+        return Transform(0, width, width // STRIP, STRIP, False)
+    return first if first.b in (STRIP, 2 * STRIP, 4 * STRIP) else None
+
+
+def by_strips(width: int, block: int | None) -> bool:
+    """Whether products may put each 32 of so many padded channels through Sylvester's transform."""
+    return strips_of(width, block) is not None
 
 
 @cache
@@ -124,54 +139,6 @@ def runs(width: int, block: int | None) -> bool:
     It does up to some 200,000 channels, and for blocks of up to 1024.
     """
     return all(t.shared_bytes(t.launch()) <= MAX_SHARED_BYTES for t in transforms(width, block))
-
-
-def packed_signs(matrix: Tensor, factor: Factor) -> Tensor:
-    """A matrix of +-1 as the bits that the matrix instruction's lanes take.
-
-    Bit 15 - r + 16 e of word [t, w, 4 g + q] is 1 where the matrix is -1, for r = 4 s + h + 2 p:
-    in row 16 t + 8 h + g and, of the 16 columns from 16 (4 w + s) on, in 4 q + 2 p + e of the
-    right factor and in 8 p + 4 e + q of the left one.
-
-    Args:
-        matrix: int8 [n, n] of +-1.
-        factor: which of the two factors it is.
-
-    Returns:
-        int32 [ceil(n / 16), ceil(n / 64), 32] on the matrix' device.
-    """
-    tiles, words = -(-len(matrix) // 16), -(-len(matrix) // 64)
-    padding = (0, 64 * words - len(matrix), 0, 16 * tiles - len(matrix))
-    bits = functional.pad((matrix < 0).long(), padding)
-    if factor == "right":
-        t, h, g, w, s, q, p, e = range(8)
-        shape = (tiles, 2, 8, words, 4, 4, 2, 2)
-    else:
-        t, h, g, w, s, p, e, q = range(8)
-        shape = (tiles, 2, 8, words, 4, 2, 2, 4)
-    bits = bits.reshape(shape).permute(t, w, g, q, e, s, p, h).reshape(tiles, words, 32, 2, 16)
-    places = torch.arange(15, -1, -1, device=matrix.device) + torch.tensor(
-        [[0], [16]], device=matrix.device
-    )
-    packed = (bits << places).sum((-2, -1))
-    return torch.where(packed < 1 << 31, packed, packed - (1 << 32)).to(torch.int32)
-
-
-@lru_cache(maxsize=256)
-def _factors(
-    transform: Transform, inverse: bool, device: torch.device
-) -> tuple[Tensor | None, Tensor]:
-    """Packed A (None for blocks) and B, or their transposes."""
-    left, right = kronecker_factors(transform.order)
-    if transform.blocks:
-        right = torch.kron(left, right)
-    if inverse:
-        left, right = left.mT, right.mT
-    with torch.inference_mode(False):
-        packed = packed_signs(left, "left").to(device), packed_signs(right, "right").to(device)
-    if device.type == "cuda":  # a kernel reads them without waiting for anything
-        torch.cuda.current_stream(device).synchronize()
-    return None if transform.blocks else packed[0], packed[1]
 
 
 def rotate_input(
@@ -236,12 +203,15 @@ def unrotate_outputs(
     dtype: torch.dtype,
     block: int | None = None,
     launch: Launch | None = None,
+    by_strips: bool = False,
 ) -> list[Tensor]:
     """``unrotate_output`` of several layers of the same inputs, up to four in one launch.
 
     Args:
         partials, norms, factor, dtype, block, launch: as there; a product of each layer.
         layers: signs, scale, scales, bias and features of each.
+        by_strips: each 32 channels of the partials have been through Sylvester's transform; only
+            for widths that ``by_strips`` names.
     """
     found, rotations = [], []
     for partial, (signs, scale, scales, bias, features) in zip(partials, layers, strict=True):
@@ -254,7 +224,9 @@ def unrotate_outputs(
             )
         )  # fmt: skip
         found.append(y)
-    if launch is None and all(rotation.in_quads() for rotation in rotations):
+    if by_strips:
+        _start_columns(rotations)
+    elif launch is None and all(rotation.in_quads() for rotation in rotations):
         _start_quads(rotations)
     else:
         _start("unrotate_output", rotations, launch)
@@ -298,7 +270,12 @@ class Rotation:
         if activations.dtype not in TYPES:
             names = ", ".join(str(dtype) for dtype in TYPES)
             raise ValueError(f"activations must be one of {names}, got {activations.dtype}")
-        left, right = _factors(transform, not into, self.source.device)
+        left, right = packed_factors(
+            transform.order,
+            None if transform.blocks else transform.a,
+            not into,
+            self.source.device,
+        )
         read = (self.source, self.scales)
         by_four = all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in read)
         by_four &= all(n % 4 == 0 for n in (row, transform.first, transform.b))
@@ -348,20 +325,44 @@ def _start(name: Name, rotations: Sequence[Rotation], launch: Launch | None) -> 
 def _start_quads(rotations: Sequence[Rotation]) -> None:
     """Likewise, a warp for each block of channels."""
     for some in (rotations[i : i + JOBS] for i in range(0, len(rotations), JOBS)):
-        parameters, blocks = [], 0
-        for rotation in some:
-            (transform,) = transforms(rotation.width, rotation.block)
-            cut = transform.launch()
-            parameters.append(rotation.parameters("unrotate_output", transform, cut, blocks))
-            blocks += -(-len(rotation.norms) * transform.a // QUAD_WARPS)
-        Kernel("rotation_blocks.cu", "unrotate_blocks", 32 * QUAD_WARPS)(
-            blocks,
-            0,
-            some[0].source.device,
-            *parameters[0],
-            more=_filled(parameters[1:], parameters[-1], blocks),
-            overlap=True,
-        )
+        jobs = [(r, transforms(r.width, r.block)[0]) for r in some]
+        grids = [-(-len(r.norms) * t.a // QUAD_WARPS) for r, t in jobs]
+        _start_apart(BLOCKS_SOURCE, "unrotate_blocks", 32 * QUAD_WARPS, 0, jobs, grids)
+
+
+def _start_columns(rotations: Sequence[Rotation]) -> None:
+    """Likewise, 8 blocks for the columns, times as many as rows of A need."""
+    for some in (rotations[i : i + JOBS] for i in range(0, len(rotations), JOBS)):
+        jobs = [(r, t) for r in some if (t := strips_of(r.width, r.block))]
+        grids = [len(r.norms) * STRIP // 4 * _parts(t, t.launch()) for r, t in jobs]
+        rows = max(-(-t.a // 32) * 32 for _, t in jobs)
+        threads = min(MAX_THREADS, max(MIN_THREADS, rows))
+        shared = max(t.column_bytes(t.launch()) for _, t in jobs)
+        _start_apart(COLUMNS_SOURCE, "unrotate_columns", threads, shared, jobs, grids)
+
+
+def _start_apart(
+    source: str,
+    name: str,
+    threads: int,
+    shared_bytes: int,
+    jobs: Sequence[tuple[Rotation, Transform]],
+    grids: Sequence[int],
+) -> None:
+    """One launch of a kernel whose blocks send each other nothing."""
+    parameters, blocks = [], 0
+    for (rotation, transform), grid in zip(jobs, grids, strict=True):
+        cut = transform.launch()
+        parameters.append(rotation.parameters("unrotate_output", transform, cut, blocks))
+        blocks += grid
+    Kernel(source, name, threads)(
+        blocks,
+        shared_bytes,
+        jobs[0][0].source.device,
+        *parameters[0],
+        more=_filled(parameters[1:], parameters[-1], blocks),
+        overlap=True,
+    )
 
 
 _Parameters = tuple[list[Tensor | None], list[int]]

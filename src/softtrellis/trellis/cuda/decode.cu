@@ -39,6 +39,7 @@ struct Parameters {
     int batch, out_blocks, in_blocks, shares;
     int least, more;  // units of a block, of which the first `more` have one more
     int bits, type;   // ROTATED: see Row
+    int by_strips;    // whether each strip goes through Sylvester's transform of 32 outputs
 };
 
 // The first unit of a part, where each has so many and the first `more` have one more.
@@ -350,6 +351,7 @@ __device__ __forceinline__ void multiply(const Parameters &p) {
 #pragma unroll 4
         for (int w = low + 1; w < high; ++w) sum += *(const float *)(at + w * own_bytes);
 
+        if (p.by_strips) sum = transformed_by_lanes(sum);
         int share = 0;
         while (first_of(blockIdx.x - share, p.least, p.more) > begin) ++share;
         const int shares = stop <= first + count ? p.shares : share + 1;

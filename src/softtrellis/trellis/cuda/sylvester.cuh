@@ -40,6 +40,14 @@ __device__ __forceinline__ void transform(float (&v)[1 << BITS]) {
             }
 }
 
+// One number of each of 32 lanes.
+__device__ __forceinline__ float transformed_by_lanes(float x) {
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2)
+        x = (threadIdx.x & step ? -x : x) + __shfl_xor_sync(0xffffffffu, x, step);
+    return x;
+}
+
 // Runs of 16 channels, scaled, with their signs, through the first four bits; the largest of them.
 template <int THREADS>
 __device__ __forceinline__ float load_runs(const Row &row, float *to) {
