@@ -34,6 +34,7 @@ SOURCES = (
     "decode.cu",
     "rotation.cu",
     "rotation_blocks.cu",
+    "rotation_columns.cu",
 )
 
 
