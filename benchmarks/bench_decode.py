@@ -39,7 +39,7 @@ BATCHES = (1, 2, 4, 8, 16)
 HYB = TrellisCode(TrellisSpec(16, 2, 2), "hyb")
 MUL1 = TrellisCode(TrellisSpec(16, 2, 1), "mul1", normalize=False, order="exl3")
 REPLAYS = 9
-LEAST_CALLS = 64  # of a graph, so that its own launch, some 6 us, is no part of a call's time
+LEAST_CALLS = 64  # of a graph, so that its own launch is hardly a part of a call's time
 COLD_BYTES = 192 << 20  # a multiple of the L2 cache, which has 50 or 60 MB
 LAUNCHES = [
     Launch(out_blocks=o, in_blocks=i, warps=w, splits=s, dot=dot)
