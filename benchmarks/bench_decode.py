@@ -39,6 +39,7 @@ BATCHES = (1, 2, 4, 8, 16)
 HYB = TrellisCode(TrellisSpec(16, 2, 2), "hyb")
 MUL1 = TrellisCode(TrellisSpec(16, 2, 1), "mul1", normalize=False, order="exl3")
 REPLAYS = 9
+LEAST_CALLS = 64  # of a graph, so that its own launch is hardly a part of a call's time
 COLD_BYTES = 192 << 20  # a multiple of the L2 cache, which has 50 or 60 MB
 LAUNCHES = [
     Launch(out_blocks=o, in_blocks=i, warps=w, splits=s, dot=dot)
@@ -89,17 +90,17 @@ def captured(call: Callable[[], object], calls: int = 1) -> torch.cuda.CUDAGraph
 
 def cold(call: Callable[[int], object], count: int) -> float:
     """Microseconds of ``call(i)``, i below ``count``, in a CUDA graph; the median of REPLAYS."""
-    turns = itertools.cycle(range(count))
-    graph = captured(lambda: call(next(turns)), count)
+    turns, calls = itertools.cycle(range(count)), count * math.ceil(LEAST_CALLS / count)
+    graph = captured(lambda: call(next(turns)), calls)
     graph.replay()
-    times = []
+    times: list[float] = []
     for _ in range(REPLAYS):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         graph.replay()
         stop.record()
         stop.synchronize()
-        times.append(start.elapsed_time(stop) * 1e3 / count)
+        times.append(start.elapsed_time(stop) * 1e3 / calls)
     return statistics.median(times)
 
 
@@ -122,7 +123,8 @@ def layer_time(layer: QuantizedLinear, codes: Tensor, x: Tensor) -> float:
 
     def call(i: int) -> Tensor:
         layer.codes = codes[i]
-        return layer(x)
+        y: Tensor = layer(x)
+        return y
 
     return cold(call, len(codes))
 

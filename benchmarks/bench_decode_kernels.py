@@ -3,16 +3,18 @@
     python benchmarks/bench_decode_kernels.py [rank | profile]
 
 ``rank`` compiles variants of ``decode.cu``, checks each against the reference (a wrong one is named
-and not timed), and times them at batch 1 with cold weights as ``bench_decode.py`` does: alone, one
-after the other with overlapping launches, and within a whole layer. Its floors, in the same graphs:
-a kernel that does nothing, one that fills HYB's table, one that reads the codes.
-``profile`` needs Nsight Compute (``ncu``).
+and not timed), and times them at batch 1 with cold weights as ``bench_decode.py`` does: alone, and
+one after the other with overlapping launches (bench_decode_layers.py has whole layers). Its floors,
+in the same graphs: a kernel that does nothing, one that fills HYB's table, one that reads the
+codes; and, beginning early, 8 blocks that add 1 to what the kernel before wrote, those in a
+cluster, and those with one exchange. ``profile`` needs Nsight Compute (``ncu``).
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import itertools
 import shutil
 import subprocess
 import sys
@@ -29,32 +31,32 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 from bench_decode import (
     HYB,
     MUL1,
+    REPLAYS,
     cold,
-    layer_time,
     many_codes,
     random_codes,
-    random_layer,
     relative,
 )  # fmt: skip
 
 from softtrellis.modules import decode_cuda
 from softtrellis.modules.decode import CodeValues, decode_matmul
-from softtrellis.modules.decode_cuda import VARIANTS, Deal, Variant
+from softtrellis.modules.decode_cuda import VARIANTS, Deal, Inputs, Variant
 from softtrellis.quantizers.hard import TrellisCode
 from softtrellis.trellis import launch_cuda
 from softtrellis.trellis.launch_cuda import Kernel
 
-SHAPES = ((4096, 11008), (2048, 8192), (28672, 4096))
+SHAPES = ((4096, 11008), (2048, 8192), (28672, 4096), (6144, 4096), (4096, 14336))
 CHECKED = ((2048, 2048), (576, 1536), (272, 1040), (48, 80))
-HYB_VARIANTS = [  # warps, stages, registers of a thread, x in shared memory
-    (16, 2, 80, True), (12, 3, 104, True), (8, 4, 128, True), (8, 4, 128, False),
+PRODUCTS: list[tuple[int, int, int, Inputs]] = [
+    (12, 3, 104, "shared"), (8, 4, 128, "global"), (16, 2, 80, "global"), (8, 0, 128, "shared"),
+    (12, 0, 104, "shared"),
 ]  # fmt: skip
-MUL1_VARIANTS = [(16, 2, 80, True), (8, 4, 128, True)]
+"""Warps, stages (0: codes straight into registers), registers of a thread, where x comes from."""
 FLOORS = """
 extern "C" __global__ void nothing(Parameters p) {}
 
 extern "C" __global__ void __launch_bounds__(512) only_table(Parameters p) {
-    TableFill<32, 512> fill;
+    TableFill<512> fill;
     fill.load(p.table), fill.store();
     __syncthreads();
     if (shared[threadIdx.x * 32 + p.batch] == p.least) p.partial[0] = 1.f;
@@ -72,6 +74,30 @@ extern "C" __global__ void __launch_bounds__(512) only_codes(Parameters p) {
     }
     if (seen == 0x12345678) p.partial[0] = 1.f;
 }
+
+template <bool CLUSTER, bool EXCHANGE>
+__device__ __forceinline__ void add_one(const Parameters &p) {
+    const u32 mailbox = address(shared), mail = mailbox + 16, warp = threadIdx.x / LANES;
+    if (CLUSTER) {
+        if (threadIdx.x == 0) expect_mail(mailbox, EXCHANGE ? 256 : 0);
+        __syncwarp();
+        cluster_arrive(), cluster_wait();
+    }
+    wait_for_the_kernel_before();
+    let_the_next_kernel_begin();
+    float *const at = p.partial + blockIdx.x * 256 + threadIdx.x;
+    const float x = __uint_as_float(read_word(at)) + 1.f;
+    if (EXCHANGE) {
+        const u32 rank = threadIdx.x % LANES;
+        if (rank < 8) send(mail + 4 * (8 * warp + blockIdx.x % 8), rank, mailbox, (u32)x);
+        wait_for_mail(mailbox);
+    }
+    *at = x;
+}
+
+extern "C" __global__ void relay(Parameters p) { add_one<false, false>(p); }
+extern "C" __global__ void relay_cluster(Parameters p) { add_one<true, false>(p); }
+extern "C" __global__ void relay_exchange(Parameters p) { add_one<true, true>(p); }
 """
 STALLS = (
     "long_scoreboard", "short_scoreboard", "mio_throttle", "lg_throttle", "math_pipe_throttle",
@@ -100,14 +126,12 @@ def write_variants(folder: Path) -> dict[TrellisCode, list[Variant]]:
     """Variants of ``decode.cu``, in one source file."""
     text = (Path(launch_cuda.__file__).parent / "cuda" / "decode.cu").read_text()
     path, found = folder / "decode_variants.cu", defaultdict(list)
-    for code, cases in ((HYB, HYB_VARIANTS), (MUL1, MUL1_VARIANTS)):
-        for warps, stages, registers, shared_x in cases:
-            name = f"{code.name}_{warps}warps_{stages}stages_{registers}registers"
-            name += "_shared_x" if shared_x else ""
-            text += f"KERNEL({name}, {code.name.upper()}, 1, {warps}, {stages}, 32, "
-            text += f"{str(shared_x).lower()}, {registers})\n"
-            kernel, copies = Kernel(str(path), name, 32 * warps), 32 if code == HYB else 0
-            found[code].append(Variant(kernel, 8, stages, copies, shared_x))
+    for code, (warps, stages, registers, inputs) in itertools.product((HYB, MUL1), PRODUCTS):
+        name = f"{code.name}_{warps}warps_{stages}stages_{registers}registers_{inputs}_x"
+        text += f"KERNEL({name}, {code.name.upper()}, 1, {warps}, {stages}, {inputs.upper()}, "
+        text += f"{registers})\n"
+        kernel = Kernel(str(path), name, 32 * warps)
+        found[code].append(Variant(kernel, 8, stages, code == HYB, inputs))
     path.write_text(text + FLOORS)
     return found
 
@@ -140,12 +164,28 @@ def floor(kernel: Kernel, x: Tensor, codes: Tensor, table: Tensor, out: int, i: 
     """A launch of a kernel that does part of the work, as large as HYB's."""
     deal = Deal.of(out, x.shape[1], 16, launch_cuda.multiprocessors(x.device))
     partial_sums = torch.empty(deal.shares, 1, out, device=x.device)
-    numbers = [1, out // 16, x.shape[1] // 16, deal.shares, deal.least, deal.more]
+    numbers = [1, out // 16, x.shape[1] // 16, deal.shares, deal.least, deal.more, 0, 0, 0]
     kernel(
         deal.grid, VARIANTS["hyb", "rows"][0].shared_bytes(1, x.shape[1]), x.device,
-        [x, codes[i], table, partial_sums], numbers,
+        [codes[i], table, x, partial_sums, None, None, None], numbers,
     )  # fmt: skip
     return partial_sums
+
+
+def relay(kernel: Kernel, numbers: Tensor, cluster: int, i: int) -> None:
+    """8 blocks that each add 1 to 256 numbers of the kernel before; ``i`` is not used."""
+    addresses = [None, None, None, numbers, None, None, None]
+    kernel(8, 512, numbers.device, addresses, [0] * 9, cluster=cluster, overlap=True)
+
+
+def relays(source: str) -> None:
+    for name, cluster in (("relay", 1), ("relay_cluster", 8), ("relay_exchange", 8)):
+        numbers = torch.zeros(8 * 256, device="cuda")
+        call = partial(relay, Kernel(source, name, 256), numbers, cluster)
+        before = cold(call, 64)
+        torch.cuda.synchronize()
+        right = bool((numbers == numbers[0]).all()) and float(numbers[0]) == 2 + 64 * (REPLAYS + 1)
+        print(f"floor {before:7.2f} {name}" if right else f"WRONG: {name}", flush=True)
 
 
 @torch.no_grad()
@@ -158,6 +198,7 @@ def rank() -> None:
             for variant in found:
                 if variant not in right[code]:
                     print(f"WRONG: {variant.kernel.name}", flush=True)
+        relays(source)
         for out, inputs in SHAPES:
             x = torch.randn(1, inputs, device="cuda").half()
             codes, table = many_codes(out, inputs, 2), values_of(HYB).table
@@ -172,25 +213,17 @@ def rank_shape(
     out: int, inputs: int, code: TrellisCode, variants: list[Variant], codes: Tensor
 ) -> None:
     x, table = torch.randn(1, inputs, device="cuda").half(), values_of(code).table
-    key = code.name, code.order
     found: list[tuple[list[float], str]] = []
-    kept = VARIANTS[key]
-    layer = random_layer(out, inputs, code, "cuda")
-    whole = [many_codes(*layer.layer.padded, 2), torch.randn(1, inputs, device="cuda").bfloat16()]
-
-    present = next(v for v in kept if v.takes(1, inputs))
-    for variant in [present, *(v for v in variants if v.takes(1, inputs))]:
-        times = [
-            cold(partial(alone, variant, x, codes, table, out, overlap), len(codes))
-            for overlap in (False, True)
-        ]
-        VARIANTS[key] = [variant, *kept]
-        times.append(layer_time(layer, *whole))
-        VARIANTS[key] = kept
-        found.append((times, variant.kernel.name))
+    for variant in [VARIANTS[code.name, code.order][0], *variants]:
+        if variant.takes(1, inputs):
+            times = [
+                cold(partial(alone, variant, x, codes, table, out, overlap), len(codes))
+                for overlap in (False, True)
+            ]
+            found.append((times, variant.kernel.name))
     for times, name in sorted(found):
         cells = " ".join(f"{t:7.2f}" for t in times)
-        print(f"{out}x{inputs} {code.name} alone, overlapping, layer: {cells} {name}", flush=True)
+        print(f"{out}x{inputs} {code.name} alone, overlapping: {cells} {name}", flush=True)
 
 
 def products() -> None:

@@ -9,6 +9,7 @@ cache another, attention over the whole cache a few. In bf16, layers of the same
 gate, up) are one matrix, as inference engines have them; packed, they share the rotation of their
 inputs and are one product (``JointLinear``; PTQ gives them the same signs), or not ("separate").
 The line "nothing" has no linear layers but the last: what the rest of a token takes.
+``--early`` lets the glue's kernels, too, begin while the one before ends (torch's ``enable_pdl``).
 ``--device cpu`` is a trial of the script with small shapes, in which nothing is compiled.
 """
 
@@ -23,6 +24,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch._inductor.config
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -254,7 +256,13 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--early", action="store_true")
+    parser.add_argument("--ways", nargs="+", help="names of models, such as bf16")
     arguments = parser.parse_args()
+    if arguments.early:
+        if not hasattr(torch._inductor.config.triton, "enable_pdl"):
+            sys.exit(f"PyTorch {torch.__version__} compiles no kernels that begin early")
+        torch._inductor.config.triton.enable_pdl = True
     device, layers = arguments.device, arguments.layers
     torch.manual_seed(0)
     shape = Shape() if device == "cuda" else Shape(128, 384, 4, 2, 32, 256)
@@ -274,7 +282,8 @@ def main() -> None:
         label = f"{name}, {backend}{'' if joint else ', separate'}"
         ways[label] = packed(device, CODES[name], backend, joint=joint)
     first = 0.0
-    for name, make in ways.items():
+    for name in arguments.ways or ways:
+        make = ways[name]
         model = Model(shape, layers, arguments.context, make, glue, device)
         weights = sum(map(stored_bytes, model.modules()))
         speed = tokens_per_second(model, min(200, arguments.context - 16), device)

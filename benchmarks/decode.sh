@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Checks and times the decoding kernels, on a machine with a GPU: bash benchmarks/decode.sh FOLDER
 # Tests come first, but those that compile many Triton kernels. What fails or hangs ends after its
-# limit, in all after 235 s; everything goes to FOLDER/NAME.txt. Apart from these there are
-# bench_decode.py rotations and bench_decode_kernels.py profile.
+# limit, some 200 s are expected in all; everything goes to FOLDER/NAME.txt. Apart from these there
+# is bench_decode_kernels.py profile.
 set -u
 out=${1:?a folder for the results}
 mkdir -p "$out"
@@ -15,9 +15,12 @@ step() {
 }
 tests="tests/transforms/test_rotation.py tests/modules/test_joint_linear.py tests/modules/test_decode.py"
 # shellcheck disable=SC2086
-step tests 65 python3 -m pytest -q -m gpu -p no:cacheprovider $tests -k "not triton and not product_at_full_size"
-step check 20 python3 benchmarks/bench_decode.py check
-step rank 40 python3 benchmarks/bench_decode_kernels.py rank
-step table 50 python3 benchmarks/bench_decode.py table
-step model 60 python3 benchmarks/bench_decode_model.py
-tail -n 40 "$out"/*.txt
+step tests 50 python3 -m pytest -q -m gpu -p no:cacheprovider $tests -k "not triton and not product_at_full_size"
+step layers 60 python3 benchmarks/bench_decode_layers.py rank
+step timeline 25 python3 benchmarks/bench_decode_layers.py timeline
+step table 25 python3 benchmarks/bench_decode.py table
+step model 40 python3 benchmarks/bench_decode_model.py --ways bf16 nothing "hyb, cuda" "mul1, cuda"
+step early 40 python3 benchmarks/bench_decode_model.py --early --ways bf16 nothing "hyb, cuda"
+step products 30 python3 benchmarks/bench_decode_kernels.py rank
+step rotations 25 python3 benchmarks/bench_decode.py rotations
+tail -n 60 "$out"/*.txt

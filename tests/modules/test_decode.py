@@ -18,6 +18,7 @@ from softtrellis.modules.decode import CodeValues, decode, decode_matmul
 from softtrellis.modules.quantized_linear import LayerFormat, QuantizedLinear
 from softtrellis.quantizers.hard import TrellisCode
 from softtrellis.spec import TrellisSpec
+from softtrellis.transforms.incoherence import Incoherence, pack_signs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROWS = (1, 2, 3, 16, 17)
@@ -222,6 +223,20 @@ def test_there_is_a_kernel_for_all_rows(inputs: int) -> None:
             assert variant.stages * 1024 >= variant.rows * 128  # the second strip's sums
 
 
+def test_what_products_rotate_themselves() -> None:
+    def rotates(code: TrellisCode, inputs: int, block: int | None, rows: int = 1) -> bool:
+        x = torch.zeros(rows, inputs, dtype=torch.bfloat16)
+        return decode_cuda.rotates(code, x, None, 128 if block else 16, block)
+
+    hyb, mul1 = CODES[1], CODES[7]
+    assert all(rotates(hyb, inputs, None) for inputs in (128, 2048, 4096, 8192))
+    assert all(rotates(mul1, inputs, 128) for inputs in (128, 4096, 11008, 14336))
+    assert not any(rotates(hyb, inputs, None) for inputs in (16, 64, 576, 11008, 14336, 16384))
+    assert not rotates(mul1, 4000, 128)
+    assert not rotates(hyb, 4096, None, rows=2)
+    assert not rotates(CODES[0], 4096, None)
+
+
 def test_codes_of_another_shape() -> None:
     codes, values = random_codes(48, 80, 2), values_of(CODE)
     with pytest.raises(ValueError, match="do not hold a matrix 32x80"):
@@ -243,6 +258,37 @@ def test_layer_at_full_size(shape: tuple[int, int], rows: int) -> None:
     again = with_backend(module, "auto")(x)
     assert torch.equal(again, ours)
     assert relative(with_backend(module, "triton")(x).float(), exact) < 5e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize(
+    ("code", "inputs", "block"),
+    [(CODES[1], n, None) for n in (128, 256, 512, 1024, 2048, 4096, 8192)]
+    + [(CODES[7], n, b) for n, b in ((128, 128), (640, 32), (4096, None), (11008, 128))],
+    ids=str,
+)
+def test_product_that_rotates_its_row(
+    code: TrellisCode, inputs: int, block: int | None, scaled: bool, dtype: torch.dtype
+) -> None:
+    out = 4096 if inputs > 512 else 80
+    codes, values = random_codes(out, inputs, 2), values_of(code)
+    rotation = Incoherence.random(inputs, out, seed=inputs, block=block, multiple=block or 16)
+    x = torch.randn(1, inputs, device=DEVICE).to(dtype)
+    scales = torch.rand(inputs, device=DEVICE).half() if scaled else None
+    signs = pack_signs(rotation.in_signs).to(DEVICE)
+    results = [
+        decode_cuda.rotate_and_multiply(x, signs, scales, codes, values.table, code, out, block)
+        for _ in range(2)
+    ]
+    exact = x.double() if scales is None else x.double() * scales.double()
+    (product, norm), again = results
+    assert torch.equal(product, again[0])
+    assert torch.equal(norm.double(), exact.abs().amax(1).float().double())
+    turned = rotation.rotate_input(exact.cpu()).to(DEVICE) / norm
+    right = decode_matmul(turned.half(), codes, values, code, out, backend="torch")
+    assert relative(product.sum(0) * values.factor, right) < 1e-3
 
 
 @pytest.mark.gpu

@@ -18,6 +18,7 @@ from torch import Tensor
 from softtrellis.transforms import rotation_cuda, rotation_triton
 from softtrellis.transforms.hadamard import kronecker_factors
 from softtrellis.transforms.incoherence import Incoherence, pack_signs
+from softtrellis.transforms.packed_signs import Factor, packed_signs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRITON = pytest.param(rotation_triton, id="triton")
@@ -188,11 +189,11 @@ def test_what_kernels_before_it_write_is_seen(rows: int) -> None:
 
 @pytest.mark.parametrize("order", [12, 16, 80, 128])
 @pytest.mark.parametrize("factor", ["left", "right"])
-def test_packed_signs(order: int, factor: rotation_cuda.Factor) -> None:
+def test_packed_signs(order: int, factor: Factor) -> None:
     """Every entry of the matrix is where a lane of a matrix instruction looks for it."""
     left, right = kronecker_factors(order)
     matrix = torch.kron(left, right)
-    packed = rotation_cuda.packed_signs(matrix, factor)
+    packed = packed_signs(matrix, factor)
     assert packed.dtype == torch.int32
     assert packed.shape == (-(-order // 16), -(-order // 64), 32)
     for row in range(0, order, 5):
@@ -206,6 +207,56 @@ def test_packed_signs(order: int, factor: rotation_cuda.Factor) -> None:
             word = int(packed[t, w, 4 * g + q])
             negative = word >> (15 - (4 * s + h + 2 * p) + 16 * e) & 1
             assert (matrix[row, column] < 0) == negative
+
+
+def sylvester(n: int) -> Tensor:
+    two = torch.tensor([[1, 1], [1, -1]], dtype=torch.int8)
+    return two[:1, :1] if n == 1 else torch.kron(two, sylvester(n // 2))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 3, 16])
+@pytest.mark.parametrize("splits", [1, 3, 9])
+@pytest.mark.parametrize(
+    "widths", [(32,), (1024, 2048, 1536, 4096, 8192), (11008,), (14336, 14336), (28672,)], ids=str
+)
+def test_outputs_whose_strips_are_transformed(
+    widths: tuple[int, ...], splits: int, rows: int
+) -> None:
+    whole, norms = randn(splits, rows, sum(widths)), randn(rows).abs() + 0.5
+    strips = (whole.unflatten(-1, (-1, 32)) @ sylvester(32).to(whole)).flatten(-2)
+    rotations = [rotation_of((32, width, 16, None)) for width in widths]
+    layers = [
+        (pack_signs(rotation.out_signs), randn(), scales, scales, rotation.out_features)
+        for rotation, scales in zip(
+            rotations, [randn(n).half() if n != 2048 else None for n in widths], strict=True
+        )
+    ]
+    found = rotation_cuda.unrotate_outputs(
+        strips.split(widths, -1), norms, layers, factor=1.5, dtype=torch.float32, by_strips=True
+    )
+    parts = whole.double().sum(0).split(widths, -1)
+    for ours, part, rotation, layer in zip(found, parts, rotations, layers, strict=True):
+        _, scale, scales, bias, _ = layer
+        exact = rotation.unrotate_output(part) * 1.5 * scale.double() * norms.double()[:, None]
+        if scales is not None and bias is not None:
+            exact = exact * scales.double() + bias.double()
+        assert relative(ours, exact) < ROUNDING[torch.float32]
+
+
+def test_what_products_begin_to_unrotate() -> None:
+    for width in (32, 64, 1024, 1536, 2048, 4096, 8192, 11008, 14336, 28672):
+        transform = rotation_cuda.strips_of(width, None)
+        assert transform is not None
+        assert transform.b in (32, 64, 128)
+        if width > 8192:
+            _, right = kronecker_factors(width)
+            assert torch.equal(right.to(torch.int8), sylvester(transform.b))
+        else:
+            whole = torch.kron(*kronecker_factors(width))
+            assert torch.equal(whole[: transform.b, : transform.b], sylvester(transform.b))
+    assert not any(rotation_cuda.by_strips(width, None) for width in (16, 48, 576, 944))
+    assert not rotation_cuda.by_strips(4096, 128)
 
 
 def test_what_cuda_rotates() -> None:

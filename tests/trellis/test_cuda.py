@@ -33,6 +33,8 @@ SOURCES = (
     "viterbi_scalar.cu",
     "decode.cu",
     "rotation.cu",
+    "rotation_blocks.cu",
+    "rotation_columns.cu",
 )
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
-from types import ModuleType
 from typing import Literal, get_args
 
 import torch
@@ -15,16 +14,15 @@ from torch import Tensor
 from softtrellis.backend import why_no_cuda
 from softtrellis.codes.codebook import WHOLE_CODES, codebook
 from softtrellis.codes.hybrid import TABLE_ROWS, Flip
+from softtrellis.modules.rotated_product import partial_product, rotated_product, unrotated
 from softtrellis.quantizers.hard import TrellisCode
 from softtrellis.quantizers.tiling import TileOrder
 from softtrellis.spec import TrellisSpec
+from softtrellis.transforms.incoherence import padded_size
 from softtrellis.trellis.packing import unpack, words_per_tile
 
 DecodeBackend = Literal["auto", "torch", "triton", "cuda"]
 ResolvedDecodeBackend = Literal["torch", "triton", "cuda"]
-
-FUSED_ROWS = 16
-"""Most rows of x that the fused kernel takes; for more, the matrix is decoded to memory first."""
 
 _ONE_MAD_STEP = 147.800537109375
 
@@ -206,8 +204,8 @@ def quantized_linear(
     """A whole quantized layer on a GPU: the activations are rotated, not the weight.
 
     ``y = out_scale R_out^T (scale M (R_in (in_scale x))) + bias`` with the latent matrix M of the
-    codes, in three kernels for up to 16 rows. The rotated activations are rounded to float16 after
-    a division by the row's largest, sums are float32.
+    codes, in two or three kernels for up to 16 rows. The rotated activations are rounded to
+    float16 after a division by the row's largest, sums are float32.
 
     Args:
         x: [..., in] on a CUDA device, any floating dtype of at most 32 bits.
@@ -255,36 +253,6 @@ torch.library.define(
 )
 
 
-def partial_product(
-    x: Tensor,
-    codes: Tensor,
-    table: Tensor,
-    code: TrellisCode,
-    out: int,
-    backend: ResolvedDecodeBackend,
-    *,
-    overlap: bool = False,
-) -> Tensor:
-    """float32 [splits, B, out]; see ``decode_triton.multiply``."""
-    from softtrellis.modules import decode_cuda, decode_triton
-
-    if x.shape[0] > FUSED_ROWS:
-        matrix = decode_triton.decode(codes, table, code, out, x.shape[1], torch.float16)
-        return torch.matmul(x, matrix.T).float().unsqueeze(0)
-    if backend == "cuda" and decode_cuda.runs(code):
-        return decode_cuda.multiply(x, codes, table, code, out, overlap=overlap)
-    return decode_triton.multiply(x, codes, table, code, out)
-
-
-def rotations(backend: ResolvedDecodeBackend, width: int, block: int | None) -> ModuleType:
-    """The module that rotates rows of so many padded channels."""
-    from softtrellis.transforms import rotation_cuda, rotation_triton
-
-    if backend == "cuda" and rotation_cuda.runs(width, block):
-        return rotation_cuda
-    return rotation_triton
-
-
 @torch.library.impl("softtrellis::decode_matmul", "default")
 def _decode_matmul_op(
     x: Tensor,
@@ -328,21 +296,18 @@ def _quantized_linear_op(
     order: TileOrder,
     backend: ResolvedDecodeBackend,
 ) -> Tensor:
-    from softtrellis.transforms.incoherence import padded_size
 
     if x.shape[0] == 0:
         return x.new_empty(0, out)
-    codes = codes.contiguous()  # before the rotation, which the product may overlap
-    inputs, width = padded_size(x.shape[1], multiple), padded_size(out, multiple)
-    rotated, norms = rotations(backend, inputs, block).rotate_input(
-        x.contiguous(), in_signs, in_scale, multiple=multiple, block=block
-    )
-    code = _code(name, L, k, V, order)
-    partial = partial_product(rotated, codes, table, code, width, backend, overlap=True)
-    return rotations(backend, width, block).unrotate_output(  # type: ignore[no-any-return]
-        partial, norms, out_signs, scale, out_scale, bias,
-        features=out, factor=factor, dtype=x.dtype, block=block,
+    width, code = padded_size(out, multiple), _code(name, L, k, V, order)
+    product = rotated_product(
+        x.contiguous(), in_signs, in_scale, codes, table, code, [width], backend,
+        multiple=multiple, block=block,
     )  # fmt: skip
+    layer = out_signs, scale, out_scale, bias, out
+    return unrotated(product, [layer], factor=factor, dtype=x.dtype, backend=backend, block=block)[
+        0
+    ]
 
 
 def _decode_matmul_shape(

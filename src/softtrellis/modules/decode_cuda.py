@@ -8,18 +8,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from softtrellis.quantizers.hard import TrellisCode
-from softtrellis.trellis.launch_cuda import Kernel, multiprocessors
+from softtrellis.transforms.incoherence import padded_size
+from softtrellis.trellis.launch_cuda import TYPES, Kernel, multiprocessors
 
 MAX_SHARED_BYTES = 227 * 1024
 _MORE_THAN_HALF = 115 * 1024
 _STRIP, _UNIT_INPUTS, _UNIT_BYTES = 32, 128, 1024
 _TABLE_ROWS = 1024
 _LEAST_UNITS = 4  # of a block: one for each scheduler of a multiprocessor
+_LEAST_BITS = 5  # of the channels that a product rotates together
+
+Inputs = Literal["global", "shared", "rotated"]
 
 
 @dataclass(frozen=True)
@@ -29,16 +34,17 @@ class Variant:
     Attributes:
         kernel: the kernel itself.
         rows: most rows of activations that it takes.
-        stages: units of work whose codes a warp copies ahead.
-        copies: of HYB's table; 0 for codes without one.
-        shared_x: whether each block copies all activations to its shared memory.
+        stages: units of work whose codes a warp copies ahead; 0: it loads them into registers.
+        table: whether it has HYB's table.
+        inputs: where activations come from: global memory; a copy of all of them in every block's
+            shared memory; one row that every block itself rotates.
     """
 
     kernel: Kernel
     rows: int
     stages: int
-    copies: int
-    shared_x: bool = False
+    table: bool
+    inputs: Inputs = "global"
 
     @property
     def warps(self) -> int:
@@ -46,14 +52,19 @@ class Variant:
         return self.kernel.threads // 32
 
     def shared_bytes(self, batch: int, inputs: int) -> int:
-        """Dynamic shared memory of a block: the table, x, each warp's sums of a strip and copies.
+        """Dynamic shared memory of a block.
 
-        The sums of a warp's second strip take the place of its copies. It is more than half of what
-        a multiprocessor has, as two blocks on one, and none on another, would take twice as long.
+        That is the table, x, each warp's sums of a strip and copies (whose place the sums of its
+        second strip take), and room to rotate a row. It is more than half of what a multiprocessor
+        has, as two blocks on one, and none on another, would take twice as long.
         """
-        x_row = -(-inputs // _UNIT_INPUTS) * 2 * _UNIT_INPUTS + 16
-        size = 4 * _TABLE_ROWS * self.copies + (batch * x_row if self.shared_x else 0)
-        size += self.warps * (4 * _STRIP * batch + self.stages * _UNIT_BYTES)
+        size = 4 * 32 * _TABLE_ROWS if self.table else 0
+        if self.inputs != "global":
+            size += batch * (-(-inputs // _UNIT_INPUTS) * 2 * _UNIT_INPUTS + 16)
+        if self.inputs == "rotated":
+            size += 4 * inputs + 4 * self.warps
+        sums, copies = 4 * _STRIP * batch, self.stages * _UNIT_BYTES
+        size += self.warps * (sums + max(copies, sums))
         return max(size, _MORE_THAN_HALF)
 
     def takes(self, batch: int, inputs: int) -> bool:
@@ -102,15 +113,23 @@ class Deal:
 
 VARIANTS = {
     ("hyb", "rows"): [
-        Variant(Kernel("decode.cu", "hyb_rows_8", 512), 8, 2, 32),
-        Variant(Kernel("decode.cu", "hyb_rows_16", 512), 16, 2, 32),
+        Variant(Kernel("decode.cu", "hyb_shared_x", 256), 8, 4, True, "shared"),
+        Variant(Kernel("decode.cu", "hyb_rows_8", 256), 8, 4, True),
+        Variant(Kernel("decode.cu", "hyb_rows_16", 512), 16, 2, True),
     ],
     ("mul1", "exl3"): [
-        Variant(Kernel("decode.cu", "mul1_exl3_8", 512), 8, 2, 0),
-        Variant(Kernel("decode.cu", "mul1_exl3_16", 512), 16, 2, 0),
+        Variant(Kernel("decode.cu", "mul1_shared_x", 256), 8, 4, False, "shared"),
+        Variant(Kernel("decode.cu", "mul1_rows_8", 512), 8, 2, False),
+        Variant(Kernel("decode.cu", "mul1_rows_16", 512), 16, 2, False),
     ],
 }
 """By code and order; the first that takes the activations multiplies them."""
+
+ROTATING = {
+    ("hyb", "rows"): Variant(Kernel("decode.cu", "hyb_rotating", 256), 1, 4, True, "rotated"),
+    ("mul1", "exl3"): Variant(Kernel("decode.cu", "mul1_rotating", 256), 1, 4, False, "rotated"),
+}
+"""Those that rotate the activations too."""
 
 
 def runs(code: TrellisCode) -> bool:
@@ -118,8 +137,70 @@ def runs(code: TrellisCode) -> bool:
     return (code.name, code.order) in VARIANTS and code.spec.L == 16 and code.spec.k == 2
 
 
+def rotates(
+    code: TrellisCode, x: Tensor, scales: Tensor | None, multiple: int, block: int | None
+) -> bool:
+    """Whether ``rotate_and_multiply`` takes these activations.
+
+    Those are one row without padding, of a multiple of 128 channels that fits a block's shared
+    memory, whose transform is Sylvester's: of blocks, or of all channels, of a power of two.
+    """
+    batch, inputs = x.shape
+    order = block or inputs
+    return (
+        runs(code)
+        and batch == 1
+        and padded_size(inputs, multiple) == inputs
+        and inputs % _UNIT_INPUTS == 0
+        and inputs % order == 0
+        and order.bit_count() == 1
+        and order >= 1 << _LEAST_BITS
+        and x.dtype in TYPES
+        and all(t is None or t.data_ptr() % 16 == 0 for t in (x, scales))
+        and ROTATING[code.name, code.order].takes(batch, inputs)
+    )
+
+
+def rotate_and_multiply(
+    x: Tensor,
+    signs: Tensor,
+    scales: Tensor | None,
+    codes: Tensor,
+    table: Tensor,
+    code: TrellisCode,
+    out: int,
+    block: int | None,
+    *,
+    by_strips: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """``rotation_cuda.rotate_input`` and ``multiply`` in one kernel, for what ``rotates`` names.
+
+    It begins, and reads codes and table, while the kernel before it ends.
+
+    Args:
+        x: float16, bfloat16 or float32 [1, in].
+        signs, scales, block: as in ``rotate_input``.
+        codes, table, code, out, by_strips: as in ``multiply``.
+
+    Returns:
+        What ``multiply`` returns, and float32 [1], the row's largest number, by which it divided.
+    """
+    norm = torch.empty(1, dtype=torch.float32, device=x.device)
+    variant = ROTATING[code.name, code.order]
+    row = (signs, scales, norm), ((block or x.shape[1]).bit_length() - 1, TYPES[x.dtype])
+    partial = _launch(variant, x, codes, table, out, row, overlap=True, by_strips=by_strips)
+    return partial, norm
+
+
 def multiply(
-    x: Tensor, codes: Tensor, table: Tensor, code: TrellisCode, out: int, *, overlap: bool = False
+    x: Tensor,
+    codes: Tensor,
+    table: Tensor,
+    code: TrellisCode,
+    out: int,
+    *,
+    overlap: bool = False,
+    by_strips: bool = False,
 ) -> Tensor:
     """``decode_triton.multiply`` for the codes that ``runs`` names.
 
@@ -130,28 +211,53 @@ def multiply(
         code: how the matrix was written.
         out: rows of the matrix, a multiple of 16.
         overlap: start while the kernel before it ends; only where that kernel makes nothing but x.
+        by_strips: put each 32 outputs, of a multiple of 32, through Sylvester's transform.
 
     Returns:
         float32 [shares, B, out], to be summed over the first dimension.
     """
     variant = next(v for v in VARIANTS[code.name, code.order] if v.takes(*x.shape))
-    return launch(variant, x, codes, table, out, overlap=overlap)
+    return launch(variant, x, codes, table, out, overlap=overlap, by_strips=by_strips)
 
 
 def launch(
-    variant: Variant, x: Tensor, codes: Tensor, table: Tensor, out: int, *, overlap: bool = False
+    variant: Variant,
+    x: Tensor,
+    codes: Tensor,
+    table: Tensor,
+    out: int,
+    *,
+    overlap: bool = False,
+    by_strips: bool = False,
 ) -> Tensor:
     """``multiply`` by this variant, whatever the code."""
+    x = x if x.data_ptr() % 16 == 0 else x.clone()
+    row = (None, None, None), (0, 0)
+    return _launch(variant, x, codes, table, out, row, overlap=overlap, by_strips=by_strips)
+
+
+def _launch(
+    variant: Variant,
+    x: Tensor,
+    codes: Tensor,
+    table: Tensor,
+    out: int,
+    row: tuple[tuple[Tensor | None, ...], tuple[int, int]],
+    *,
+    overlap: bool,
+    by_strips: bool,
+) -> Tensor:
+    """With what only variants that rotate have: signs, scales, norm; bits, type."""
     batch, inputs = x.shape
     deal = Deal.of(out, inputs, variant.warps, multiprocessors(x.device))
     partial = torch.empty(deal.shares, batch, out, dtype=torch.float32, device=x.device)
-    aligned = [t if t.data_ptr() % 16 == 0 else t.clone() for t in (x, codes)]
+    aligned = codes if codes.data_ptr() % 16 == 0 else codes.clone()
     variant.kernel(
         deal.grid,
         variant.shared_bytes(batch, inputs),
         x.device,
-        [*aligned, table, partial],
-        [batch, out // 16, inputs // 16, deal.shares, deal.least, deal.more],
-        overlap=overlap and aligned[1] is codes,  # a copy of the codes would be the kernel before
+        [aligned, table, x, partial, *row[0]],
+        [batch, out // 16, inputs // 16, deal.shares, deal.least, deal.more, *row[1], by_strips],
+        overlap=overlap and aligned is codes,  # a copy of the codes would be the kernel before
     )
     return partial

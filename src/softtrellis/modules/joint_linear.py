@@ -7,15 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from softtrellis.modules.decode import (
-    ResolvedDecodeBackend,
-    code_factor,
-    partial_product,
-    resolve_decode_backend,
-    rotations,
-)
+from softtrellis.modules.decode import code_factor, resolve_decode_backend
 from softtrellis.modules.quantized_linear import QuantizedLinear
-from softtrellis.transforms import rotation_cuda
+from softtrellis.modules.rotated_product import rotated_product, unrotated
 
 
 class JointLinear(nn.Module):
@@ -60,45 +54,20 @@ class JointLinear(nn.Module):
         if backend == "torch" or gradient or x.numel() == 0:
             return tuple(layer(x) for layer in layers)
         (block, multiple), code = (first.layer.block, first.layer.multiple), first.layer.code
-        widths = [layer.layer.padded[0] for layer in layers]
         rows = x.reshape(-1, first.in_features).contiguous()
-        rotated, norms = rotations(backend, first.layer.padded[1], block).rotate_input(
-            rows, first.in_signs, first.in_scale, multiple=multiple, block=block
-        )
-        product = partial_product(
-            rotated, self.codes, first.table, code, sum(widths), backend, overlap=True
-        )
-        outputs = _unrotated(
-            product.split(widths, -1), norms, layers, backend, code_factor(code), x.dtype
-        )
+        product = rotated_product(
+            rows, first.in_signs, first.in_scale, self.codes, first.table, code,
+            [layer.layer.padded[0] for layer in layers], backend, multiple=multiple, block=block,
+        )  # fmt: skip
+        outputs = unrotated(
+            product,
+            [(y.out_signs, y.scale, y.out_scale, y.bias, y.out_features) for y in layers],
+            factor=code_factor(code), dtype=x.dtype, backend=backend, block=block,
+        )  # fmt: skip
         return tuple(
             y.reshape(*x.shape[:-1], layer.out_features)
             for y, layer in zip(outputs, layers, strict=True)
         )
-
-
-def _unrotated(
-    products: Sequence[Tensor],
-    norms: Tensor,
-    layers: Sequence[QuantizedLinear],
-    backend: ResolvedDecodeBackend,
-    factor: float,
-    dtype: torch.dtype,
-) -> list[Tensor]:
-    """Each layer's outputs, in one launch where CUDA C++ rotates them all."""
-    block = layers[0].layer.block
-    kernels = [rotations(backend, layer.layer.padded[0], block) for layer in layers]
-    parts = [(y.out_signs, y.scale, y.out_scale, y.bias, y.out_features) for y in layers]
-    if all(kernel is rotation_cuda for kernel in kernels):
-        return rotation_cuda.unrotate_outputs(
-            products, norms, parts, factor=factor, dtype=dtype, block=block
-        )
-    return [
-        kernel.unrotate_output(
-            product, norms, *part[:4], features=part[4], factor=factor, dtype=dtype, block=block
-        )
-        for kernel, product, part in zip(kernels, products, parts, strict=True)
-    ]
 
 
 def _check_alike(first: QuantizedLinear, other: QuantizedLinear) -> None:

@@ -5,30 +5,28 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from math import sqrt
 from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from softtrellis.transforms.hadamard import hadamard_blocks, kronecker_factors
 from softtrellis.transforms.incoherence import padded_size
-from softtrellis.trellis.launch_cuda import Kernel
+from softtrellis.transforms.packed_signs import packed_bytes, packed_factors
+from softtrellis.trellis.launch_cuda import TYPES, Kernel
 
-Factor = Literal["left", "right"]
 Name = Literal["rotate_input", "unrotate_output"]
 
+SOURCE, BLOCKS_SOURCE, COLUMNS_SOURCE = "rotation.cu", "rotation_blocks.cu", "rotation_columns.cu"
 JOBS = 4
 """Transforms of one launch."""
 
 MAX_SHARED_BYTES = 227 * 1024
 CLUSTERS = (2, 4, 8)
-THREADS = 256
-"""Of a block. With more, its registers would leave no room for a block of the product beside it,
-which is to start meanwhile."""
-_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+MIN_THREADS, MAX_THREADS = 256, 512
+QUAD_BLOCK, QUAD_WARPS, STRIP = 128, 4, 32
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class Launch:
     """
 
     slices: int
-    threads: int = THREADS
+    threads: int
     part_tiles: int = 8
 
     def __post_init__(self) -> None:
@@ -77,10 +75,11 @@ class Transform:
         return -(-self.b // 16)
 
     def launch(self) -> Launch:
-        """As many blocks as have something to do."""
-        groups = self.tiles if self.blocks else min(self.tiles, -(-self.b // 4))
+        """As many blocks as have rows or columns, and a thread for four channels."""
+        groups = self.tiles if self.blocks else max(self.tiles, -(-self.b // 4))
         slices = next((n for n in CLUSTERS if n >= groups), CLUSTERS[-1])
-        return Launch(slices)
+        quads = -(-self.tiles // slices) * 16 * 4 * self.steps
+        return Launch(slices, max(MIN_THREADS, min(MAX_THREADS, -(-quads // 32) * 32)))
 
     def group_shift(self, slices: int) -> int:
         """log2 of the groups of four columns that a block has."""
@@ -90,18 +89,34 @@ class Transform:
     def shared_bytes(self, launch: Launch) -> int:
         """Dynamic shared memory of a block."""
         warps, own = launch.threads // 32, -(-self.tiles // launch.slices)
-        size = self.steps * _packed_bytes(self.steps) + 16 * own * 16 * 4 * (self.steps | 1)
+        size = self.steps * packed_bytes(self.steps) + 16 * own * 16 * 4 * (self.steps | 1)
         if not self.blocks:
             columns = 4 << self.group_shift(launch.slices)
-            size += launch.part_tiles * _packed_bytes(self.tiles) + 16 * columns * 4 * (
+            size += launch.part_tiles * packed_bytes(self.tiles) + 16 * columns * 4 * (
                 self.tiles | 1
             )
         return size + 16 + 4 * launch.slices * warps
 
+    def column_bytes(self, launch: Launch) -> int:
+        """Of a block that takes four columns of each strip."""
+        columns = 4 * self.b // STRIP
+        return launch.part_tiles * packed_bytes(self.tiles) + 16 * columns * 4 * (self.tiles | 1)
 
-def _packed_bytes(steps: int) -> int:
-    """Of 16 rows of packed signs with 16 ``steps`` columns."""
-    return -(-steps // 4) * 128
+
+@cache
+def strips_of(width: int, block: int | None) -> Transform | None:
+    """The transform of so many padded channels as A (x) B with Sylvester's B of 32, 64 or 128."""
+    (first, *more) = transforms(width, block)
+    if first.blocks or more:
+        return None
+    if first.b < STRIP and width.bit_count() == 1 and width >= STRIP:
+        return Transform(0, width, width // STRIP, STRIP, False)
+    return first if first.b in (STRIP, 2 * STRIP, 4 * STRIP) else None
+
+
+def by_strips(width: int, block: int | None) -> bool:
+    """Whether products may put each 32 of so many padded channels through Sylvester's transform."""
+    return strips_of(width, block) is not None
 
 
 @cache
@@ -126,54 +141,6 @@ def runs(width: int, block: int | None) -> bool:
     return all(t.shared_bytes(t.launch()) <= MAX_SHARED_BYTES for t in transforms(width, block))
 
 
-def packed_signs(matrix: Tensor, factor: Factor) -> Tensor:
-    """A matrix of +-1 as the bits that the matrix instruction's lanes take.
-
-    Bit 15 - r + 16 e of word [t, w, 4 g + q] is 1 where the matrix is -1, for r = 4 s + h + 2 p:
-    in row 16 t + 8 h + g and, of the 16 columns from 16 (4 w + s) on, in 4 q + 2 p + e of the
-    right factor and in 8 p + 4 e + q of the left one.
-
-    Args:
-        matrix: int8 [n, n] of +-1.
-        factor: which of the two factors it is.
-
-    Returns:
-        int32 [ceil(n / 16), ceil(n / 64), 32] on the matrix' device.
-    """
-    tiles, words = -(-len(matrix) // 16), -(-len(matrix) // 64)
-    padding = (0, 64 * words - len(matrix), 0, 16 * tiles - len(matrix))
-    bits = functional.pad((matrix < 0).long(), padding)
-    if factor == "right":
-        t, h, g, w, s, q, p, e = range(8)
-        shape = (tiles, 2, 8, words, 4, 4, 2, 2)
-    else:
-        t, h, g, w, s, p, e, q = range(8)
-        shape = (tiles, 2, 8, words, 4, 2, 2, 4)
-    bits = bits.reshape(shape).permute(t, w, g, q, e, s, p, h).reshape(tiles, words, 32, 2, 16)
-    places = torch.arange(15, -1, -1, device=matrix.device) + torch.tensor(
-        [[0], [16]], device=matrix.device
-    )
-    packed = (bits << places).sum((-2, -1))
-    return torch.where(packed < 1 << 31, packed, packed - (1 << 32)).to(torch.int32)
-
-
-@lru_cache(maxsize=256)
-def _factors(
-    transform: Transform, inverse: bool, device: torch.device
-) -> tuple[Tensor | None, Tensor]:
-    """Packed A (None for blocks) and B, or their transposes."""
-    left, right = kronecker_factors(transform.order)
-    if transform.blocks:
-        right = torch.kron(left, right)
-    if inverse:
-        left, right = left.mT, right.mT
-    with torch.inference_mode(False):
-        packed = packed_signs(left, "left").to(device), packed_signs(right, "right").to(device)
-    if device.type == "cuda":  # a kernel reads them without waiting for anything
-        torch.cuda.current_stream(device).synchronize()
-    return None if transform.blocks else packed[0], packed[1]
-
-
 def rotate_input(
     x: Tensor,
     signs: Tensor,
@@ -186,7 +153,7 @@ def rotate_input(
     """``rotation_triton.rotate_input``, for widths that ``runs`` names and x of float16, bfloat16
     or float32.
 
-    It may begin while the kernel before it ends, and lets the next one do so.
+    It may begin while the kernel before it ends, and lets the next one begin at once.
 
     Args:
         x, signs, scales, multiple, block: as there.
@@ -236,12 +203,15 @@ def unrotate_outputs(
     dtype: torch.dtype,
     block: int | None = None,
     launch: Launch | None = None,
+    by_strips: bool = False,
 ) -> list[Tensor]:
     """``unrotate_output`` of several layers of the same inputs, up to four in one launch.
 
     Args:
         partials, norms, factor, dtype, block, launch: as there; a product of each layer.
         layers: signs, scale, scales, bias and features of each.
+        by_strips: each 32 channels of the partials have been through Sylvester's transform; only
+            for widths that ``by_strips`` names.
     """
     found, rotations = [], []
     for partial, (signs, scale, scales, bias, features) in zip(partials, layers, strict=True):
@@ -254,7 +224,12 @@ def unrotate_outputs(
             )
         )  # fmt: skip
         found.append(y)
-    _start("unrotate_output", rotations, launch)
+    if by_strips:
+        _start_columns(rotations)
+    elif launch is None and all(rotation.in_quads() for rotation in rotations):
+        _start_quads(rotations)
+    else:
+        _start("unrotate_output", rotations, launch)
     return found
 
 
@@ -276,6 +251,12 @@ class Rotation:
     splits: int
     factor: float
 
+    def in_quads(self) -> bool:
+        """Whether ``rotation_blocks.cu`` takes it: it reads and writes four channels at once."""
+        read = (self.source, self.scales, self.bias)
+        aligned = all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in read)
+        return self.block == QUAD_BLOCK and self.features % 4 == 0 and aligned
+
     def blocks(self, transform: Transform, cut: Launch) -> int:
         """Of the grid, for one of its transforms."""
         return len(self.norms) * cut.slices * _parts(transform, cut)
@@ -286,10 +267,15 @@ class Rotation:
         """Of the kernel, for one of its transforms."""
         into = name == "rotate_input"
         activations, row = (self.source, self.features) if into else (self.target, self.stride)
-        if activations.dtype not in _TYPES:
-            names = ", ".join(str(dtype) for dtype in _TYPES)
+        if activations.dtype not in TYPES:
+            names = ", ".join(str(dtype) for dtype in TYPES)
             raise ValueError(f"activations must be one of {names}, got {activations.dtype}")
-        left, right = _factors(transform, not into, self.source.device)
+        left, right = packed_factors(
+            transform.order,
+            None if transform.blocks else transform.a,
+            not into,
+            self.source.device,
+        )
         read = (self.source, self.scales)
         by_four = all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in read)
         by_four &= all(n % 4 == 0 for n in (row, transform.first, transform.b))
@@ -302,7 +288,7 @@ class Rotation:
             *(transform.first, transform.a, transform.b),
             *(self.splits, cut.slices, _parts(transform, cut), cut.part_tiles),
             transform.group_shift(cut.slices),
-            *(_TYPES[activations.dtype], 0 if self.bias is None else _TYPES[self.bias.dtype]),
+            *(TYPES[activations.dtype], 0 if self.bias is None else TYPES[self.bias.dtype]),
             by_four,
             *struct.unpack("i", struct.pack("f", self.factor / sqrt(transform.order))),
             *(first_block, 0),
@@ -319,21 +305,70 @@ def _start(name: Name, rotations: Sequence[Rotation], launch: Launch | None) -> 
     """Launches of up to JOBS transforms each."""
     jobs = [(r, t) for r in rotations for t in transforms(r.width, r.block)]
     for some in (jobs[i : i + JOBS] for i in range(0, len(jobs), JOBS)):
-        cut = launch or max((t.launch() for _, t in some), key=lambda cut: cut.slices)
+        cut = launch or max((t.launch() for _, t in some), key=lambda c: (c.slices, c.threads))
         parameters, blocks = [], 0
         for rotation, transform in some:
             parameters.append(rotation.parameters(name, transform, cut, blocks))
             blocks += rotation.blocks(transform, cut)
-        addresses, numbers = parameters[-1]
-        nothing = addresses, [*numbers[:-2], blocks, 0]
-        parameters += [nothing] * (JOBS - len(some))
         together = name == "rotate_input" or any(not t.blocks for _, t in some)
-        Kernel("rotation.cu", name, cut.threads)(
+        Kernel(SOURCE, name, cut.threads)(
             blocks,
             max(transform.shared_bytes(cut) for _, transform in some),
             some[0][0].source.device,
             *parameters[0],
-            more=parameters[1:],
+            more=_filled(parameters[1:], parameters[-1], blocks),
             cluster=cut.slices if together else 1,
             overlap=True,
         )
+
+
+def _start_quads(rotations: Sequence[Rotation]) -> None:
+    """Likewise, a warp for each block of channels."""
+    for some in (rotations[i : i + JOBS] for i in range(0, len(rotations), JOBS)):
+        jobs = [(r, transforms(r.width, r.block)[0]) for r in some]
+        grids = [-(-len(r.norms) * t.a // QUAD_WARPS) for r, t in jobs]
+        _start_apart(BLOCKS_SOURCE, "unrotate_blocks", 32 * QUAD_WARPS, 0, jobs, grids)
+
+
+def _start_columns(rotations: Sequence[Rotation]) -> None:
+    """Likewise, 8 blocks for the columns, times as many as rows of A need."""
+    for some in (rotations[i : i + JOBS] for i in range(0, len(rotations), JOBS)):
+        jobs = [(r, t) for r in some if (t := strips_of(r.width, r.block))]
+        grids = [len(r.norms) * STRIP // 4 * _parts(t, t.launch()) for r, t in jobs]
+        rows = max(-(-t.a // 32) * 32 for _, t in jobs)
+        threads = min(MAX_THREADS, max(MIN_THREADS, rows))
+        shared = max(t.column_bytes(t.launch()) for _, t in jobs)
+        _start_apart(COLUMNS_SOURCE, "unrotate_columns", threads, shared, jobs, grids)
+
+
+def _start_apart(
+    source: str,
+    name: str,
+    threads: int,
+    shared_bytes: int,
+    jobs: Sequence[tuple[Rotation, Transform]],
+    grids: Sequence[int],
+) -> None:
+    """One launch of a kernel whose blocks send each other nothing."""
+    parameters, blocks = [], 0
+    for (rotation, transform), grid in zip(jobs, grids, strict=True):
+        cut = transform.launch()
+        parameters.append(rotation.parameters("unrotate_output", transform, cut, blocks))
+        blocks += grid
+    Kernel(source, name, threads)(
+        blocks,
+        shared_bytes,
+        jobs[0][0].source.device,
+        *parameters[0],
+        more=_filled(parameters[1:], parameters[-1], blocks),
+        overlap=True,
+    )
+
+
+_Parameters = tuple[list[Tensor | None], list[int]]
+
+
+def _filled(more: list[_Parameters], last: _Parameters, blocks: int) -> list[_Parameters]:
+    """Up to JOBS - 1 jobs, those that are not there beginning after all blocks."""
+    addresses, numbers = last
+    return [*more, *[(addresses, [*numbers[:-2], blocks, 0])] * (JOBS - 1 - len(more))]

@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+"""As ``cuda/types.cuh`` numbers them."""
+
 
 def _checked(answer: tuple[Any, ...]) -> Any:
     """What a call of cuda.bindings returned; RuntimeError with the name of its error."""

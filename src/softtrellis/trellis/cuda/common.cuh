@@ -66,9 +66,12 @@ __device__ __forceinline__ void let_the_next_kernel_begin() {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 
-// 16 bytes on their way from global to shared memory, at this address; a thread waits for its own.
-__device__ __forceinline__ void copy_16_bytes(u32 to, const void *from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+// 16 bytes on their way from global to shared memory, at this address, or none; a thread waits for
+// its own.
+__device__ __forceinline__ void copy_if(bool condition, u32 to, const void *from) {
+    asm volatile("{.reg .pred p; setp.ne.s32 p, %2, 0; @p cp.async.cg.shared.global [%0], [%1], 16;}"
+                 ::"r"(to), "l"(from), "r"((int)condition)
+                 : "memory");
 }
 
 // Ends a group of copies, which may be empty.

@@ -8,28 +8,38 @@
 //     of work is twice that, 32 outputs by 128 inputs.
 //   * A lane copies its own quarters to shared memory, several units ahead, and reads no one
 //     else's: no barriers. The first copies are under way before the kernel before this one ends.
+//     Or (STAGES 0) it loads them into registers, a unit ahead, as others were fetched to L2.
 //   * HYB: 2 h(s) = 2 s (s + 1) holds the row of a table of 1024 codewords, signs included, in its
 //     bits 7 to 16. Every lane has its own copy of the table in its own bank (128 KiB in all), and
-//     bits 7 to 16 of 2 h, with the lane in bits 2 to 6, are the address: no reads conflict. (With
-//     16 copies two lanes share a bank; h is shifted one less.)
+//     bits 7 to 16 of 2 h, with the lane in bits 2 to 6, are the address: no reads conflict.
 //   * The units, inputs first, are dealt evenly to the blocks of the grid, and those of a block to
 //     its warps, none of which gets more than one row of units: so it has sums for at most two
 //     strips of 32 outputs. A block adds up its warps, in their order, and writes one share.
 
 #include "mma.cuh"
+#include "sylvester.cuh"
 
 constexpr int LANES = 32, SIDE = 16, QUARTET = 4, TILE = 4;  // a tile of 4 times 16 bytes
+constexpr int LEAD = 4;  // units that are on their way to L2 before they are loaded
 constexpr int UNIT_BLOCKS = 8, UNIT_BYTES = 1024, STRIP = 2 * SIDE, TABLE_ROWS = 1024;
 
 enum Code { HYB, MUL1 };
 
+// Where a lane's activations come from: memory; the block's copy of all of them; or the one row
+// that the block itself rotates.
+enum Inputs { GLOBAL, SHARED, ROTATED };
+
 struct Parameters {
-    const uint4 (*x)[2];  // float16 [batch, in_blocks, 16]
     const uint4 *codes;   // [out_blocks, in_blocks, 64 bytes]
     const u32 *table;     // of HYB, two float16 each
+    const uint4 (*x)[2];  // float16 [batch, in_blocks, 16]; ROTATED: see Row
     float *partial;       // [shares, batch, 16 out_blocks]
+    const char *signs, *scales;  // ROTATED: see Row
+    float *norm;                 // ROTATED: what the row was divided by
     int batch, out_blocks, in_blocks, shares;
     int least, more;  // units of a block, of which the first `more` have one more
+    int bits, type;   // ROTATED: see Row
+    int by_strips;    // whether each strip goes through Sylvester's transform of 32 outputs
 };
 
 // The first unit of a part, where each has so many and the first `more` have one more.
@@ -52,11 +62,11 @@ __device__ constexpr int output_of(int quarter, int half, int row) {
 }
 
 // A quarter of a tile, of which `weights` are the two from this bit on, as float16.
-template <Code CODE, int COPIES>
+template <Code CODE>
 struct Quarter;
 
-template <int COPIES>
-struct Quarter<HYB, COPIES> {
+template <>
+struct Quarter<HYB> {
     u32 words[5], swapped[5];  // the stream begins in the high half of what is swapped
 
     __device__ __forceinline__ Quarter(const uint4 &v, u32 after)
@@ -71,14 +81,14 @@ struct Quarter<HYB, COPIES> {
         return __funnelshift_r(swapped[i + 1], swapped[i], 48 - offset);
     }
     __device__ __forceinline__ u32 weights(int bit, u32 bank) const {
-        const u32 s = state(bit), scaled = COPIES / 16 * s;
-        const u32 row = (scaled * s + scaled) & ((TABLE_ROWS - 1) * COPIES * 4);
+        const u32 s = state(bit), twice = 2 * s;
+        const u32 row = (twice * s + twice) & ((TABLE_ROWS - 1) * LANES * 4);
         return *(const u32 *)((const char *)shared + (row | bank));
     }
 };
 
-template <int COPIES>
-struct Quarter<MUL1, COPIES> {
+template <>
+struct Quarter<MUL1> {
     u32 pieces[8];  // [k]: 32 bits from bit 16 k on
 
     __device__ __forceinline__ Quarter(const uint4 &v, u32 after) {
@@ -103,11 +113,11 @@ struct Quarter<MUL1, COPIES> {
     }
 };
 
-// A copy of the table for each of COPIES lanes: thread t writes rows t, t + THREADS, ..., and
+// A copy of the table for each lane: thread t writes rows t, t + THREADS, ..., and
 // neighbours begin at different banks.
-template <int COPIES, int THREADS>
+template <int THREADS>
 struct TableFill {
-    static constexpr int ROWS = (TABLE_ROWS + THREADS - 1) / THREADS, PARTS = COPIES / 4;
+    static constexpr int ROWS = (TABLE_ROWS + THREADS - 1) / THREADS, PARTS = LANES / 4;
     u32 values[ROWS];
 
     __device__ __forceinline__ void load(const u32 *table) {
@@ -125,7 +135,7 @@ struct TableFill {
             const u32 v = values[r];
 #pragma unroll
             for (int i = 0; i < PARTS; ++i) {
-                const int part = (i + threadIdx.x * PARTS / 8) % PARTS;
+                const int part = (i + threadIdx.x) % PARTS;
                 ((uint4 *)shared)[row * PARTS + part] = make_uint4(v, v, v, v);
             }
         }
@@ -141,7 +151,7 @@ __device__ __forceinline__ void copy_x(const Parameters &p, u32 to, int row_unit
     end_copies();
 }
 
-template <Code CODE, int ROWS8, int WARPS, int STAGES, int COPIES, bool SHARED_X>
+template <Code CODE, int ROWS8, int WARPS, int STAGES, Inputs INPUTS>
 __device__ __forceinline__ void multiply(const Parameters &p) {
     const int lane = threadIdx.x % LANES, g = lane / 4, q = lane % 4, warp = threadIdx.x / LANES;
     const int row_units = (p.in_blocks + UNIT_BLOCKS - 1) / UNIT_BLOCKS;
@@ -150,16 +160,19 @@ __device__ __forceinline__ void multiply(const Parameters &p) {
     const auto first_of_warp = [&](int w) {
         return first + first_of(w, count / WARPS, count % WARPS);
     };
-    const u32 bank = 4 * (lane % COPIES);
-    TableFill<COPIES, WARPS * LANES> fill;
+    const u32 bank = 4 * lane;
+    constexpr bool SHARED_X = INPUTS != GLOBAL, RING = STAGES > 0;
+    constexpr int AHEAD = RING ? STAGES - 1 : 0;
+    TableFill<WARPS * LANES> fill;
     if (CODE == HYB) fill.load(p.table);
 
     // Of each warp: the sums of its first strip, and the copies, whose place those of its second
     // strip take.
     const int x_row_bytes = row_units * UNIT_BLOCKS * SIDE * 2 + 16;  // 16: rows in other banks
-    char *const shared_x = (char *)shared + (CODE == HYB ? TABLE_ROWS * COPIES * 4 : 0);
+    char *const shared_x = (char *)shared + (CODE == HYB ? TABLE_ROWS * LANES * 4 : 0);
     char *const own = shared_x + (SHARED_X ? p.batch * x_row_bytes : 0);
-    const int sums_bytes = p.batch * STRIP * 4, own_bytes = sums_bytes + STAGES * UNIT_BYTES;
+    const int sums_bytes = p.batch * STRIP * 4;
+    const int own_bytes = sums_bytes + (RING ? STAGES * UNIT_BYTES : sums_bytes);
     u32 slot = address(own) + warp * own_bytes + sums_bytes + 16 * lane, slots = slot;
     asm("" : "+r"(slots));  // else computed again and again
 
@@ -178,22 +191,46 @@ __device__ __forceinline__ void multiply(const Parameters &p) {
     int ahead = here;  // units to copy, and from this lane's input block to the end of the row
     int room = units > 0 && out_block < p.out_blocks ? p.in_blocks - first_block : 0;
     int next_room = there > 0 && out_block + 2 < p.out_blocks ? p.in_blocks - q : 0;
+    const auto advance = [&] {
+        room -= UNIT_BLOCKS, part += UNIT_BLOCKS * TILE;
+        if (--ahead == 0)  // on to the second strip, and after it to nothing
+            part = next_part, ahead = there, room = next_room, next_room = 0;
+    };
     const auto copy = [&] {
         const uint4 *from = p.codes + part;
         asm("" : "+l"(from));  // likewise
 #pragma unroll
         for (int half = 0; half < 2; ++half)
-            if (room > half * QUARTET)
-                copy_16_bytes(slot + half * UNIT_BYTES / 2, from + half * QUARTET * TILE);
+            copy_if(room > half * QUARTET, slot + half * UNIT_BYTES / 2,
+                    from + half * QUARTET * TILE);
         end_copies();
         if (STAGES == 2) slot = 2 * slots + UNIT_BYTES - slot;
-        else slot = slot == slots + (STAGES - 1) * UNIT_BYTES ? slots : slot + UNIT_BYTES;
-        room -= UNIT_BLOCKS, part += UNIT_BLOCKS * TILE;
-        if (--ahead == 0)  // on to the second strip, and after it to nothing
-            part = next_part, ahead = there, room = next_room, next_room = 0;
+        else slot = slot == slots + AHEAD * UNIT_BYTES ? slots : slot + UNIT_BYTES;
+        advance();
     };
+    // Without a ring of copies: the next unit is on its way into registers, those after it to L2.
+    uint4 quarters[2] = {};
+    const auto load = [&](int half) {
+        load_if(room > half * QUARTET, quarters[half], p.codes + part + half * QUARTET * TILE);
+    };
+    const auto fetch = [&](u32 at) {  // each lane 32 bytes of the unit
+        at += g % 2 * QUARTET * TILE;
+        if (at < p.out_blocks * p.in_blocks * TILE) fetch_to_l2(p.codes + at);
+    };
+    if (RING) {
 #pragma unroll 1
-    for (int i = 0; i < STAGES; ++i) copy();
+        for (int i = 0; i < STAGES; ++i) copy();
+    } else {
+        load(0), load(1);
+#pragma unroll 1
+        for (int i = 1; i <= LEAD; ++i) {
+            fetch(part + i * UNIT_BLOCKS * TILE);
+            if (there > 0) fetch(next_part + (i - 1) * UNIT_BLOCKS * TILE);
+        }
+        advance();
+    }
+    const Row row{(const char *)p.x, p.signs, p.scales, p.in_blocks * SIDE, p.bits, p.type};
+    if (INPUTS == ROTATED) fetch_constants<WARPS * LANES>(row);
     if (CODE == HYB) fill.store();
     wait_for_the_kernel_before();  // which writes x; codes and table were there
     let_the_next_kernel_begin();
@@ -220,7 +257,14 @@ __device__ __forceinline__ void multiply(const Parameters &p) {
         }
         x_at += QUARTET, x_from += QUARTET * SIDE * 2;
     };
-    if (SHARED_X) {
+    if (INPUTS == ROTATED) {
+        float *const room = (float *)(own + WARPS * own_bytes);
+        u32 *const peaks = (u32 *)(room + row.channels);
+        const float peak = rotate_row<WARPS * LANES>(row, room, (u16 *)shared_x, peaks);
+        if (blockIdx.x == 0 && threadIdx.x == 0) *p.norm = peak;
+        __syncthreads();
+        load_x(0);
+    } else if (INPUTS == SHARED) {
         copy_x<WARPS * LANES>(p, address(shared_x), row_units, x_row_bytes);
         wait_for_copies<0>();
         __syncthreads();
@@ -229,13 +273,12 @@ __device__ __forceinline__ void multiply(const Parameters &p) {
         load_x(0);
         if (CODE == HYB) __syncthreads();
     }
-    uint4 quarters[2];
     const auto read_quarters = [&] {
-        wait_for_copies<STAGES - 1>();
+        wait_for_copies<AHEAD>();
         quarters[0] = read_16_bytes(slot);
         quarters[1] = read_16_bytes(slot + UNIT_BYTES / 2);
     };
-    read_quarters();
+    if (RING) read_quarters();
     const int lane_after = (lane & 19) | ((lane + 4) & 12);
 
 #pragma unroll 1
@@ -247,10 +290,16 @@ __device__ __forceinline__ void multiply(const Parameters &p) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const u32 after = __shfl_sync(0xffffffffu, quarters[half].x, lane_after);
-                const Quarter<CODE, COPIES> quarter(quarters[half], after);
+                const Quarter<CODE> quarter(quarters[half], after);
+                if (!RING) load(half);
                 if (half == 1) {
-                    copy();
-                    read_quarters();
+                    if (RING) {
+                        copy();
+                        read_quarters();
+                    } else {
+                        fetch(part + LEAD * UNIT_BLOCKS * TILE);
+                        advance();
+                    }
                     if (!SHARED_X && left == 1) x_at = x_end - p.in_blocks + q;
                 }
                 load_x(1 - half);
@@ -302,6 +351,7 @@ __device__ __forceinline__ void multiply(const Parameters &p) {
 #pragma unroll 4
         for (int w = low + 1; w < high; ++w) sum += *(const float *)(at + w * own_bytes);
 
+        if (p.by_strips) sum = transformed_by_lanes(sum);
         int share = 0;
         while (first_of(blockIdx.x - share, p.least, p.more) > begin) ++share;
         const int shares = stop <= first + count ? p.shares : share + 1;
@@ -315,12 +365,16 @@ __device__ __forceinline__ void multiply(const Parameters &p) {
     }
 }
 
-#define KERNEL(NAME, CODE, ROWS8, WARPS, STAGES, COPIES, SHARED_X, REGISTERS)  \
-    extern "C" __global__ void __maxnreg__(REGISTERS) NAME(Parameters p) {     \
-        multiply<CODE, ROWS8, WARPS, STAGES, COPIES, SHARED_X>(p);             \
+#define KERNEL(NAME, CODE, ROWS8, WARPS, STAGES, INPUTS, REGISTERS)        \
+    extern "C" __global__ void __maxnreg__(REGISTERS) NAME(Parameters p) { \
+        multiply<CODE, ROWS8, WARPS, STAGES, INPUTS>(p);                   \
     }
 
-KERNEL(hyb_rows_8, HYB, 1, 16, 2, 32, false, 80)
-KERNEL(hyb_rows_16, HYB, 2, 16, 2, 32, false, 128)
-KERNEL(mul1_exl3_8, MUL1, 1, 16, 2, 32, false, 80)
-KERNEL(mul1_exl3_16, MUL1, 2, 16, 2, 32, false, 128)
+KERNEL(hyb_rotating, HYB, 1, 8, 4, ROTATED, 128)
+KERNEL(hyb_shared_x, HYB, 1, 8, 4, SHARED, 128)
+KERNEL(hyb_rows_8, HYB, 1, 8, 4, GLOBAL, 128)
+KERNEL(hyb_rows_16, HYB, 2, 16, 2, GLOBAL, 128)
+KERNEL(mul1_rotating, MUL1, 1, 8, 4, ROTATED, 128)
+KERNEL(mul1_shared_x, MUL1, 1, 8, 4, SHARED, 128)
+KERNEL(mul1_rows_8, MUL1, 1, 16, 2, GLOBAL, 80)
+KERNEL(mul1_rows_16, MUL1, 2, 16, 2, GLOBAL, 128)

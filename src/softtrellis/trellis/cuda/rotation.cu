@@ -8,54 +8,17 @@
 //   * The blocks of a cluster share a row: each reads 16 or more rows of X, multiplies them by B^T
 //     and hands every block its columns; each then multiplies its columns by A. Where A is large,
 //     several clusters do all but that product, of which each computes its rows of A.
-//   * Nothing that a kernel may have written is read before the kernel before this one has ended,
-//     and the next one begins after that only: of a chain of kernels two run at a time.
+//   * Nothing that a kernel may have written is read before the kernel before this one has ended.
+//     On the way in the next kernel, the product, may begin at once: its table and its first codes
+//     take longer than a rotation. It waits for this one, and so for all before it.
 
-#include "types.cuh"
+#include "signs.cuh"
 
-constexpr int SIDE = 16, QUAD = 4, LANES = 32, LINE = 128;
+constexpr int LINE = 128;
 constexpr int MAX_PEAKS = 8 * 16;  // of 8 blocks of 16 warps
-
-struct Parameters {
-    const char *source;          // x [batch, features]; or float [splits, batch, width]
-    char *target;                // float16 [batch, width]; or [batch, features]
-    float *norms;                // [batch], the divisors of the rows
-    const char *left, *right;    // packed signs of A (null: none) and B; transposed on the way out
-    const char *signs;           // of channels, packed
-    const char *scales, *bias;   // float16 [features] and [features], or null
-    const char *scale;           // float, on the way out
-    int batch, features, width;  // of a row without padding; from a padded row to the next
-    int first, a, b;             // the transform takes channels first to first + a b
-    int splits, slices, parts;   // shares to add up; blocks of a cluster; clusters of a row
-    int part_tiles;              // runs of 16 rows of A that a cluster computes, a warp each
-    int group_shift;             // 2^group_shift groups of 4 columns belong to a block
-    int type, bias_type;         // of the activations and of the bias
-    int by_four;                 // whether four channels can be read at once
-    float factor;
-    int first_block, unused;     // of the blocks of the grid that do this
-};
-
-struct Jobs {  // independent of each other
-    Parameters of[4];
-
-    __device__ __forceinline__ const Parameters &mine() const {
-        int i = 0;
-        while (i < 3 && (int)blockIdx.x >= of[i + 1].first_block) ++i;
-        return of[i];
-    }
-};
+constexpr int AT_ONCE = 1;         // times four channels that a thread loads before it uses one
 
 extern __shared__ uint4 shared[];
-
-// Quads of one vector of `steps` k-steps; the odd multiple of 64 bytes keeps reads off each other.
-__device__ __forceinline__ int stride_of(int steps) { return 4 * (steps | 1); }
-
-// Words of packed signs of 16 rows.
-__device__ __forceinline__ int words_of(int steps) { return (steps + 3) / 4 * LANES; }
-
-__device__ __forceinline__ float sign_of(u32 byte, int channel) {
-    return (byte >> (7 - channel % 8)) & 1 ? -1.f : 1.f;
-}
 
 // Four numbers as bfloat16, then what that leaves of them.
 __device__ __forceinline__ uint4 split(float4 v) {
@@ -141,78 +104,6 @@ __device__ __forceinline__ void load_quads(const Parameters &p, int row, const i
     }
 }
 
-// 16 rows of a sign matrix times 4 N vectors of `steps` k-steps of 16 numbers. A lane, with g =
-// lane / 4 and q = lane % 4, receives rows g and g + 8 of the products with the vectors 4 n + q.
-template <int N>
-__device__ __forceinline__ void multiply(float (&result)[N][2], const u32 *signs,
-                                         const uint4 *vectors, int steps) {
-    constexpr int SETS = 4 / N;  // of accumulators: a matrix instruction takes 33 cycles
-    const int lane = threadIdx.x % LANES, g = lane / 4, q = lane % 4, stride = stride_of(steps);
-    const uint2 *from = (const uint2 *)(vectors + g / 2 * stride + q) + g % 2;
-    const u32 ones = 0x3f803f80u + (steps < 0);  // in a register: an instruction has one immediate
-    float sums[SETS][N][4] = {};
-    auto step = [&](u32 word, int begin, int s) {
-        u32 a[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) a[i] = (word << (4 * s + i) & 0x80008000u) | ones;
-#pragma unroll
-        for (int n = 0; n < N; ++n)
-            multiply_add_bfloat(sums[s % SETS][n], a, from[2 * (4 * n * stride + 4 * (begin + s))]);
-    };
-    int begin = 0;
-    for (; begin + 4 <= steps; begin += 4) {
-        const u32 word = signs[begin / 4 * LANES + lane];
-#pragma unroll
-        for (int s = 0; s < 4; ++s) step(word, begin, s);
-    }
-    if (begin < steps) {
-        const u32 word = signs[begin / 4 * LANES + lane];
-#pragma unroll
-        for (int s = 0; s < 3; ++s)
-            if (begin + s < steps) step(word, begin, s);
-    }
-#pragma unroll
-    for (int n = 0; n < N; ++n)
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            result[n][h] = 0.f;
-#pragma unroll
-            for (int s = 0; s < SETS; ++s)
-                result[n][h] += sums[s][n][2 * h] + sums[s][n][2 * h + 1];
-        }
-}
-
-// What one number of the result is multiplied by and added to: row i of A and column j of X.
-template <bool INPUT>
-struct Output {
-    u32 byte, scale, bias;  // as they are read
-
-    static __device__ __forceinline__ int channel_of(const Parameters &p, int i, int j) {
-        const int channel = p.first + i * p.b + j;
-        return i < p.a && j < p.b && (INPUT || channel < p.features) ? channel : -1;
-    }
-
-    __device__ __forceinline__ void load(const Parameters &p, int i, int j) {
-        const int channel = channel_of(p, i, j);
-        byte = 0, scale = 0x3c00, bias = 0;
-        if (INPUT || channel < 0) return;
-        byte = read_byte(p.signs + channel / 8);
-        if (p.scales) scale = read_half(p.scales + 2 * channel);
-        if (p.bias) bias = read_bits(p.bias, channel, p.bias_type);
-    }
-
-    __device__ __forceinline__ void store(const Parameters &p, int row, int i, int j, float x,
-                                          float factor) {
-        const int channel = channel_of(p, i, j);
-        if (channel < 0) return;
-        if (INPUT) write(p.target, (long long)row * p.width + channel, HALF, x * factor);
-        else
-            write(p.target, (long long)row * p.features + channel, p.type,
-                  x * factor * (of_half((u16)scale) * sign_of(byte, channel)) +
-                      number(bias, p.bias_type));
-    }
-};
-
 // The block's columns times the warp's 16 rows of A.
 template <bool INPUT, int N, typename Factor>
 __device__ __forceinline__ void multiply_columns(const Parameters &p, int row, int tile, int rank,
@@ -246,6 +137,7 @@ __device__ __forceinline__ void multiply_columns(const Parameters &p, int row, i
 
 template <bool INPUT>
 __device__ __forceinline__ void rotate(const Parameters &p) {
+    if (INPUT) let_the_next_kernel_begin();
     const int lane = threadIdx.x % LANES, g = lane / 4, q = lane % 4;
     const int warp = threadIdx.x / LANES, warps = blockDim.x / LANES;
     const int index = blockIdx.x - p.first_block;
@@ -291,7 +183,7 @@ __device__ __forceinline__ void rotate(const Parameters &p) {
     __syncwarp();
     if (exchange) cluster_wait();
     wait_for_the_kernel_before();
-    let_the_next_kernel_begin();
+    if (!INPUT) let_the_next_kernel_begin();
 
     float peak = 0.f, scale = 1.f, norm = 1.f;
     if (!INPUT) {
@@ -306,7 +198,6 @@ __device__ __forceinline__ void rotate(const Parameters &p) {
     };
     if (!INPUT && !p.left) load_outputs(warp);  // on their way while the rows are
     const int quads = 4 * steps;
-    constexpr int AT_ONCE = 2;
     for (int u = threadIdx.x; u < own * SIDE * quads; u += AT_ONCE * blockDim.x) {
         int channel[AT_ONCE], count[AT_ONCE], at[AT_ONCE];
         float4 v[AT_ONCE];
@@ -389,11 +280,11 @@ __device__ __forceinline__ void rotate(const Parameters &p) {
     else multiply_columns<INPUT, 2>(p, row, tile, rank, left, columns, mailbox, factor_of);
 }
 
-// With 256 threads they fit beside a block of the product, of 512 threads with 80 registers.
+// A block of either fits beside one of the product, of 256 threads with up to 128 registers.
 extern "C" __global__ void __launch_bounds__(512, 2) rotate_input(Jobs jobs) {
     rotate<true>(jobs.mine());
 }
 
-extern "C" __global__ void __maxnreg__(96) unrotate_output(Jobs jobs) {
+extern "C" __global__ void __launch_bounds__(512, 2) unrotate_output(Jobs jobs) {
     rotate<false>(jobs.mine());
 }
