@@ -42,6 +42,12 @@ __device__ __forceinline__ float4 constant4(u32 from) {  // of what is not writt
     return x;
 }
 
+__device__ __forceinline__ float2 constant2(u32 from) {  // likewise
+    float2 x;
+    asm("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(from));
+    return x;
+}
+
 __device__ __forceinline__ float4 message4(u32 from) {  // of what barriers guard
     float4 x;
     asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
