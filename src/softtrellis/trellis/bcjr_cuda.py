@@ -43,7 +43,7 @@ _SHORT = {
     for tangent, name in enumerate(("forward", "backward"))
 }
 _HYB_GROUPS = 2
-_SHORT_WARPS, _SHORT_TILES = 8, 4
+_SHORT_TEAMS, _SHORT_TILES = 8, 4
 
 
 def _runs(spec: TrellisSpec, steps: int) -> bool:
@@ -84,11 +84,12 @@ def _start(
         blocks = min(multiprocessors(device), -(-batch // _SHORT_TILES))
         message = spec.num_overlaps * fields * _SHORT_TILES
         row = message + 2 * _SHORT_TILES
-        floats = blocks * (2 * TABLE_ROWS + _SHORT_WARPS * steps * row)
-        group = (2 * TABLE_ROWS * _SHORT_TILES + message) * 4
-        shared = _SHORT_WARPS * group + spec.num_states * 8
-        tables = [codebook, short_states_of_rows(device)]
+        floats = blocks * (2 * TABLE_ROWS + _SHORT_TEAMS * steps * row)
         kernel = _SHORT[tangent]
+        exchange = kernel.threads // (32 * _SHORT_TEAMS) * 144 + 16
+        team = (2 * TABLE_ROWS * _SHORT_TILES + message) * 4 + exchange
+        shared = _SHORT_TEAMS * team + spec.num_states * 8
+        tables = [codebook, short_states_of_rows(device)]
     else:
         blocks = min(multiprocessors(device), batch)
         floats = blocks * (steps // 2 * spec.num_overlaps * fields + steps * 64)

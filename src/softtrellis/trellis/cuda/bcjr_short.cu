@@ -7,7 +7,7 @@
 // so that its three low bits are those of n(0, y, z), the third changed by x. A step computes 1024
 // exponentials into shared memory and gathers 4096 of them.
 //
-// One warp owns TILES = 4 tiles and needs no barrier of the block. A gather reads the entries of the
+// A team of SPLIT warps takes TILES = 4 tiles at a time. A gather reads the entries of the
 // four tiles at once, 16 bytes, so that its address is computed once for four, and eight lanes in a
 // row never conflict: their n differ in the three low bits.
 //   * alpha: a lane has one y and 8 of the 16 z (ORDER), and runs through x.
@@ -20,14 +20,13 @@
 #include "messages.cuh"
 
 constexpr int TILES = 4;
-constexpr int WARPS = 8;
+constexpr int TEAMS = 8;
 constexpr int OVERLAPS = 256;
 constexpr int STATES = 4096;
 constexpr int ROWS = 512;
-constexpr int OWN = 8;  // of the 16 z, or x, with one y
 constexpr float LN2 = 0.6931471805599453f;
 
-// The eight z of a lane in the alpha sweep, 4 bits each: at any of them eight lanes in a row have
+// The z of a lane in the alpha sweep, 4 bits each: at any of them eight lanes in a row have
 // eight different values of bits 6 to 8 of h(16 y + z), and nearly always of the banks they write to.
 __constant__ u32 ORDER[32] = {
     0x87be15ca, 0xbdf78035, 0x1a07fcd2, 0x8160b7fc, 0xb912af87, 0x7140f568, 0xcea187bf, 0xa6cd1280,
@@ -46,7 +45,7 @@ struct Arguments {
     const float2 *grad_values;  // [tiles, N]; from here on only with TANGENT
     const float *grad_log_z;    // [tiles]
     float *grad_w;              // [tiles, N, 2]
-    float4 *scratch;            // [blocks, 256], then [warps, N, 256 or 512 + 2]
+    float4 *scratch;            // [blocks, 256], then [teams, N, 256 or 512 + 2]
     int *next;                  // quads of tiles handed out so far
     int *failed;                // [tiles], those that failed the certificate
     int *failures;              // how many
@@ -114,12 +113,23 @@ struct Step {
     bool far;
 };
 
+// What the warps of a team tell each other.
+template <int SPLIT>
+struct alignas(16) Exchange {
+    float largest[SPLIT][TILES];
+    float sums[SPLIT][32];
+    int quad, unused[3];
+};
+
 struct Bounds {
     float least, most, second;  // of the first component, and of the second one without its sign
 };
 
-template <bool TANGENT>
+// SPLIT warps share a team's table and messages.
+template <bool TANGENT, int SPLIT>
 struct Worker {
+    static constexpr int OWN = 8 / SPLIT;  // a lane's z, or x, with one y
+    static constexpr int THREADS = 32 * SPLIT;
     static constexpr int HEADROOM = TANGENT ? 53 : 58;
     static constexpr int TARGET = 2 * HEADROOM - 84;  // log2 of the sum of alpha phi beta
     static constexpr int FIELDS = TANGENT ? 2 : 1;
@@ -130,11 +140,17 @@ struct Worker {
     float4 *table;       // [1024]
     float4 *messages;    // [256], then with TANGENT their derivatives
     u32 codewords;
+    Exchange<SPLIT> &told;
     float4 *scratch;
-    int lane, first;
+    int team, part, lane, first;
     Bounds bounds;
     int tile[TILES];
     float scale[TILES], gain[TILES];
+
+    __device__ void barrier() const {
+        if constexpr (SPLIT == 1) __syncwarp();
+        else group_barrier<THREADS>(team);
+    }
 
     __device__ float2 ordered(float2 x) const { return first ? make_float2(x.y, x.x) : x; }
     __device__ size_t index(int m, int t) const { return (size_t)tile[m] * arg.steps + t; }
@@ -189,7 +205,7 @@ struct Worker {
     template <bool FAR>
     __device__ __forceinline__ void weigh(const Step &x) {
 #pragma unroll 2
-        for (int row = lane; row < ROWS; row += 32) {
+        for (int row = part * 32 + lane; row < ROWS; row += THREADS) {
             const float2 c = rows[row];
             float plus[TILES], minus[TILES];
 #pragma unroll
@@ -208,7 +224,20 @@ struct Worker {
     __device__ __forceinline__ void fill(const Step &x) {
         if (x.far) weigh<true>(x);
         else weigh<false>(x);
-        __syncwarp();
+        barrier();
+    }
+
+    // The greatest message of every tile in the lane's own, for normalise after a barrier.
+    __device__ __forceinline__ void tell_largest(const float (&v)[OWN][TILES]) {
+        float top[TILES];
+#pragma unroll
+        for (int m = 0; m < TILES; m++) {
+            top[m] = v[0][m];
+#pragma unroll
+            for (int k = 1; k < OWN; k++) top[m] = fmaxf(top[m], v[k][m]);
+            top[m] = __uint_as_float(largest_of_warp(top[m]));
+        }
+        if (lane == 0) *(float4 *)told.largest[part] = four(top);
     }
 
     // Scales messages by the power of two that brings their greatest to 2^HEADROOM or a little more;
@@ -217,13 +246,12 @@ struct Worker {
                                               int (&exponent)[TILES], float (&greatest)[TILES]) {
 #pragma unroll
         for (int m = 0; m < TILES; m++) {
-            float top = v[0][m];
+            float most = told.largest[0][m];
 #pragma unroll
-            for (int k = 1; k < OWN; k++) top = fmaxf(top, v[k][m]);
-            const u32 most = largest_of_warp(top);
-            const int by = HEADROOM + 127 - (int)(most >> 23);
+            for (int i = 1; i < SPLIT; i++) most = fmaxf(most, told.largest[i][m]);
+            const int by = HEADROOM + 127 - (int)(__float_as_uint(most) >> 23);
             const float factor = power_of_two(by);
-            greatest[m] = __uint_as_float(most) * factor;
+            greatest[m] = most * factor;
             exponent[m] += HEADROOM + by;
 #pragma unroll
             for (int k = 0; k < OWN; k++) {
@@ -236,7 +264,7 @@ struct Worker {
     // alpha_0 to alpha_{N-1} into scratch; log2 of Z without the squares o^2.
     __device__ void alpha_sweep(float (&log2_z)[TILES]) {
         const int j = lane >> 3 & 1, half = lane >> 4, y = (lane & 7) << 1 | ((lane & 1) ^ half);
-        const u32 order = ORDER[lane], base = address(table), from = address(messages);
+        const u32 order = ORDER[lane] >> 4 * OWN * part, base = address(table), from = address(messages);
         const u32 mine = codewords + codeword_at(y, 0, 0);
         int exponent[TILES];
         float greatest[TILES];
@@ -246,7 +274,7 @@ struct Worker {
             float4 *store = scratch + (size_t)t * ROW;
             const Step step = read(t);
             fill(step);
-            if (lane == 0) {
+            if (part == 0 && lane == 0) {
                 store[ROW - 2] = four(greatest);
                 store[ROW - 1] = make_float4(__int_as_float(exponent[0]), __int_as_float(exponent[1]),
                                              __int_as_float(exponent[2]), __int_as_float(exponent[3]));
@@ -268,7 +296,7 @@ struct Worker {
                     const u32 here = from + place(x, y);
                     read4(a[i], here);
                     if (TANGENT) read4(at[i], here + OVERLAPS * 16);
-                    if (i == j) {
+                    if (i == j && (SPLIT == 1 || pair % SPLIT == part)) {
                         store[x * 16 + column(y)] = four(a[i]);
                         if (TANGENT) store[OVERLAPS + x * 16 + column(y)] = four(at[i]);
                     }
@@ -295,8 +323,9 @@ struct Worker {
                     }
                 }
             }
+            tell_largest(v);
+            barrier();
             normalise(v, d, exponent, greatest);
-            __syncwarp();
 #pragma unroll
             for (int k = 0; k < OWN; k++) {
                 const u32 to = place(y, order >> 4 * k & 15) / 16;
@@ -304,7 +333,7 @@ struct Worker {
                 if (TANGENT) messages[to + OVERLAPS] = four(d[k]);
             }
         }
-        __syncwarp();
+        barrier();
         float sum[TILES] = {};
         for (int u = lane; u < OVERLAPS; u += 32) {
             float x[TILES];
@@ -316,13 +345,16 @@ struct Worker {
 #pragma unroll
         for (int m = 0; m < TILES; m++)
             log2_z[m] = log2f(sum_of_warp(sum[m])) - (float)exponent[m];
-        __syncwarp();
+        barrier();
     }
 
     // The result of one step from its sums; false if the certificate fails.
-    __device__ __forceinline__ bool finish(int t, float sum, const float (&alpha_max)[TILES],
+    __device__ __forceinline__ bool finish(int t, const float (&alpha_max)[TILES],
                                            const float (&beta_max)[TILES],
                                            const int (&scaled)[TILES]) {
+        float sum = told.sums[0][lane];
+#pragma unroll
+        for (int i = 1; i < SPLIT; i++) sum += told.sums[i][lane];
         const int m = lane >> 3, which = lane >> 1 & 3;  // two components, z and drift
         const float z = __shfl_sync(0xffffffffu, sum, (lane & 24) + 4);
         const float drift = __shfl_sync(0xffffffffu, sum, (lane & 24) + 6);
@@ -346,7 +378,8 @@ struct Worker {
         const int quarter = lane >> 3, j = lane & 1;
         const int y = (quarter < 2 ? 3 * quarter : quarter - 1) + 4 * (lane >> 1 & 3);
         const u32 base = address(table), from = address(messages);
-        const u32 mine = codewords + codeword_at(y, 0, j);
+        const u32 mine = codewords + codeword_at(y, 0, j + 2 * OWN * part);
+        const int own = j + 2 * OWN * part;  // the first x
         int exponent[TILES];
         float beta_max[TILES];
         bool bad = false;
@@ -358,8 +391,9 @@ struct Worker {
             float alpha[OWN][TILES], tangent[OWN][TILES];
 #pragma unroll
             for (int k = 0; k < OWN; k++) {
-                fetch4(alpha[k], stored + (j + 2 * k) * 16 + column(y));
-                if (TANGENT) fetch4(tangent[k], stored + OVERLAPS + (j + 2 * k) * 16 + column(y));
+                const float4 *at = stored + (own + 2 * k) * 16 + column(y);
+                fetch4(alpha[k], at);
+                if (TANGENT) fetch4(tangent[k], at + OVERLAPS);
             }
             float alpha_max[TILES], exponents[TILES];
             fetch4(alpha_max, stored + ROW - 2);
@@ -385,7 +419,7 @@ struct Worker {
                     read4(bt, here + OVERLAPS * 16);
                     spread(step, b, bt, b0, b1);
                 }
-                const u32 stride = stride_of(over), entry = entry_of(over) + (j ? stride : 0);
+                const u32 stride = stride_of(over), entry = entry_of(over) + own * stride;
 #pragma unroll
                 for (int k = 0; k < OWN; k++) {
                     float phi[TILES];
@@ -425,13 +459,14 @@ struct Worker {
                     }
                 }
             }
-            const float sum = sums_of_warp(sums, lane);
-            bad |= !finish(t, sum, alpha_max, beta_max, scaled);
+            told.sums[part][lane] = sums_of_warp(sums, lane);
+            tell_largest(v);
+            barrier();
+            if (part == 0) bad |= !finish(t, alpha_max, beta_max, scaled);
             normalise(v, d, exponent, beta_max);
-            __syncwarp();
 #pragma unroll
             for (int k = 0; k < OWN; k++) {
-                const u32 to = place(j + 2 * k, y) / 16;
+                const u32 to = place(own + 2 * k, y) / 16;
                 messages[to] = four(v[k]);
                 if (TANGENT) messages[to + OVERLAPS] = four(d[k]);
             }
@@ -481,9 +516,9 @@ struct Worker {
     __device__ void run() {
         const int quads = (arg.tiles + TILES - 1) / TILES;
         while (true) {
-            int quad = 0;
-            if (lane == 0) quad = atomicAdd(arg.next, 1);
-            quad = __shfl_sync(0xffffffffu, quad, 0);
+            if (part == 0 && lane == 0) told.quad = atomicAdd(arg.next, 1);
+            barrier();
+            const int quad = told.quad;
             if (quad >= quads) return;
 #pragma unroll
             for (int m = 0; m < TILES; m++) {
@@ -501,12 +536,12 @@ struct Worker {
 #pragma unroll
                 for (int i = 0; i < TILES; i++) {
                     const double all = (double)log2_z[i] - outside(i);
-                    if (lane == 0) arg.log_z[tile[i]] = (float)(all * 0.6931471805599453);
+                    if (part == 0 && lane == 0) arg.log_z[tile[i]] = (float)(all * 0.6931471805599453);
                 }
             }
-            if (bad && (lane & 7) == 0 && mine < arg.tiles)
+            if (part == 0 && bad && (lane & 7) == 0 && mine < arg.tiles)
                 arg.failed[atomicAdd(arg.failures, 1)] = mine;
-            __syncwarp();
+            barrier();
         }
     }
 };
@@ -527,7 +562,7 @@ __device__ __forceinline__ Symmetry symmetry_of(const float2 *codebook, const in
     return second ? SECOND_FLIPS : first ? FIRST_FLIPS : NONE;
 }
 
-template <bool TANGENT>
+template <bool TANGENT, int SPLIT>
 __device__ __forceinline__ void block(const Arguments &arg) {
     extern __shared__ float4 shared[];
     constexpr int EACH = 2 * ROWS + OVERLAPS * (TANGENT ? 2 : 1);
@@ -537,20 +572,21 @@ __device__ __forceinline__ void block(const Arguments &arg) {
         return;
     }
     const int first = symmetry == FIRST_FLIPS;
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const int lane = threadIdx.x & 31, team = threadIdx.x / (32 * SPLIT);
+    const int part = (threadIdx.x >> 5) % SPLIT;
     float2 *rows = (float2 *)(arg.scratch + (size_t)blockIdx.x * (ROWS / 2));
     for (int i = threadIdx.x; i < ROWS; i += blockDim.x) {
         const float2 x = arg.codebook[arg.rows[i]];
         const float flip = hash(arg.rows[i]) >> 15 & 1 ? -1.0f : 1.0f;
         rows[i] = first ? make_float2(x.y, flip * x.x) : make_float2(x.x, flip * x.y);
     }
-    char *codewords = (char *)(shared + WARPS * EACH);
+    char *codewords = (char *)(shared + TEAMS * EACH);
     for (int s = threadIdx.x; s < STATES; s += blockDim.x) {
         const int x = s >> 8, y = s >> 4 & 15, z = s & 15;
         const float2 c = arg.codebook[s];
-        *(float2 *)(codewords + codeword_at(y, z, x)) =
-            first ? make_float2(c.y, c.x) : c;
+        *(float2 *)(codewords + codeword_at(y, z, x)) = first ? make_float2(c.y, c.x) : c;
     }
+    Exchange<SPLIT> *told = (Exchange<SPLIT> *)(codewords + STATES * sizeof(float2));
     __syncthreads();
     Bounds bounds = {3e38f, -3e38f, 0.0f};
     for (int i = lane; i < ROWS; i += 32) {
@@ -562,18 +598,28 @@ __device__ __forceinline__ void block(const Arguments &arg) {
     bounds.most = -least_of_warp(-bounds.most);
     bounds.second = -least_of_warp(-bounds.second);
 
-    float4 *own = shared + warp * EACH;
+    typedef Worker<TANGENT, SPLIT> Team;
+    float4 *own = shared + team * EACH;
     float4 *scratch = arg.scratch + (size_t)gridDim.x * (ROWS / 2) +
-                      (size_t)(blockIdx.x * WARPS + warp) * arg.steps * Worker<TANGENT>::ROW;
-    Worker<TANGENT> worker = {arg,     rows, own,   own + 2 * ROWS, address(codewords),
-                              scratch, lane, first, bounds};
+                      (size_t)(blockIdx.x * TEAMS + team) * arg.steps * Team::ROW;
+    Team worker = {arg,        rows,    own,  own + 2 * ROWS, address(codewords),
+                   told[team], scratch, team, part,           lane,
+                   first,      bounds};
     worker.run();
 }
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) forward(const Arguments arg) {
-    block<false>(arg);
+extern "C" __global__ void __launch_bounds__(32 * TEAMS, 1) forward(const Arguments arg) {
+    block<false, 1>(arg);
 }
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) backward(const Arguments arg) {
-    block<true>(arg);
+extern "C" __global__ void __launch_bounds__(32 * TEAMS, 1) backward(const Arguments arg) {
+    block<true, 1>(arg);
+}
+
+extern "C" __global__ void __launch_bounds__(64 * TEAMS, 1) forward_by_two(const Arguments arg) {
+    block<false, 2>(arg);
+}
+
+extern "C" __global__ void __launch_bounds__(64 * TEAMS, 1) backward_by_two(const Arguments arg) {
+    block<true, 2>(arg);
 }
