@@ -288,7 +288,7 @@ def test_triton_takes_what_cuda_leaves(
 
 def test_lanes_of_the_short_kernel_never_conflict() -> None:
     """Its order of overlaps: every one once, eight lanes in different banks of the table."""
-    source = (files("softtrellis.trellis") / "cuda" / "bcjr_short.cu").read_text()
+    source = (files("softtrellis.trellis") / "cuda" / "short.cuh").read_text()
     block = source.split("ORDER[32] = {")[1].split("}")[0]
     orders = torch.tensor([int(x, 16) for x in block.split(",")])
     lane = torch.arange(32)

@@ -18,21 +18,9 @@
 // and 680; exponentials 128. Alpha of all steps goes through global memory: 4 or 8 KiB a step.
 
 #include "messages.cuh"
+#include "short.cuh"
 
-constexpr int TILES = 4;
-constexpr int TEAMS = 8;
-constexpr int OVERLAPS = 256;
-constexpr int STATES = 4096;
-constexpr int ROWS = 512;
 constexpr float LN2 = 0.6931471805599453f;
-
-// The z of a lane in the alpha sweep, 4 bits each: at any of them eight lanes in a row have
-// eight different values of bits 6 to 8 of h(16 y + z), and nearly always of the banks they write to.
-__constant__ u32 ORDER[32] = {
-    0x87be15ca, 0xbdf78035, 0x1a07fcd2, 0x8160b7fc, 0xb912af87, 0x7140f568, 0xcea187bf, 0xa6cd1280,
-    0x936f240d, 0x4291ac6e, 0xe98645b3, 0x4a5392ed, 0x5e3406cd, 0xe9d3cba2, 0x9435260d, 0x73e9b45f,
-    0xc2a1769b, 0x810db539, 0x7a1268f0, 0x519ecba2, 0xde06cbf4, 0x7061589a, 0x76fe3502, 0xb0a9d68c,
-    0xf308d4e5, 0x7e6cfa42, 0x9ecb4d53, 0x0687f3d4, 0x8179a523, 0x2d3ecbf4, 0xdb98ac14, 0x14e752f3};
 
 struct Arguments {
     const float2 *w;            // [tiles, N]
@@ -53,57 +41,6 @@ struct Arguments {
     int steps;
 };
 
-__device__ __forceinline__ u32 hash(u32 s) { return s * s + s; }
-__device__ __forceinline__ int half_of(int y) { return (y ^ y >> 1) & 1; }
-__device__ __forceinline__ int column(int y) { return half_of(y) << 3 | y >> 1; }
-
-// Where messages lie, [x, y]: neither reads at one x nor reads at one y of (y, z) conflict.
-__device__ __forceinline__ u32 place(int x, int y) {
-    return (u32)(x * 16 + (column(y) ^ x >> 1 ^ (x & 1))) * 16;
-}
-
-// Entry n of the table is n << 22 here, so that it wraps by itself; 16 bytes an entry.
-__device__ __forceinline__ u32 entry_of(u32 v) { return (hash(v) << 16) & 0xffc00000u; }
-__device__ __forceinline__ u32 stride_of(u32 v) { return (2 * v + 1) << 24; }
-__device__ __forceinline__ u32 bytes(u32 entry) { return entry >> 18; }
-
-// Codewords of all states, 8 bytes each, as the sweeps read them: [half of y, z, x >> 1, y >> 1, x & 1].
-__device__ __forceinline__ u32 codeword_at(int y, int z, int x) {
-    return (u32)((half_of(y) * 16 + z) * 8 + (x >> 1)) * 128 + (y >> 1) * 16 + (x & 1) * 8;
-}
-
-__device__ __forceinline__ void read4(float (&to)[TILES], u32 from) {
-    const float4 x = message4(from);
-    to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
-}
-__device__ __forceinline__ void fetch4(float (&to)[TILES], const float4 *from) {
-    const float4 x = __ldcg(from);
-    to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
-}
-__device__ __forceinline__ float4 four(const float (&x)[TILES]) {
-    return make_float4(x[0], x[1], x[2], x[3]);
-}
-template <class X>
-__device__ __forceinline__ X pick(const X (&x)[TILES], int m) {
-    return m & 2 ? (m & 1 ? x[3] : x[2]) : (m & 1 ? x[1] : x[0]);
-}
-
-template <int HALF>
-__device__ __forceinline__ void fold(float (&x)[16], int lane) {
-    const bool upper = lane & HALF * 2;
-#pragma unroll
-    for (int i = 0; i < HALF; i++) {
-        const float kept = upper ? x[i + HALF] : x[i], sent = upper ? x[i] : x[i + HALF];
-        x[i] = kept + __shfl_xor_sync(0xffffffffu, sent, HALF * 2);
-    }
-}
-
-// Sums over the warp of 16 numbers: lane i has that of x[i >> 1].
-__device__ __forceinline__ float sums_of_warp(float (&x)[16], int lane) {
-    fold<8>(x, lane), fold<4>(x, lane), fold<2>(x, lane), fold<1>(x, lane);
-    return x[0] + __shfl_xor_sync(0xffffffffu, x[0], 1);
-}
-
 // One step of four tiles. A weight outside the codebook's range is cut to p at its edge; with o for
 // what is cut off, (c - w)^2 = (c - p)^2 - 2 o (c - p) + o^2, whose last term is left to log Z. These
 // are scaled by sqrt(log2(e) / T), but not the upstream gradient and g . soft.
@@ -113,16 +50,21 @@ struct Step {
     bool far;
 };
 
-// What the warps of a team tell each other.
+// HYB's table for this block, the component that flips second and not negative.
+__device__ __forceinline__ float2 *rows_of(const Arguments &arg) {
+    return (float2 *)(arg.scratch + (size_t)blockIdx.x * (ROWS / 2));
+}
+
+// What a team keeps in shared memory besides its table and messages.
 template <int SPLIT>
 struct alignas(16) Exchange {
     float largest[SPLIT][TILES];
     float sums[SPLIT][32];
-    int quad, unused[3];
-};
-
-struct Bounds {
-    float least, most, second;  // of the first component, and of the second one without its sign
+    float scale[TILES], gain[TILES], log2_z[TILES];
+    float greatest[TILES];  // of the messages
+    int exponent[TILES];    // they are times two to this
+    float least, most, second;  // bounds of the first component, and of the second without its sign
+    int quad;
 };
 
 // SPLIT warps share a team's table and messages.
@@ -136,16 +78,13 @@ struct Worker {
     static constexpr int ROW = OVERLAPS * FIELDS + 2;  // alpha, its maxima and exponents
 
     const Arguments &arg;
-    const float2 *rows;  // HYB's table, the component that flips second and not negative
     float4 *table;       // [1024]
     float4 *messages;    // [256], then with TANGENT their derivatives
     u32 codewords;
     Exchange<SPLIT> &told;
     float4 *scratch;
     int team, part, lane, first;
-    Bounds bounds;
-    int tile[TILES];
-    float scale[TILES], gain[TILES];
+    int quad;
 
     __device__ void barrier() const {
         if constexpr (SPLIT == 1) __syncwarp();
@@ -153,9 +92,10 @@ struct Worker {
     }
 
     __device__ float2 ordered(float2 x) const { return first ? make_float2(x.y, x.x) : x; }
-    __device__ size_t index(int m, int t) const { return (size_t)tile[m] * arg.steps + t; }
-    __device__ float cut0(float w) const { return fminf(fmaxf(w, bounds.least), bounds.most); }
-    __device__ float cut1(float w) const { return fminf(fmaxf(w, -bounds.second), bounds.second); }
+    __device__ int tile(int m) const { return min(quad * TILES + m, arg.tiles - 1); }
+    __device__ size_t index(int m, int t) const { return (size_t)tile(m) * arg.steps + t; }
+    __device__ float cut0(float w) const { return fminf(fmaxf(w, told.least), told.most); }
+    __device__ float cut1(float w) const { return fminf(fmaxf(w, -told.second), told.second); }
 
     __device__ void start_messages() {
         const float start = power_of_two(HEADROOM);
@@ -163,16 +103,24 @@ struct Worker {
             float x[TILES];
 #pragma unroll
             for (int m = 0; m < TILES; m++)
-                x[m] = !arg.pins || (int)arg.pins[tile[m]] == u ? start : 0.0f;
+                x[m] = !arg.pins || (int)arg.pins[tile(m)] == u ? start : 0.0f;
             const u32 at = place(u >> 4, u & 15) / 16;
             messages[at] = four(x);
             if (TANGENT) messages[at + OVERLAPS] = make_float4(0, 0, 0, 0);
         }
+        if (lane < TILES) told.exponent[lane] = HEADROOM, told.greatest[lane] = start;
     }
 
-    __device__ __forceinline__ Step read(int t) const {
+    // Step t; `ahead` are the steps from it to one that is needed soon.
+    __device__ __forceinline__ Step read(int t, int ahead) const {
         Step x;
         x.far = false;
+        const float(&scale)[TILES] = told.scale, (&gain)[TILES] = told.gain;
+        if (lane < TILES && t + ahead >= 0 && t + ahead < arg.steps) {
+            prefetch(arg.w + index(lane, t + ahead));
+            if (TANGENT) prefetch(arg.grad_values + index(lane, t + ahead));
+            if (TANGENT) prefetch(arg.values + index(lane, t + ahead));
+        }
 #pragma unroll
         for (int m = 0; m < TILES; m++) {
             const float2 w = ordered(arg.w[index(m, t)]);
@@ -204,7 +152,11 @@ struct Worker {
     // phi of all codewords into the table.
     template <bool FAR>
     __device__ __forceinline__ void weigh(const Step &x) {
-#pragma unroll 2
+        const float2 *rows = rows_of(arg);
+        float scale[TILES];
+#pragma unroll
+        for (int m = 0; m < TILES; m++) scale[m] = told.scale[m];
+#pragma unroll(4 / SPLIT)
         for (int row = part * 32 + lane; row < ROWS; row += THREADS) {
             const float2 c = rows[row];
             float plus[TILES], minus[TILES];
@@ -240,10 +192,8 @@ struct Worker {
         if (lane == 0) *(float4 *)told.largest[part] = four(top);
     }
 
-    // Scales messages by the power of two that brings their greatest to 2^HEADROOM or a little more;
-    // adds it to the exponents and returns the greatest.
-    __device__ __forceinline__ void normalise(float (&v)[OWN][TILES], float (&d)[OWN][TILES],
-                                              int (&exponent)[TILES], float (&greatest)[TILES]) {
+    // Scales messages by the power of two that brings their greatest to 2^HEADROOM or a little more.
+    __device__ __forceinline__ void normalise(float (&v)[OWN][TILES], float (&d)[OWN][TILES]) {
 #pragma unroll
         for (int m = 0; m < TILES; m++) {
             float most = told.largest[0][m];
@@ -251,8 +201,10 @@ struct Worker {
             for (int i = 1; i < SPLIT; i++) most = fmaxf(most, told.largest[i][m]);
             const int by = HEADROOM + 127 - (int)(__float_as_uint(most) >> 23);
             const float factor = power_of_two(by);
-            greatest[m] = most * factor;
-            exponent[m] += HEADROOM + by;
+            if (part == 0 && lane == 0) {
+                told.greatest[m] = most * factor;
+                told.exponent[m] += HEADROOM + by;
+            }
 #pragma unroll
             for (int k = 0; k < OWN; k++) {
                 v[k][m] *= factor;
@@ -261,23 +213,24 @@ struct Worker {
         }
     }
 
+    // In the sums of a step alpha is times two to this, besides its own exponent.
+    __device__ __forceinline__ int scaled(int m, int alpha_exponent) const {
+        const int all = alpha_exponent + HEADROOM + told.exponent[m];
+        return max(TARGET - (int)(told.log2_z[m] + (float)all), -149);
+    }
+
     // alpha_0 to alpha_{N-1} into scratch; log2 of Z without the squares o^2.
-    __device__ void alpha_sweep(float (&log2_z)[TILES]) {
+    __device__ void alpha_sweep() {
         const int j = lane >> 3 & 1, half = lane >> 4, y = (lane & 7) << 1 | ((lane & 1) ^ half);
         const u32 order = ORDER[lane] >> 4 * OWN * part, base = address(table), from = address(messages);
         const u32 mine = codewords + codeword_at(y, 0, 0);
-        int exponent[TILES];
-        float greatest[TILES];
-#pragma unroll
-        for (int m = 0; m < TILES; m++) exponent[m] = HEADROOM, greatest[m] = power_of_two(HEADROOM);
         for (int t = 0; t < arg.steps; t++) {
             float4 *store = scratch + (size_t)t * ROW;
-            const Step step = read(t);
+            const Step step = read(t, 4);
             fill(step);
             if (part == 0 && lane == 0) {
-                store[ROW - 2] = four(greatest);
-                store[ROW - 1] = make_float4(__int_as_float(exponent[0]), __int_as_float(exponent[1]),
-                                             __int_as_float(exponent[2]), __int_as_float(exponent[3]));
+                store[ROW - 2] = *(const float4 *)told.greatest;
+                store[ROW - 1] = *(const float4 *)told.exponent;
             }
             u32 entry[OWN], stride[OWN], codeword[OWN];
             float v[OWN][TILES] = {}, d[OWN][TILES] = {};
@@ -325,7 +278,7 @@ struct Worker {
             }
             tell_largest(v);
             barrier();
-            normalise(v, d, exponent, greatest);
+            normalise(v, d);
 #pragma unroll
             for (int k = 0; k < OWN; k++) {
                 const u32 to = place(y, order >> 4 * k & 15) / 16;
@@ -340,51 +293,49 @@ struct Worker {
             read4(x, from + place(u >> 4, u & 15));
 #pragma unroll
             for (int m = 0; m < TILES; m++)
-                if (!arg.pins || (int)arg.pins[tile[m]] == u) sum[m] += x[m];
+                if (!arg.pins || (int)arg.pins[tile(m)] == u) sum[m] += x[m];
         }
 #pragma unroll
         for (int m = 0; m < TILES; m++)
-            log2_z[m] = log2f(sum_of_warp(sum[m])) - (float)exponent[m];
+            told.log2_z[m] = log2f(sum_of_warp(sum[m])) - (float)told.exponent[m];
         barrier();
     }
 
     // The result of one step from its sums; false if the certificate fails.
-    __device__ __forceinline__ bool finish(int t, const float (&alpha_max)[TILES],
-                                           const float (&beta_max)[TILES],
-                                           const int (&scaled)[TILES]) {
+    __device__ __forceinline__ bool finish(int t, const float4 *stored) {
+        const int m = lane >> 3, which = lane >> 1 & 3;  // two components, z and drift
+        const float alpha_max = __ldcg((const float *)(stored + ROW - 2) + m);
+        const int by = scaled(m, __ldcg((const int *)(stored + ROW - 1) + m));
+        const float beta_max = told.greatest[m];
         float sum = told.sums[0][lane];
 #pragma unroll
         for (int i = 1; i < SPLIT; i++) sum += told.sums[i][lane];
-        const int m = lane >> 3, which = lane >> 1 & 3;  // two components, z and drift
         const float z = __shfl_sync(0xffffffffu, sum, (lane & 24) + 4);
         const float drift = __shfl_sync(0xffffffffu, sum, (lane & 24) + 6);
         if (which < 2 && (lane & 1) == 0) {
-            const size_t at = ((size_t)pick(tile, m) * arg.steps + t) * 2 + (which ^ first);
+            const size_t at = index(m, t) * 2 + (which ^ first);
             if (TANGENT) {
                 const float s = ((const float *)arg.values)[at], w = ((const float *)arg.w)[at];
-                const float gz = arg.grad_log_z[pick(tile, m)], by = pick(scale, m);
-                arg.grad_w[at] = 2.0f * LN2 * by * by *
-                                 ((sum - s * drift) / z / pick(gain, m) + (s - w) * gz);
+                const float gz = arg.grad_log_z[tile(m)], scale = told.scale[m];
+                arg.grad_w[at] = 2.0f * LN2 * scale * scale *
+                                 ((sum - s * drift) / z / told.gain[m] + (s - w) * gz);
             } else {
                 ((float *)arg.values)[at] = sum / z;
             }
         }
-        return certified(z, pick(alpha_max, m), pick(beta_max, m), HEADROOM, pick(scaled, m));
+        __syncwarp();
+        return certified(z, alpha_max, beta_max, HEADROOM, by);
     }
 
     // The results of all steps, from alpha in scratch; whether the certificate failed for tile
     // lane >> 3.
-    __device__ bool beta_sweep(const float (&log2_z)[TILES]) {
+    __device__ bool beta_sweep() {
         const int quarter = lane >> 3, j = lane & 1;
         const int y = (quarter < 2 ? 3 * quarter : quarter - 1) + 4 * (lane >> 1 & 3);
         const u32 base = address(table), from = address(messages);
         const u32 mine = codewords + codeword_at(y, 0, j + 2 * OWN * part);
         const int own = j + 2 * OWN * part;  // the first x
-        int exponent[TILES];
-        float beta_max[TILES];
         bool bad = false;
-#pragma unroll
-        for (int m = 0; m < TILES; m++) exponent[m] = HEADROOM, beta_max[m] = power_of_two(HEADROOM);
 #pragma unroll 1
         for (int t = arg.steps - 1; t >= 0; t--) {
             const float4 *stored = scratch + (size_t)t * ROW;
@@ -395,21 +346,14 @@ struct Worker {
                 fetch4(alpha[k], at);
                 if (TANGENT) fetch4(tangent[k], at + OVERLAPS);
             }
-            float alpha_max[TILES], exponents[TILES];
-            fetch4(alpha_max, stored + ROW - 2);
+            float exponents[TILES];
             fetch4(exponents, stored + ROW - 1);
-            const Step step = read(t);
+            const Step step = read(t, -4);
             fill(step);
-            int scaled[TILES];
-#pragma unroll
-            for (int m = 0; m < TILES; m++) {
-                const int all = __float_as_int(exponents[m]) + HEADROOM + exponent[m];
-                scaled[m] = max(TARGET - (int)(log2_z[m] + (float)all), -149);
-            }
             float v[OWN][TILES] = {}, d[OWN][TILES] = {};
             float s0[OWN][TILES] = {}, s1[OWN][TILES] = {};  // only without TANGENT
             float sums[16] = {};
-            if (TANGENT) scale_alpha(alpha, tangent, scaled);
+            if (TANGENT) scale_alpha(alpha, tangent, exponents);
 #pragma unroll 1
             for (int z = 0; z < 16; z++) {
                 float b[TILES], bt[TILES], b0[TILES], b1[TILES];
@@ -443,7 +387,7 @@ struct Worker {
                     }
                 }
             }
-            if (!TANGENT) scale_alpha(alpha, tangent, scaled);
+            if (!TANGENT) scale_alpha(alpha, tangent, exponents);
 #pragma unroll
             for (int k = 0; k < OWN; k++) {
 #pragma unroll
@@ -462,8 +406,8 @@ struct Worker {
             told.sums[part][lane] = sums_of_warp(sums, lane);
             tell_largest(v);
             barrier();
-            if (part == 0) bad |= !finish(t, alpha_max, beta_max, scaled);
-            normalise(v, d, exponent, beta_max);
+            if (part == 0) bad |= !finish(t, stored);
+            normalise(v, d);
 #pragma unroll
             for (int k = 0; k < OWN; k++) {
                 const u32 to = place(own + 2 * k, y) / 16;
@@ -476,10 +420,10 @@ struct Worker {
 
     __device__ __forceinline__ void scale_alpha(float (&alpha)[OWN][TILES],
                                                 float (&tangent)[OWN][TILES],
-                                                const int (&scaled)[TILES]) {
+                                                const float (&exponents)[TILES]) {
 #pragma unroll
         for (int m = 0; m < TILES; m++) {
-            const float by = power_of_two(scaled[m]);
+            const float by = power_of_two(scaled(m, __float_as_int(exponents[m])));
 #pragma unroll
             for (int k = 0; k < OWN; k++) {
                 alpha[k][m] *= by;
@@ -505,7 +449,8 @@ struct Worker {
         double sum = 0.0;
         for (int t = lane; t < arg.steps; t += 32) {
             const float2 w = ordered(arg.w[index(m, t)]);
-            const double o0 = (w.x - cut0(w.x)) * scale[m], o1 = (w.y - cut1(w.y)) * scale[m];
+            const double o0 = (w.x - cut0(w.x)) * told.scale[m];
+            const double o1 = (w.y - cut1(w.y)) * told.scale[m];
             sum += o0 * o0 + o1 * o1;
         }
 #pragma unroll
@@ -518,25 +463,25 @@ struct Worker {
         while (true) {
             if (part == 0 && lane == 0) told.quad = atomicAdd(arg.next, 1);
             barrier();
-            const int quad = told.quad;
+            quad = told.quad;
             if (quad >= quads) return;
 #pragma unroll
             for (int m = 0; m < TILES; m++) {
-                tile[m] = min(quad * TILES + m, arg.tiles - 1);
-                scale[m] = arg.scales[tile[m]];
-                gain[m] = TANGENT ? gain_of(m) : 1.0f;
+                told.scale[m] = arg.scales[tile(m)];
+                if (TANGENT) told.gain[m] = gain_of(m);
             }
-            float log2_z[TILES];
             start_messages();
-            alpha_sweep(log2_z);
+            barrier();
+            alpha_sweep();
             start_messages();
-            const bool bad = beta_sweep(log2_z);
-            const int m = lane >> 3, mine = quad * TILES + m;
+            const bool bad = beta_sweep();
+            const int mine = quad * TILES + (lane >> 3);
             if (!TANGENT) {
-#pragma unroll
-                for (int i = 0; i < TILES; i++) {
-                    const double all = (double)log2_z[i] - outside(i);
-                    if (part == 0 && lane == 0) arg.log_z[tile[i]] = (float)(all * 0.6931471805599453);
+#pragma unroll 1
+                for (int m = 0; m < TILES; m++) {
+                    const double all = (double)told.log2_z[m] - outside(m);
+                    if (part == 0 && lane == 0)
+                        arg.log_z[tile(m)] = (float)(all * 0.6931471805599453);
                 }
             }
             if (part == 0 && bad && (lane & 7) == 0 && mine < arg.tiles)
@@ -545,22 +490,6 @@ struct Worker {
         }
     }
 };
-
-enum Symmetry { NONE = 0, SECOND_FLIPS = 1, FIRST_FLIPS = 2 };
-
-// Whether the codebook is HYB's: rows of a table, one component negative where bit 15 of h is set.
-__device__ __forceinline__ Symmetry symmetry_of(const float2 *codebook, const int *rows) {
-    bool second = true, first = true;
-    for (int s = threadIdx.x; s < STATES; s += blockDim.x) {
-        const u32 n = hash(s) >> 6 & 1023, other = rows[n & 511];
-        const float sign = (n >> 9) == (hash(other) >> 15 & 1) ? 1.0f : -1.0f;
-        const float2 x = codebook[s], y = codebook[other];
-        second &= x.x == y.x && x.y == sign * y.y;
-        first &= x.x == sign * y.x && x.y == y.y;
-    }
-    second = __syncthreads_and(second), first = __syncthreads_and(first);
-    return second ? SECOND_FLIPS : first ? FIRST_FLIPS : NONE;
-}
 
 template <bool TANGENT, int SPLIT>
 __device__ __forceinline__ void block(const Arguments &arg) {
@@ -574,7 +503,7 @@ __device__ __forceinline__ void block(const Arguments &arg) {
     const int first = symmetry == FIRST_FLIPS;
     const int lane = threadIdx.x & 31, team = threadIdx.x / (32 * SPLIT);
     const int part = (threadIdx.x >> 5) % SPLIT;
-    float2 *rows = (float2 *)(arg.scratch + (size_t)blockIdx.x * (ROWS / 2));
+    float2 *rows = rows_of(arg);
     for (int i = threadIdx.x; i < ROWS; i += blockDim.x) {
         const float2 x = arg.codebook[arg.rows[i]];
         const float flip = hash(arg.rows[i]) >> 15 & 1 ? -1.0f : 1.0f;
@@ -588,23 +517,20 @@ __device__ __forceinline__ void block(const Arguments &arg) {
     }
     Exchange<SPLIT> *told = (Exchange<SPLIT> *)(codewords + STATES * sizeof(float2));
     __syncthreads();
-    Bounds bounds = {3e38f, -3e38f, 0.0f};
+    float least = 3e38f, most = -3e38f, second = 0.0f;
     for (int i = lane; i < ROWS; i += 32) {
         const float2 c = rows[i];
-        bounds.least = fminf(bounds.least, c.x), bounds.most = fmaxf(bounds.most, c.x);
-        bounds.second = fmaxf(bounds.second, fabsf(c.y));
+        least = fminf(least, c.x), most = fmaxf(most, c.x), second = fmaxf(second, fabsf(c.y));
     }
-    bounds.least = least_of_warp(bounds.least);
-    bounds.most = -least_of_warp(-bounds.most);
-    bounds.second = -least_of_warp(-bounds.second);
+    told[team].least = least_of_warp(least), told[team].most = -least_of_warp(-most);
+    told[team].second = -least_of_warp(-second);
 
     typedef Worker<TANGENT, SPLIT> Team;
     float4 *own = shared + team * EACH;
     float4 *scratch = arg.scratch + (size_t)gridDim.x * (ROWS / 2) +
                       (size_t)(blockIdx.x * TEAMS + team) * arg.steps * Team::ROW;
-    Team worker = {arg,        rows,    own,  own + 2 * ROWS, address(codewords),
-                   told[team], scratch, team, part,           lane,
-                   first,      bounds};
+    Team worker = {arg,  own,  own + 2 * ROWS, address(codewords), told[team], scratch,
+                   team, part, lane,           first,              0};
     worker.run();
 }
 

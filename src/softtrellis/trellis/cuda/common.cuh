@@ -15,6 +15,11 @@ __device__ __forceinline__ float power_of_two(int exponent) {  // of -149 to 127
                            : __uint_as_float((u32)(min(exponent, 127) + 127) << 23);
 }
 
+// Asks for a line of global memory to come near.
+__device__ __forceinline__ void prefetch(const void *p) {
+    asm volatile("prefetch.global.L1 [%0];" ::"l"(p));
+}
+
 __device__ __forceinline__ u32 largest_of_warp(float x) {  // x >= 0
     return __reduce_max_sync(0xffffffffu, __float_as_uint(x));
 }
