@@ -2,8 +2,8 @@
 
     python benchmarks/bench_short.py [--tiles 131072] [--temperatures 0.03 0.1 0.3]
 
-For each temperature and variant: whether it agrees with float64 (some tiles) and with Triton (all),
-the tiles that were not certified, and microseconds a tile, forward and backward. Weights are normal,
+For each temperature and variant: its distance from float64 (some tiles) and from Triton (all), the
+tiles that were not certified, and microseconds a tile, forward and backward. Weights are normal,
 ends pinned to the hard code. Prints one JSON object a line.
 """
 
@@ -35,7 +35,7 @@ EXACT = 16
 def microseconds(run: Callable[[], object], tiles: int, repeats: int = 5) -> float:
     """The median of some calls, per tile; after one more."""
     run()
-    times = []
+    times: list[float] = []
     for _ in range(repeats):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()

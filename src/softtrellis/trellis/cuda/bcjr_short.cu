@@ -7,15 +7,19 @@
 // so that its three low bits are those of n(0, y, z), the third changed by x. A step computes 1024
 // exponentials into shared memory and gathers 4096 of them.
 //
-// A team of SPLIT warps takes TILES = 4 tiles at a time. A gather reads the entries of the
-// four tiles at once, 16 bytes, so that its address is computed once for four, and eight lanes in a
-// row never conflict: their n differ in the three low bits.
+// A team of SPLIT warps takes TILES = 4 tiles at a time. A gather reads the entries of the four tiles
+// at once, 16 bytes, so that its address is computed once for four, and eight lanes in a row never
+// conflict: their n differ in the three low bits.
 //   * alpha: a lane has one y and 8 of the 16 z (ORDER), and runs through x.
 //   * beta: a lane has one y and the x = j + 2 k, and runs through z; y + 4 i has other bits 6, 7 of h.
 //
-// What one step of one tile costs a multiprocessor in cycles, by counting: shared memory (128 bytes a
-// cycle) 448 forward and 576 backward, most of it the gathers, 128 a sweep; issued instructions 305
-// and 680; exponentials 128. Alpha of all steps goes through global memory: 4 or 8 KiB a step.
+// What one step of one tile costs a multiprocessor in cycles, both sweeps, by counting at SPLIT = 1:
+//                                                              forward   backward
+//     shared memory at 128 bytes a cycle, gathers are 256        448        576
+//     issued instructions (SASS for sm_90) at 4 a cycle          386        704
+//     exponentials at 16 a cycle                                 128        128
+// SPLIT = 2 has twice the warps to hide latencies with and issues a fifth more. Alpha of all steps goes
+// through global memory: 4 or 8 KiB a step. A direct exponential for every state would be 512.
 
 #include "messages.cuh"
 #include "short.cuh"
