@@ -226,7 +226,8 @@ struct Worker {
     // alpha_0 to alpha_{N-1} into scratch; log2 of Z without the squares o^2.
     __device__ void alpha_sweep() {
         const int j = lane >> 3 & 1, half = lane >> 4, y = (lane & 7) << 1 | ((lane & 1) ^ half);
-        const u32 order = ORDER[lane] >> 4 * OWN * part, base = address(table), from = address(messages);
+        const u32 order = ORDER[lane] >> 4 * OWN * part;
+        const u32 base = address(table), from = address(messages);
         const u32 mine = codewords + codeword_at(y, 0, 0);
         for (int t = 0; t < arg.steps; t++) {
             float4 *store = scratch + (size_t)t * ROW;
