@@ -14,7 +14,11 @@ import torch
 
 from softtrellis import TrellisSpec, bcjr, codebook, viterbi
 
-CASES = [("hyb", TrellisSpec(16, 2, 2), 9), ("mul1", TrellisSpec(16, 2, 1), 16)]
+CASES = [
+    ("hyb", TrellisSpec(16, 2, 2), 9),
+    ("mul1", TrellisSpec(16, 2, 1), 16),
+    ("hyb", TrellisSpec(12, 2, 2), 9),
+]
 SMALL = [("gaussian", TrellisSpec(8, 2, 2), 9), ("gaussian", TrellisSpec(8, 2, 1), 9)]
 
 

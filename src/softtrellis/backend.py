@@ -42,7 +42,8 @@ def resolve_backend(backend: Backend, tensor: Tensor) -> ResolvedBackend:
 
     ``"auto"`` is ``"cpu"`` (Numba) for float32 tensors on the CPU and ``"torch"`` for float64. For
     float32 tensors on a GPU it is ``"cuda"`` where that can run and ``"triton"`` elsewhere.
-    ``"cuda"`` is CUDA C++ for L = 16 and k = 2, and Triton for what that leaves.
+    ``"cuda"`` is CUDA C++ for L = 16 and k = 2, BCJR also for HYB at L = 12, and Triton for what
+    that leaves.
 
     Raises:
         ValueError: an unknown name, or a backend that does not take this device or dtype.

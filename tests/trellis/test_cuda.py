@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.resources import files
+
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from softtrellis.trellis.bitshift import check_path
 from softtrellis.trellis.codebook_cuda import scaled_halves, states_of_rows
 from softtrellis.trellis.viterbi import viterbi
 
-HYB, SCALAR = TrellisSpec(16, 2, 2), TrellisSpec(16, 2, 1)
+HYB, SCALAR, SHORT = TrellisSpec(16, 2, 2), TrellisSpec(16, 2, 1), TrellisSpec(12, 2, 2)
 CODES = [
     ("hyb", HYB),
     ("hyb-first", HYB),
@@ -26,9 +28,11 @@ CODES = [
     ("1mad", SCALAR),
     ("gaussian", SCALAR),
 ]
+SHORT_CODES = [("hyb", SHORT), ("hyb-first", SHORT), ("gaussian", SHORT)]
 SOURCES = (
     "bcjr_hyb.cu",
     "bcjr_scalar.cu",
+    "bcjr_short.cu",
     "viterbi_hyb.cu",
     "viterbi_scalar.cu",
     "decode.cu",
@@ -128,7 +132,7 @@ def test_viterbi_follows_a_codebook_that_changes() -> None:
 @pytest.mark.gpu
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("ends", ["free", "pinned", "hard"])
-@pytest.mark.parametrize(("code", "spec"), CODES)
+@pytest.mark.parametrize(("code", "spec"), CODES + SHORT_CODES)
 def test_bcjr_at_all_temperatures(code: str, spec: TrellisSpec, ends: str) -> None:
     temperatures = [100.0, 0.3, 0.05, 0.03, 0.02, 0.005]
     T = torch.tensor(temperatures).repeat_interleave(2).cuda()
@@ -147,7 +151,7 @@ def test_bcjr_at_all_temperatures(code: str, spec: TrellisSpec, ends: str) -> No
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize(("code", "spec"), [CODES[0], CODES[2], CODES[3], CODES[7]])
+@pytest.mark.parametrize(("code", "spec"), [CODES[0], CODES[2], CODES[3], CODES[7], *SHORT_CODES])
 @pytest.mark.parametrize("steps", [7, 8, 37, 300])
 def test_other_lengths(code: str, spec: TrellisSpec, steps: int) -> None:
     w, C, pins, g = problem(code, spec, 5, steps)
@@ -160,7 +164,7 @@ def test_other_lengths(code: str, spec: TrellisSpec, steps: int) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("code", "spec"), [("hyb", HYB), ("mul1", SCALAR)])
+@pytest.mark.parametrize(("code", "spec"), [("hyb", HYB), ("mul1", SCALAR), ("hyb", SHORT)])
 @pytest.mark.parametrize("scale", [1e-20, 1e-6, 1e6, 1e20])
 def test_upstream_gradients_of_any_size(code: str, spec: TrellisSpec, scale: float) -> None:
     w, C, _, g = problem(code, spec, 2, spec.steps())
@@ -282,3 +286,18 @@ def test_triton_takes_what_cuda_leaves(
     with torch.inference_mode():
         C = torch.randn(spec.num_states, spec.V)
         assert starts(False) == both
+
+
+def test_lanes_of_the_short_kernel_never_conflict() -> None:
+    """Its order of overlaps: every one once, eight lanes in different banks of the table."""
+    source = (files("softtrellis.trellis") / "cuda" / "short.cuh").read_text()
+    block = source.split("ORDER[32] = {")[1].split("}")[0]
+    orders = torch.tensor([int(x, 16) for x in block.split(",")])
+    lane = torch.arange(32)
+    y = (lane & 7) << 1 | ((lane & 1) ^ lane >> 4)
+    overlaps = 16 * y + (orders >> 4 * torch.arange(8)[:, None] & 15)
+    assert torch.equal(overlaps.flatten().sort().values, torch.arange(256))
+    for x in range(16):
+        row, sign = table_rows(256 * x + overlaps)
+        entries = (row + 512 * sign.long()).reshape(8, 4, 8)
+        assert bool((entries.remainder(8).sort().values == torch.arange(8)).all())

@@ -1,4 +1,5 @@
-"""BCJR in CUDA C++ for k = 2 at L = 16: ``cuda/bcjr_hyb.cu`` and ``cuda/bcjr_scalar.cu``.
+"""BCJR in CUDA C++ for k = 2: ``cuda/bcjr_hyb.cu`` and ``cuda/bcjr_scalar.cu`` at L = 16,
+``cuda/bcjr_short.cu`` for HYB at L = 12.
 
 The CUDA kernels carry linear messages and certify every tile (``cuda/messages.cuh``). What they do
 not certify, and what they are not made for, goes to the log-domain kernels of ``bcjr_triton``:
@@ -13,12 +14,18 @@ import math
 import torch
 from torch import Tensor
 
+from softtrellis.codes.hybrid import TABLE_ROWS
 from softtrellis.spec import TrellisSpec
 from softtrellis.trellis import bcjr_triton
-from softtrellis.trellis.codebook_cuda import scaled_halves, states_of_rows
+from softtrellis.trellis.codebook_cuda import (
+    scaled_halves,
+    short_states_of_rows,
+    states_of_rows,
+)
 from softtrellis.trellis.launch_cuda import Kernel, multiprocessors
 
 HYB_SPEC, SCALAR_SPEC = TrellisSpec(16, 2, 2), TrellisSpec(16, 2, 1)
+SHORT_SPEC = TrellisSpec(12, 2, 2)
 MOST_STEPS = 256
 """The certificate's bound is made for this many."""
 
@@ -31,12 +38,19 @@ _SCALAR = {
     tangent: Kernel("bcjr_scalar.cu", name, 512)
     for tangent, name in enumerate(("forward", "backward"))
 }
+_SHORT = {
+    tangent: Kernel("bcjr_short.cu", name, 256)
+    for tangent, name in enumerate(("forward", "backward"))
+}
 _HYB_GROUPS = 2
+_SHORT_TEAMS, _SHORT_TILES = 8, 4
 
 
 def _runs(spec: TrellisSpec, steps: int) -> bool:
     """Whether there is a CUDA kernel for this trellis."""
-    return steps <= MOST_STEPS and (spec == HYB_SPEC or (spec == SCALAR_SPEC and steps % 2 == 0))
+    if steps > MOST_STEPS:
+        return False
+    return spec in (HYB_SPEC, SHORT_SPEC) or (spec == SCALAR_SPEC and steps % 2 == 0)
 
 
 def _start(
@@ -66,6 +80,16 @@ def _start(
         shared = spec.num_states // 4 * 8 + 512 * 8 + 128 + _HYB_GROUPS * group
         tables = [codebook, states_of_rows(device)]
         kernel = _HYB[tangent]
+    elif spec == SHORT_SPEC:
+        blocks = min(multiprocessors(device), -(-batch // _SHORT_TILES))
+        message = spec.num_overlaps * fields * _SHORT_TILES
+        row = message + 2 * _SHORT_TILES
+        floats = blocks * (2 * TABLE_ROWS + _SHORT_TEAMS * steps * row)
+        kernel = _SHORT[tangent]
+        exchange = kernel.threads // (32 * _SHORT_TEAMS) * 144 + 96
+        team = (2 * TABLE_ROWS * _SHORT_TILES + message) * 4 + exchange
+        shared = _SHORT_TEAMS * team + spec.num_states * 8
+        tables = [codebook, short_states_of_rows(device)]
     else:
         blocks = min(multiprocessors(device), batch)
         floats = blocks * (steps // 2 * spec.num_overlaps * fields + steps * 64)

@@ -13,14 +13,23 @@ _MANTISSAS = (1 << 10, 1 << 11)
 _ROUNDING = 2.0**-22
 
 
+def _a_state_of_each_row(states: Tensor, device: torch.device) -> Tensor:
+    found = torch.empty(TABLE_ROWS, dtype=torch.int64)
+    found[table_rows(states)[0]] = states
+    return found.to(device=device, dtype=torch.int32)
+
+
 @cache
 def states_of_rows(device: torch.device) -> Tensor:
     """int32 [512]: for every row of HYB's table, a state whose bits 11 and 15 are 0."""
     states = torch.arange(1 << 15)
-    states = states[(states >> 11) & 1 == 0]
-    found = torch.empty(TABLE_ROWS, dtype=torch.int64)
-    found[table_rows(states)[0]] = states
-    return found.to(device=device, dtype=torch.int32)
+    return _a_state_of_each_row(states[(states >> 11) & 1 == 0], device)
+
+
+@cache
+def short_states_of_rows(device: torch.device) -> Tensor:
+    """int32 [512]: for every row of HYB's table, a state of 12 bits."""
+    return _a_state_of_each_row(torch.arange(1 << 12), device)
 
 
 def scaled_halves(codebook: Tensor) -> tuple[Tensor, Tensor]:

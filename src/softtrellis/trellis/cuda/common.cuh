@@ -15,6 +15,11 @@ __device__ __forceinline__ float power_of_two(int exponent) {  // of -149 to 127
                            : __uint_as_float((u32)(min(exponent, 127) + 127) << 23);
 }
 
+// Asks for a line of global memory to come near.
+__device__ __forceinline__ void prefetch(const void *p) {
+    asm volatile("prefetch.global.L1 [%0];" ::"l"(p));
+}
+
 __device__ __forceinline__ u32 largest_of_warp(float x) {  // x >= 0
     return __reduce_max_sync(0xffffffffu, __float_as_uint(x));
 }
@@ -39,6 +44,12 @@ __device__ __forceinline__ float4 constant4(u32 from) {  // of what is not writt
     asm("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
         : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
         : "r"(from));
+    return x;
+}
+
+__device__ __forceinline__ float2 constant2(u32 from) {  // likewise
+    float2 x;
+    asm("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(from));
     return x;
 }
 

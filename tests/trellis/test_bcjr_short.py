@@ -1,0 +1,127 @@
+"""BCJR's CUDA kernels for HYB at L = 12 in a build on the host, against the float64 reference."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from softtrellis.codes.codebook import codebook
+from softtrellis.trellis import bcjr_cuda, bcjr_torch
+from softtrellis.trellis.bcjr_cuda import SHORT_SPEC
+from softtrellis.trellis.launch_cuda import _packed
+
+KERNELS = ("forward", "backward", "forward_by_two", "backward_by_two")
+HOST = Path(__file__).parent / "host"
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++")
+    folder = tmp_path_factory.mktemp("host")
+    for file in (files("softtrellis.trellis") / "cuda").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    for path in HOST.iterdir():
+        shutil.copy(path, folder)
+    kernels = " ".join(f"KERNEL({name})" for name in KERNELS)
+    subprocess.run(
+        [
+            *(compiler, "-O2", "-ffp-contract=off", "-std=c++17", "-fPIC", "-shared", "-w"),
+            *('-DSOURCE="bcjr_short.cu"', f"-DKERNELS={kernels}", "run.cpp", "-o", "host.so"),
+        ],
+        cwd=folder,
+        check=True,
+    )
+    return ctypes.CDLL(str(folder / "host.so"))
+
+
+class OnHost:
+    """Stands in for ``Kernel``; threads run one after the other, in this order or the other."""
+
+    def __init__(self, library: ctypes.CDLL, name: str, threads: int, backwards: bool) -> None:
+        self.run, self.threads = getattr(library, f"run_{name}"), threads
+        self.backwards = backwards
+
+    def __call__(
+        self,
+        blocks: int,
+        shared: int,
+        device: object,
+        addresses: Sequence[Tensor | None],
+        numbers: Sequence[int],
+    ) -> None:
+        assert shared <= 227 << 10
+        scratch = addresses[-4]
+        assert scratch is not None
+        scratch.fill_(float("nan"))
+        self.run(_packed(addresses, numbers), blocks, self.threads, self.backwards)
+
+
+def relative(found: Tensor, exact: Tensor) -> float:
+    assert bool(torch.isfinite(found).all())
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize(
+    ("code", "ends", "split"),
+    [
+        ("hyb", "free", 1),
+        ("hyb", "pinned", 1),
+        ("hyb", "free", 2),
+        ("hyb", "pinned", 2),
+        ("hyb-first", "pinned", 1),
+        ("gaussian", "free", 1),
+    ],
+)
+def test_kernels_on_the_host(
+    library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, code: str, ends: str, split: int
+) -> None:
+    """What is certified is right; what is left are low temperatures, and other codebooks."""
+    names = KERNELS[2 * split - 2 : 2 * split]
+    kernels = [OnHost(library, name, 256 * split, ends == "pinned") for name in names]
+    monkeypatch.setattr(bcjr_cuda, "_SHORT", kernels)
+    monkeypatch.setattr(bcjr_cuda, "multiprocessors", lambda _: 2)
+    temperatures = [100.0, 0.3, 0.1, 0.05, 0.03, 0.002]
+    T = torch.tensor(temperatures).repeat_interleave(3)
+    generator = torch.Generator().manual_seed(3)
+    C = codebook(code.partition("-")[0], SHORT_SPEC, seed=0)
+    if code == "hyb-first":
+        C = C.flip(1).contiguous()
+    w = torch.randn(len(T), 24, 2, generator=generator)
+    w[::3, 5] *= 3
+    g, gz = torch.randn(w.shape, generator=generator), torch.randn(len(T), generator=generator)
+    pins = torch.randint(256, (len(T),), generator=generator) if ends == "pinned" else None
+
+    exact = (w.double(), C.double(), SHORT_SPEC, T.double(), pins)
+    values_, log_z_, _ = bcjr_torch.soft_forward(*exact, False)
+    grad_w_, _ = bcjr_torch.soft_backward(*exact, values_, g.double(), gz.double(), False)
+    values, log_z, grad_w = torch.empty_like(w), torch.empty(len(T)), torch.empty_like(w)
+    problem = (w, C, SHORT_SPEC, T, pins)
+    forward = [(values, values_), (log_z, log_z_)]
+    upstream = [values_.float(), None, g, gz, grad_w]
+    for outputs, pairs in (
+        ([values, log_z, None, None, None], forward),
+        (upstream, [(grad_w, grad_w_)]),
+    ):
+        failed, failures = bcjr_cuda._start(*problem, outputs)
+        if code == "gaussian":
+            assert int(failures) == len(T)
+            continue
+        left = failed[: int(failures)].tolist()
+        assert len(set(left)) == len(left)
+        assert {15, 16, 17} <= set(left)
+        outliers = range(0, len(T), 3)
+        assert all(float(T[i]) < 0.05 or i in outliers for i in left)
+        for temperature in temperatures[:-1]:
+            mine = [i for i in range(len(T)) if T[i] == T.new_tensor(temperature) and i not in left]
+            for found, best in pairs:
+                assert relative(found[mine], best[mine]) < 2e-5, temperature
