@@ -105,15 +105,13 @@ class Trainer:
         self._order = WindowOrder(len(windows), config.batch, config.seed)
         cuda = next(student.parameters()).is_cuda
         dtype = compute_dtype(config.dtype, config.device)
-        self._sharded: ShardedLayers | None = None
-        if ranks.size > 1:
-            self._sharded = ShardedLayers(student, names, ranks, dtype=dtype)
+        several = ranks.size > 1
+        self._sharded = ShardedLayers(student, names, ranks, dtype=dtype) if several else None
         text = windows, held_out
         self._objective = Objective(
             student, teacher, names, *text, ranks, self._sharded, dtype=dtype
         )
-        for parameter in student.parameters():
-            parameter.requires_grad_(False)
+        student.requires_grad_(False)
         self.t_init = initial_temperature(config, teacher, student, names)
         modules = (get_quantized(student, name) for name in names)
         check_temperatures(modules, self.t_init, config.t_min)
