@@ -20,9 +20,8 @@ run() {
         --train "documents:$train" --windows 8192 --quantize "$quantize" --claims "$out/claims" \
         --json "$out/runs-$$.jsonl" "$@"
 }
-run experiment "--L 12" --seeds 0 1 2 "ldlq" \
-    "soft-tokens=$soft --steps 60" "identity-tokens=$identity --steps 60" \
-    "soft-minutes=$soft --minutes 2" "identity-minutes=$longer --minutes 2"
+run experiment "--L 12" "ldlq" "soft-tokens=$soft --steps 60" "identity-tokens=$identity --steps 60" \
+    "soft-minutes=$soft --minutes 2" "identity-minutes=$longer --minutes 2" --seeds 0 1 2
 run experiment "--L 12" "through-tokens=$through --steps 60" "through-minutes=$through --minutes 2"
 run experiment "--L 12 --fine-tune --output-windows 32 --end-to-end 2" "tuned"
 run experiment "--code scalar --L 8" "scalar" "scalar-tokens=$identity --steps 60" \
