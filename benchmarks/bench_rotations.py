@@ -34,6 +34,7 @@ from softtrellis.transforms import rotation_cuda
 from softtrellis.transforms.hadamard import hadamard_transform
 from softtrellis.transforms.incoherence import Incoherence, pack_signs
 from softtrellis.transforms.rotation_cuda import Launch
+from softtrellis.trellis.launch_cuda import MAX_SHARED_BYTES
 
 WIDTHS = (2048, 4096, 8192, 11008, 14336, 28672)
 LAYERS = ((4096, 11008), (2048, 8192))
@@ -109,7 +110,7 @@ def report() -> None:
               f"out by columns: {by_columns(n)}")  # fmt: skip
         for cut in CUTS:
             transform = rotation_cuda.transforms(n, None)[0]
-            if transform.shared_bytes(cut) <= rotation_cuda.MAX_SHARED_BYTES:
+            if transform.shared_bytes(cut) <= MAX_SHARED_BYTES:
                 print(f"    {times(n, launch=cut)} {cut}", flush=True)
     for (out, inputs), code in ((shape, code) for shape in LAYERS for code in (HYB, MUL1)):
         layer = random_layer(out, inputs, code, "cuda")

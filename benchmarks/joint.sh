@@ -1,25 +1,12 @@
 #!/usr/bin/env bash
 # The whole model at equal tokens and minutes: bash benchmarks/joint.sh MODEL C4 TRAIN TEST FOLDER
-# Processes with one FOLDER share the runs: start one on every GPU, each with its CUDA_VISIBLE_DEVICES.
-# Results are lines of FOLDER/runs-*.jsonl; runs whose names lie in FOLDER/claims are left out.
-set -eu
-model=$1 calibration=$2 train=$3 test=$4 out=$5
-mkdir -p "$out"
-export PYTHONPATH=src${PYTHONPATH:+:$PYTHONPATH}
+source "$(dirname "$0")/runs.sh"
 common="--batch 64 --micro-batch 32 --compile --evaluate-every 0 --measure-every 0"
 common="$common --train latents,scales,norms --scale-lr 5e-3"
-cooling="--t-init 0.1 --t-min 0.03"
 soft="$common --estimator soft $cooling --lr 3e-2"  # the best of the third search
 identity="$common --estimator identity --lr 2e-2"
 longer="$common --estimator identity --lr 1e-2"  # several times the steps: the walk is as long
 through="$common --estimator straight_through $cooling --lr 1e-2"
-run() {
-    local script=$1 quantize=$2
-    shift 2
-    python3 "benchmarks/$script.py" "$model" --calibration "$calibration" --test "$test" \
-        --train "documents:$train" --windows 8192 --quantize "$quantize" --claims "$out/claims" \
-        --json "$out/runs-$$.jsonl" "$@"
-}
 run experiment "--L 12" "ldlq" "soft-tokens=$soft --steps 60" "identity-tokens=$identity --steps 60" \
     "soft-minutes=$soft --minutes 2" "identity-minutes=$longer --minutes 2" --seeds 0 1 2
 run experiment "--L 12" "through-tokens=$through --steps 60" "through-minutes=$through --minutes 2"

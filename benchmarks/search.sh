@@ -1,14 +1,8 @@
 #!/usr/bin/env bash
 # The third search of docs/results.md: bash benchmarks/search.sh MODEL C4 TRAIN TEST FOLDER
-# Processes with one FOLDER share the runs: start one on every GPU, each with its CUDA_VISIBLE_DEVICES.
-# Results are lines of FOLDER/runs-*.jsonl; runs whose names lie in FOLDER/claims are left out.
-set -eu
-model=$1 calibration=$2 train=$3 test=$4 out=$5
-mkdir -p "$out"
-export PYTHONPATH=src${PYTHONPATH:+:$PYTHONPATH}
+source "$(dirname "$0")/runs.sh"
 common="--steps 60 --batch 64 --micro-batch 32 --evaluate-every 20 --measure-every 20"
 common="$common --train latents,scales,norms"
-cooling="--t-init 0.1 --t-min 0.03"
 soft="$common --estimator soft $cooling"
 identity="$common --estimator identity"
 runs=(
@@ -21,6 +15,4 @@ runs=(
     "straight_through-1e-2=$common --estimator straight_through $cooling --lr 1e-2 --scale-lr 5e-3"
     "identity-2e-2-1e-2=$identity --lr 2e-2 --scale-lr 1e-2"
 )
-python3 benchmarks/experiment.py "$model" --calibration "$calibration" --train "documents:$train" \
-    --test "$test" --test-windows 16 --windows 8192 --quantize "--L 12" --claims "$out/claims" \
-    --json "$out/runs-$$.jsonl" "${runs[@]}"
+run experiment "--L 12" --test-windows 16 "${runs[@]}"

@@ -189,6 +189,7 @@ def test_models_without_quantized_layers(setting: Setting) -> None:
         ({"steps": 0}, "steps must be at least 1"),
         ({"mode": "all"}, "unknown mode"),
         ({"mode": "single"}, "layers must name some layers in mode 'single'"),
+        ({"viterbi_every": 4}, "viterbi_every is for estimator 'identity'"),
         ({"estimator": "hard"}, "unknown estimator"),
         ({"schedule": "linear"}, "unknown schedule"),
         ({"save_every": -1}, "save_every must be 0"),

@@ -296,7 +296,6 @@ def _quantized_linear_op(
     order: TileOrder,
     backend: ResolvedDecodeBackend,
 ) -> Tensor:
-
     if x.shape[0] == 0:
         return x.new_empty(0, out)
     width, code = padded_size(out, multiple), _code(name, L, k, V, order)
@@ -304,10 +303,9 @@ def _quantized_linear_op(
         x.contiguous(), in_signs, in_scale, codes, table, code, [width], backend,
         multiple=multiple, block=block,
     )  # fmt: skip
-    layer = out_signs, scale, out_scale, bias, out
-    return unrotated(product, [layer], factor=factor, dtype=x.dtype, backend=backend, block=block)[
-        0
-    ]
+    layers = [(out_signs, scale, out_scale, bias, out)]
+    (y,) = unrotated(product, layers, factor=factor, dtype=x.dtype, backend=backend, block=block)
+    return y
 
 
 def _decode_matmul_shape(

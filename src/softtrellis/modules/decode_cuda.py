@@ -15,9 +15,14 @@ from torch import Tensor
 
 from softtrellis.quantizers.hard import TrellisCode
 from softtrellis.transforms.incoherence import padded_size
-from softtrellis.trellis.launch_cuda import TYPES, Kernel, multiprocessors
+from softtrellis.trellis.launch_cuda import (
+    MAX_SHARED_BYTES,
+    TYPES,
+    Kernel,
+    aligned,
+    multiprocessors,
+)
 
-MAX_SHARED_BYTES = 227 * 1024
 _MORE_THAN_HALF = 115 * 1024
 _STRIP, _UNIT_INPUTS, _UNIT_BYTES = 32, 128, 1024
 _TABLE_ROWS = 1024
@@ -156,7 +161,7 @@ def rotates(
         and order.bit_count() == 1
         and order >= 1 << _LEAST_BITS
         and x.dtype in TYPES
-        and all(t is None or t.data_ptr() % 16 == 0 for t in (x, scales))
+        and aligned(x, scales)
         and ROTATING[code.name, code.order].takes(batch, inputs)
     )
 
@@ -231,7 +236,7 @@ def launch(
     by_strips: bool = False,
 ) -> Tensor:
     """``multiply`` by this variant, whatever the code."""
-    x = x if x.data_ptr() % 16 == 0 else x.clone()
+    x = x if aligned(x) else x.clone()
     row = (None, None, None), (0, 0)
     return _launch(variant, x, codes, table, out, row, overlap=overlap, by_strips=by_strips)
 
@@ -251,13 +256,13 @@ def _launch(
     batch, inputs = x.shape
     deal = Deal.of(out, inputs, variant.warps, multiprocessors(x.device))
     partial = torch.empty(deal.shares, batch, out, dtype=torch.float32, device=x.device)
-    aligned = codes if codes.data_ptr() % 16 == 0 else codes.clone()
+    read = codes if aligned(codes) else codes.clone()
     variant.kernel(
         deal.grid,
         variant.shared_bytes(batch, inputs),
         x.device,
-        [aligned, table, x, partial, *row[0]],
+        [read, table, x, partial, *row[0]],
         [batch, out // 16, inputs // 16, deal.shares, deal.least, deal.more, *row[1], by_strips],
-        overlap=overlap and aligned is codes,  # a copy of the codes would be the kernel before
+        overlap=overlap and read is codes,  # a copy of the codes would be the kernel before
     )
     return partial

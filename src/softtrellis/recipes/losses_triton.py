@@ -41,16 +41,18 @@ def _kl_rows(p, q, divergence, slope, vocabulary, WITH_SLOPE: tl.constexpr, BLOC
     top_q = tl.max(peak_q, 0)
     share = tl.exp(peak_p - top_p)
     total = tl.sum(sum_p * share, 0)
-    log_p = top_p + tl.log(total)
-    log_q = top_q + tl.log(tl.sum(sum_q * tl.exp(peak_q - top_q), 0))
-    tl.store(divergence + row, tl.sum(gap * share, 0) / total - log_p + log_q)
+    log_p = tl.log(total)  # over the largest, as their sum would lose the last bits of this one
+    log_q = tl.log(tl.sum(sum_q * tl.exp(peak_q - top_q), 0))
+    mean_gap = tl.sum(gap * share, 0) / total
+    tl.store(divergence + row, mean_gap - (top_p - top_q) - (log_p - log_q))
     if WITH_SLOPE:
         slope += row * vocabulary
         for start in range(0, vocabulary, BLOCK):
             inside = start + lanes < vocabulary
             a = tl.load(p + start + lanes, mask=inside, other=nothing)
             b = tl.load(q + start + lanes, mask=inside, other=nothing)
-            tl.store(slope + start + lanes, tl.exp(b - log_q) - tl.exp(a - log_p), mask=inside)
+            likely = tl.exp(a - top_p - log_p)
+            tl.store(slope + start + lanes, tl.exp(b - top_q - log_q) - likely, mask=inside)
 
 
 def kl_of_logits(p: Tensor, q: Tensor, *, slope: bool) -> tuple[Tensor, Tensor | None]:

@@ -182,6 +182,8 @@ class DistillConfig:
                 f"t_min must not be above t_init, got {self.t_min} and {self.t_init}; "
                 "the temperature falls from t_init to t_min"
             )
+        if self.viterbi_every > 1 and "identity" not in (self.estimator, self.finish):
+            raise ValueError("viterbi_every is for estimator 'identity'; leave it out")
         if self.steps is None and self.minutes is None:
             raise ValueError("a run needs an end: give steps or minutes")
         for name, least in (

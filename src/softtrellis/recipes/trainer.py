@@ -107,9 +107,8 @@ class Trainer:
         dtype = compute_dtype(config.dtype, config.device)
         several = ranks.size > 1
         self._sharded = ShardedLayers(student, names, ranks, dtype=dtype) if several else None
-        text = windows, held_out
         self._objective = Objective(
-            student, teacher, names, *text, ranks, self._sharded, dtype=dtype
+            student, teacher, names, windows, held_out, ranks, self._sharded, dtype=dtype
         )
         student.requires_grad_(False)
         self.t_init = initial_temperature(config, teacher, student, names)
@@ -175,7 +174,8 @@ class Trainer:
         temperature = self._set_schedule(step, share)
         if config.reencode_every and step and step % config.reencode_every == 0:
             reencode(layers)
-        if config.viterbi_every > 1 and step % config.viterbi_every == 0:
+        kept = config.viterbi_every > 1 and layers[0].estimator == "identity"
+        if kept and step % config.viterbi_every == 0:
             find_codes(layers)
         rows, losses = self._order.rows(step), list[Tensor]()
         size = config.micro_batch or config.batch

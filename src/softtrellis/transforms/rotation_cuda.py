@@ -15,7 +15,7 @@ from torch import Tensor
 from softtrellis.transforms.hadamard import hadamard_blocks, kronecker_factors
 from softtrellis.transforms.incoherence import padded_size
 from softtrellis.transforms.packed_signs import packed_bytes, packed_factors
-from softtrellis.trellis.launch_cuda import TYPES, Kernel
+from softtrellis.trellis.launch_cuda import MAX_SHARED_BYTES, TYPES, Kernel, aligned
 
 Name = Literal["rotate_input", "unrotate_output"]
 
@@ -23,7 +23,6 @@ SOURCE, BLOCKS_SOURCE, COLUMNS_SOURCE = "rotation.cu", "rotation_blocks.cu", "ro
 JOBS = 4
 """Transforms of one launch."""
 
-MAX_SHARED_BYTES = 227 * 1024
 CLUSTERS = (2, 4, 8)
 MIN_THREADS, MAX_THREADS = 256, 512
 QUAD_BLOCK, QUAD_WARPS, STRIP = 128, 4, 32
@@ -253,9 +252,8 @@ class Rotation:
 
     def in_quads(self) -> bool:
         """Whether ``rotation_blocks.cu`` takes it: it reads and writes four channels at once."""
-        read = (self.source, self.scales, self.bias)
-        aligned = all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in read)
-        return self.block == QUAD_BLOCK and self.features % 4 == 0 and aligned
+        whole = self.block == QUAD_BLOCK and self.features % 4 == 0
+        return whole and aligned(self.source, self.scales, self.bias)
 
     def blocks(self, transform: Transform, cut: Launch) -> int:
         """Of the grid, for one of its transforms."""
@@ -276,8 +274,7 @@ class Rotation:
             not into,
             self.source.device,
         )
-        read = (self.source, self.scales)
-        by_four = all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in read)
+        by_four = aligned(self.source, self.scales)
         by_four &= all(n % 4 == 0 for n in (row, transform.first, transform.b))
         addresses = [
             *(self.source, self.target, self.norms, left, right),

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+MAX_SHARED_BYTES = 227 * 1024
+"""Dynamic shared memory of a block, at most."""
 """As ``cuda/types.cuh`` numbers them."""
 
 
@@ -149,6 +151,11 @@ class Kernel:
             config.attrs = _attributes(cluster, overlap)
             config.numAttrs = len(config.attrs)
             _checked(driver.cuLaunchKernelEx(config, function, ctypes.addressof(parameters), 0))
+
+
+def aligned(*tensors: Tensor | None) -> bool:
+    """Whether each of these, where there are some, starts where 16 bytes can be read at once."""
+    return all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors)
 
 
 def multiprocessors(device: torch.device) -> int:
