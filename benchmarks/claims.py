@@ -30,7 +30,7 @@ from softtrellis.recipes.drift import drift_budget, learning_rates, predicted_ra
 from softtrellis.recipes.escape import escape_share
 from softtrellis.recipes.plan import PlanConfig, plan_layers
 
-LR = {"identity": 2e-2, "soft": 3e-2}
+LR = {"identity": 1e-2, "soft": 1e-1}
 """Chosen on held-out text, see docs/results.md."""
 STARTS = ("1.0", "0.3", "0.1")
 GRID_LR = (1e-5, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from softtrellis.modules.latent_linear import LatentLinear
 from softtrellis.modules.quantized_linear import LayerFormat, QuantizedLinear
+from softtrellis.modules.replace import share_codebooks_
 from softtrellis.quantizers.hard import TrellisCode
 from softtrellis.recipes.group import quantize_linear
 from softtrellis.spec import TrellisSpec
@@ -142,3 +143,26 @@ def test_weights_that_cannot_be_quantized() -> None:
     weight[3, 4] = torch.inf
     with pytest.raises(ValueError, match="NaN or infinity"):
         quantize_linear(weight, None, layer, values)
+
+
+def test_layers_that_move_keep_one_codebook() -> None:
+    layer = CODES["qtip"]
+    values = layer.code.codebook()
+    both = torch.nn.Sequential(*(QuantizedLinear(layer, values) for _ in range(2)))
+
+    def shared() -> bool:
+        first, second = both
+        assert isinstance(first, QuantizedLinear)
+        assert isinstance(second, QuantizedLinear)
+        return first.codebook is second.codebook and first.table is second.table
+
+    share_codebooks_(both)
+    both.to("meta")
+    assert shared()
+    both[0].to_empty(device="cpu")  # one goes and comes back, the other stays
+    assert not shared()
+    both[0].to("meta")
+    assert shared()
+    both.double()
+    assert shared()
+    assert both[0].codebook.dtype == torch.float32

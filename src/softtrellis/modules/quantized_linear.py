@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, replace
 from typing import Self
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.weak import WeakIdKeyDictionary
 
 from softtrellis.modules.decode import (
     CodeValues,
@@ -271,11 +273,14 @@ class QuantizedLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         exact = {name: getattr(self, name) for name in _EXACT}
+        shared = {name: getattr(self, name) for name in ("codebook", "table")}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in exact.items():
             moved = getattr(self, name)
             if buffer is not None and moved.dtype != buffer.dtype:
                 setattr(self, name, buffer.to(moved.device))
+        for name, buffer in shared.items():
+            setattr(self, name, _moved_once(buffer, getattr(self, name)))
         return self
 
     def dequantize(self) -> nn.Linear:
@@ -308,6 +313,24 @@ class QuantizedLinear(nn.Module):
 
 _EXACT = ("scale", "out_scale", "in_scale", "codebook")
 """Buffers that a change of dtype would make other weights of."""
+
+
+_elsewhere: MutableMapping[Tensor, dict[torch.device, ref[Tensor]]] = WeakIdKeyDictionary()
+
+
+def _moved_once(before: Tensor, after: Tensor) -> Tensor:
+    """``after``, or what another layer made of ``before`` on that device, while it is in use.
+
+    So layers that share a codebook still do where a model is moved, or a part of it and back.
+    """
+    if after.device == before.device:
+        return after
+    known = _elsewhere.setdefault(before, {}).get(after.device, lambda: None)()
+    if known is not None:
+        return known
+    _elsewhere[before][after.device] = ref(after)
+    _elsewhere[after] = {before.device: ref(before)}
+    return after
 
 
 def _bits(buffer: Tensor) -> int:

@@ -188,7 +188,7 @@ def replace_modules(
 
 
 def share_codebooks_(model: nn.Module) -> None:
-    """Lets quantized layers of one code on one device use one codebook, as they do when made."""
+    """Lets quantized layers of one code on one device use one codebook, which moves keep."""
     known: dict[tuple[object, object], QuantizedLinear] = {}
     for module in quantized_layers(model).values():
         first = known.setdefault((module.layer.code, module.codebook.device), module)
