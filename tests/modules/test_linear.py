@@ -166,3 +166,15 @@ def test_layers_that_move_keep_one_codebook() -> None:
     both.double()
     assert shared()
     assert both[0].codebook.dtype == torch.float32
+
+
+def test_a_code_of_the_same_codewords_has_not_changed() -> None:
+    code = TrellisCode(TrellisSpec(16, 2, 2), "hyb")
+    layer, values = LayerFormat(16, 16, code), code.codebook()
+    weight = torch.randn(16, 16, generator=torch.Generator().manual_seed(0))
+    module, _ = quantize_linear(weight, torch.eye(16), layer, values)
+    latent = LatentLinear.from_quantized(module)
+    mirrored = 0xFFFF - latent.start
+    assert not torch.equal(mirrored, latent.start)
+    assert not latent.changed(mirrored).any()
+    assert latent.changed(latent.start.roll(1, 1)).any()

@@ -248,6 +248,15 @@ class LatentLinear(nn.Module):
         return self._all_states(self.start)
 
     @torch.no_grad()
+    def changed(self, states: Tensor) -> Tensor:
+        """bool [own tiles, N]: where states of the own tiles have other codewords than ``start``.
+
+        States alone say little: at L = 16 HYB has one codeword for a state and its complement.
+        """
+        new, start = (self.codebook[x.to(torch.int64)] for x in (states, self.start))
+        return (new != start).any(2)
+
+    @torch.no_grad()
     def hard_states(self) -> Tensor:
         """int32 [tiles, N]: the code that T to 0 leads to with the current pins."""
         return self._all_states(states_of([self], closed=False))

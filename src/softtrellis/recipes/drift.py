@@ -171,7 +171,7 @@ class Drift:
     Attributes:
         drift: root mean square change of the latent weights, in sigma.
         drift_max: the largest change, in sigma.
-        changed_codes: share of steps whose hard state differs from the start's.
+        changed_codes: share of steps whose hard codeword differs from the start's.
         changed_tiles: share of tiles with any such step.
         entropy: mean entropy of the marginals, in nats per trellis step.
         soft_hard_gap: root mean square of soft minus hard values, in sigma.
@@ -219,7 +219,7 @@ def measure_all(layers: Mapping[str, LatentLinear], tiles: int) -> dict[str, Dri
         assert soft.entropy is not None
         gap = (soft.values - path.values).square().mean((1, 2))
         parts = (
-            (path.states != start).split(counts),
+            (path.values != first.codebook[start.long()]).any(2).split(counts),
             soft.entropy.split(counts),
             gap.split(counts),
         )

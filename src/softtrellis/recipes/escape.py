@@ -83,7 +83,7 @@ def escape_radius(
     while todo.numel():
         at = latent[todo] + probe[todo].to(latent.dtype)[:, None, None] * ray[todo]
         found = viterbi(at, codebook, spec, ends=pins[todo], backend=backend)
-        escaped = (found.states != start.states[todo]).any(1)
+        escaped = (found.values != start.values[todo]).flatten(1).any(1)
         todo, others = todo[escaped], found.values[escaped]
         cut = _bisector(latent[todo], ray[todo], start.values[todo], others)
         radius[todo] = cut.clamp_max(probe[todo])

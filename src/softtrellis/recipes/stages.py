@@ -39,7 +39,7 @@ class DistillResult:
     Attributes:
         model: with the trained layers hardened to ``QuantizedLinear``.
         history: one record per step, as in ``log.jsonl``.
-        changed_codes: share of trellis steps whose state differs from the start's, by layer.
+        changed_codes: share of trellis steps whose codeword differs from the start's, by layer.
         kept: for every stage the step whose code was kept, ``trainer.START`` (-1) for the code it
             started from, and its divergence on the held-out windows in nats per token; None where
             the last one's was kept unseen.

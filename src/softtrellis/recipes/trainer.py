@@ -394,7 +394,7 @@ class Trainer:
         for name, layer in hardened.items():
             latent = self.layers[name]
             states = layer.states() if latent.share is None else layer.states()[latent.share.owned]
-            (differs,) = self.ranks.sum(float((states != latent.start).sum()))
+            (differs,) = self.ranks.sum(float(latent.changed(states).sum()))
             changed[name] = differs / (latent.layer.tiles * states.shape[1])
         replace_modules(self.student, self.names, lambda name, _: hardened[name])
         return changed
