@@ -18,7 +18,7 @@ from softtrellis.trellis import bcjr_cuda, bcjr_torch
 from softtrellis.trellis.bcjr_cuda import SHORT_SPEC
 from softtrellis.trellis.launch_cuda import _packed
 
-KERNELS = ("forward", "backward", "forward_by_two", "backward_by_two")
+KERNELS = ("forward", "backward")
 HOST = Path(__file__).parent / "host"
 
 
@@ -72,22 +72,14 @@ def relative(found: Tensor, exact: Tensor) -> float:
 
 
 @pytest.mark.parametrize(
-    ("code", "ends", "split"),
-    [
-        ("hyb", "free", 1),
-        ("hyb", "pinned", 1),
-        ("hyb", "free", 2),
-        ("hyb", "pinned", 2),
-        ("hyb-first", "pinned", 1),
-        ("gaussian", "free", 1),
-    ],
+    ("code", "ends"),
+    [("hyb", "free"), ("hyb", "pinned"), ("hyb-first", "pinned"), ("gaussian", "free")],
 )
 def test_kernels_on_the_host(
-    library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, code: str, ends: str, split: int
+    library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, code: str, ends: str
 ) -> None:
     """What is certified is right; what is left are low temperatures, and other codebooks."""
-    names = KERNELS[2 * split - 2 : 2 * split]
-    kernels = [OnHost(library, name, 256 * split, ends == "pinned") for name in names]
+    kernels = [OnHost(library, name, 256, ends == "pinned") for name in KERNELS]
     monkeypatch.setattr(bcjr_cuda, "_SHORT", kernels)
     monkeypatch.setattr(bcjr_cuda, "multiprocessors", lambda _: 2)
     temperatures = [100.0, 0.3, 0.1, 0.05, 0.03, 0.002]

@@ -86,8 +86,7 @@ def _start(
         row = message + 2 * _SHORT_TILES
         floats = blocks * (2 * TABLE_ROWS + _SHORT_TEAMS * steps * row)
         kernel = _SHORT[tangent]
-        exchange = kernel.threads // (32 * _SHORT_TEAMS) * 144 + 96
-        team = (2 * TABLE_ROWS * _SHORT_TILES + message) * 4 + exchange
+        team = (2 * TABLE_ROWS * _SHORT_TILES + message) * 4 + 96
         shared = _SHORT_TEAMS * team + spec.num_states * 8
         tables = [codebook, short_states_of_rows(device)]
     else:

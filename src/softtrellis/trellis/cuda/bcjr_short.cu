@@ -7,19 +7,19 @@
 // so that its three low bits are those of n(0, y, z), the third changed by x. A step computes 1024
 // exponentials into shared memory and gathers 4096 of them.
 //
-// A team of SPLIT warps takes TILES = 4 tiles at a time. A gather reads the entries of the four tiles
+// A team, which is a warp, takes TILES = 4 tiles at a time. A gather reads the entries of the four tiles
 // at once, 16 bytes, so that its address is computed once for four, and eight lanes in a row never
 // conflict: their n differ in the three low bits.
 //   * alpha: a lane has one y and 8 of the 16 z (ORDER), and runs through x.
 //   * beta: a lane has one y and the x = j + 2 k, and runs through z; y + 4 i has other bits 6, 7 of h.
 //
-// What one step of one tile costs a multiprocessor in cycles, both sweeps, by counting at SPLIT = 1:
+// What one step of one tile costs a multiprocessor in cycles, both sweeps, by counting:
 //                                                              forward   backward
 //     shared memory at 128 bytes a cycle, gathers are 256        448        576
 //     issued instructions (SASS for sm_90) at 4 a cycle          386        704
 //     exponentials at 16 a cycle                                 128        128
-// SPLIT = 2 has twice the warps to hide latencies with and issues a fifth more. Alpha of all steps goes
-// through global memory: 4 or 8 KiB a step. A direct exponential for every state would be 512.
+// Alpha of all steps goes through global memory: 4 or 8 KiB a step. A direct exponential for every
+// state would be 512.
 
 #include "messages.cuh"
 #include "short.cuh"
@@ -60,10 +60,7 @@ __device__ __forceinline__ float2 *rows_of(const Arguments &arg) {
 }
 
 // What a team keeps in shared memory besides its table and messages.
-template <int SPLIT>
 struct alignas(16) Exchange {
-    float largest[SPLIT][TILES];
-    float sums[SPLIT][32];
     float scale[TILES], gain[TILES], log2_z[TILES];
     float greatest[TILES];  // of the messages
     int exponent[TILES];    // they are times two to this
@@ -71,11 +68,9 @@ struct alignas(16) Exchange {
     int quad;
 };
 
-// SPLIT warps share a team's table and messages.
-template <bool TANGENT, int SPLIT>
+template <bool TANGENT>
 struct Worker {
-    static constexpr int OWN = 8 / SPLIT;  // a lane's z, or x, with one y
-    static constexpr int THREADS = 32 * SPLIT;
+    static constexpr int OWN = 8;  // a lane's z, or x, with one y
     static constexpr int HEADROOM = TANGENT ? 53 : 58;
     static constexpr int TARGET = 2 * HEADROOM - 84;  // log2 of the sum of alpha phi beta
     static constexpr int FIELDS = TANGENT ? 2 : 1;
@@ -85,15 +80,10 @@ struct Worker {
     float4 *table;       // [1024]
     float4 *messages;    // [256], then with TANGENT their derivatives
     u32 codewords;
-    Exchange<SPLIT> &told;
+    Exchange &told;
     float4 *scratch;
-    int team, part, lane, first;
+    int lane, first;
     int quad;
-
-    __device__ void barrier() const {
-        if constexpr (SPLIT == 1) __syncwarp();
-        else group_barrier<THREADS>(team);
-    }
 
     __device__ float2 ordered(float2 x) const { return first ? make_float2(x.y, x.x) : x; }
     __device__ int tile(int m) const { return min(quad * TILES + m, arg.tiles - 1); }
@@ -160,8 +150,8 @@ struct Worker {
         float scale[TILES];
 #pragma unroll
         for (int m = 0; m < TILES; m++) scale[m] = told.scale[m];
-#pragma unroll(4 / SPLIT)
-        for (int row = part * 32 + lane; row < ROWS; row += THREADS) {
+#pragma unroll(4)
+        for (int row = lane; row < ROWS; row += 32) {
             const float2 c = rows[row];
             float plus[TILES], minus[TILES];
 #pragma unroll
@@ -180,33 +170,21 @@ struct Worker {
     __device__ __forceinline__ void fill(const Step &x) {
         if (x.far) weigh<true>(x);
         else weigh<false>(x);
-        barrier();
-    }
-
-    // The greatest message of every tile in the lane's own, for normalise after a barrier.
-    __device__ __forceinline__ void tell_largest(const float (&v)[OWN][TILES]) {
-        float top[TILES];
-#pragma unroll
-        for (int m = 0; m < TILES; m++) {
-            top[m] = v[0][m];
-#pragma unroll
-            for (int k = 1; k < OWN; k++) top[m] = fmaxf(top[m], v[k][m]);
-            top[m] = __uint_as_float(largest_of_warp(top[m]));
-        }
-        if (lane == 0) *(float4 *)told.largest[part] = four(top);
+        __syncwarp();
     }
 
     // Scales messages by the power of two that brings their greatest to 2^HEADROOM or a little more.
     __device__ __forceinline__ void normalise(float (&v)[OWN][TILES], float (&d)[OWN][TILES]) {
 #pragma unroll
         for (int m = 0; m < TILES; m++) {
-            float most = told.largest[0][m];
+            float most = v[0][m];
 #pragma unroll
-            for (int i = 1; i < SPLIT; i++) most = fmaxf(most, told.largest[i][m]);
-            const int by = HEADROOM + 127 - (int)(__float_as_uint(most) >> 23);
+            for (int k = 1; k < OWN; k++) most = fmaxf(most, v[k][m]);
+            const u32 largest = largest_of_warp(most);
+            const int by = HEADROOM + 127 - (int)(largest >> 23);
             const float factor = power_of_two(by);
-            if (part == 0 && lane == 0) {
-                told.greatest[m] = most * factor;
+            if (lane == 0) {
+                told.greatest[m] = __uint_as_float(largest) * factor;
                 told.exponent[m] += HEADROOM + by;
             }
 #pragma unroll
@@ -226,14 +204,14 @@ struct Worker {
     // alpha_0 to alpha_{N-1} into scratch; log2 of Z without the squares o^2.
     __device__ void alpha_sweep() {
         const int j = lane >> 3 & 1, half = lane >> 4, y = (lane & 7) << 1 | ((lane & 1) ^ half);
-        const u32 order = ORDER[lane] >> 4 * OWN * part;
+        const u32 order = ORDER[lane];
         const u32 base = address(table), from = address(messages);
         const u32 mine = codewords + codeword_at(y, 0, 0);
         for (int t = 0; t < arg.steps; t++) {
             float4 *store = scratch + (size_t)t * ROW;
             const Step step = read(t, 4);
             fill(step);
-            if (part == 0 && lane == 0) {
+            if (lane == 0) {
                 store[ROW - 2] = *(const float4 *)told.greatest;
                 store[ROW - 1] = *(const float4 *)told.exponent;
             }
@@ -254,7 +232,7 @@ struct Worker {
                     const u32 here = from + place(x, y);
                     read4(a[i], here);
                     if (TANGENT) read4(at[i], here + OVERLAPS * 16);
-                    if (i == j && (SPLIT == 1 || pair % SPLIT == part)) {
+                    if (i == j) {
                         store[x * 16 + column(y)] = four(a[i]);
                         if (TANGENT) store[OVERLAPS + x * 16 + column(y)] = four(at[i]);
                     }
@@ -281,8 +259,7 @@ struct Worker {
                     }
                 }
             }
-            tell_largest(v);
-            barrier();
+            __syncwarp();
             normalise(v, d);
 #pragma unroll
             for (int k = 0; k < OWN; k++) {
@@ -291,7 +268,7 @@ struct Worker {
                 if (TANGENT) messages[to + OVERLAPS] = four(d[k]);
             }
         }
-        barrier();
+        __syncwarp();
         float sum[TILES] = {};
         for (int u = lane; u < OVERLAPS; u += 32) {
             float x[TILES];
@@ -303,18 +280,15 @@ struct Worker {
 #pragma unroll
         for (int m = 0; m < TILES; m++)
             told.log2_z[m] = log2f(sum_of_warp(sum[m])) - (float)told.exponent[m];
-        barrier();
+        __syncwarp();
     }
 
-    // The result of one step from its sums; false if the certificate fails.
-    __device__ __forceinline__ bool finish(int t, const float4 *stored) {
+    // The result of one step from the lanes' sums; false if the certificate fails.
+    __device__ __forceinline__ bool finish(int t, const float4 *stored, float sum) {
         const int m = lane >> 3, which = lane >> 1 & 3;  // two components, z and drift
         const float alpha_max = __ldcg((const float *)(stored + ROW - 2) + m);
         const int by = scaled(m, __ldcg((const int *)(stored + ROW - 1) + m));
         const float beta_max = told.greatest[m];
-        float sum = told.sums[0][lane];
-#pragma unroll
-        for (int i = 1; i < SPLIT; i++) sum += told.sums[i][lane];
         const float z = __shfl_sync(0xffffffffu, sum, (lane & 24) + 4);
         const float drift = __shfl_sync(0xffffffffu, sum, (lane & 24) + 6);
         if (which < 2 && (lane & 1) == 0) {
@@ -338,8 +312,7 @@ struct Worker {
         const int quarter = lane >> 3, j = lane & 1;
         const int y = (quarter < 2 ? 3 * quarter : quarter - 1) + 4 * (lane >> 1 & 3);
         const u32 base = address(table), from = address(messages);
-        const u32 mine = codewords + codeword_at(y, 0, j + 2 * OWN * part);
-        const int own = j + 2 * OWN * part;  // the first x
+        const u32 mine = codewords + codeword_at(y, 0, j);
         bool bad = false;
 #pragma unroll 1
         for (int t = arg.steps - 1; t >= 0; t--) {
@@ -347,7 +320,7 @@ struct Worker {
             float alpha[OWN][TILES], tangent[OWN][TILES];
 #pragma unroll
             for (int k = 0; k < OWN; k++) {
-                const float4 *at = stored + (own + 2 * k) * 16 + column(y);
+                const float4 *at = stored + (j + 2 * k) * 16 + column(y);
                 fetch4(alpha[k], at);
                 if (TANGENT) fetch4(tangent[k], at + OVERLAPS);
             }
@@ -368,7 +341,7 @@ struct Worker {
                     read4(bt, here + OVERLAPS * 16);
                     spread(step, b, bt, b0, b1);
                 }
-                const u32 stride = stride_of(over), entry = entry_of(over) + own * stride;
+                const u32 stride = stride_of(over), entry = entry_of(over) + j * stride;
 #pragma unroll
                 for (int k = 0; k < OWN; k++) {
                     float phi[TILES];
@@ -408,14 +381,12 @@ struct Worker {
                     }
                 }
             }
-            told.sums[part][lane] = sums_of_warp(sums, lane);
-            tell_largest(v);
-            barrier();
-            if (part == 0) bad |= !finish(t, stored);
+            __syncwarp();
+            bad |= !finish(t, stored, sums_of_warp(sums, lane));
             normalise(v, d);
 #pragma unroll
             for (int k = 0; k < OWN; k++) {
-                const u32 to = place(own + 2 * k, y) / 16;
+                const u32 to = place(j + 2 * k, y) / 16;
                 messages[to] = four(v[k]);
                 if (TANGENT) messages[to + OVERLAPS] = four(d[k]);
             }
@@ -466,8 +437,8 @@ struct Worker {
     __device__ void run() {
         const int quads = (arg.tiles + TILES - 1) / TILES;
         while (true) {
-            if (part == 0 && lane == 0) told.quad = atomicAdd(arg.next, 1);
-            barrier();
+            if (lane == 0) told.quad = atomicAdd(arg.next, 1);
+            __syncwarp();
             quad = told.quad;
             if (quad >= quads) return;
 #pragma unroll
@@ -476,7 +447,7 @@ struct Worker {
                 if (TANGENT) told.gain[m] = gain_of(m);
             }
             start_messages();
-            barrier();
+            __syncwarp();
             alpha_sweep();
             start_messages();
             const bool bad = beta_sweep();
@@ -485,18 +456,18 @@ struct Worker {
 #pragma unroll 1
                 for (int m = 0; m < TILES; m++) {
                     const double all = (double)told.log2_z[m] - outside(m);
-                    if (part == 0 && lane == 0)
+                    if (lane == 0)
                         arg.log_z[tile(m)] = (float)(all * 0.6931471805599453);
                 }
             }
-            if (part == 0 && bad && (lane & 7) == 0 && mine < arg.tiles)
+            if (bad && (lane & 7) == 0 && mine < arg.tiles)
                 arg.failed[atomicAdd(arg.failures, 1)] = mine;
-            barrier();
+            __syncwarp();
         }
     }
 };
 
-template <bool TANGENT, int SPLIT>
+template <bool TANGENT>
 __device__ __forceinline__ void block(const Arguments &arg) {
     extern __shared__ float4 shared[];
     constexpr int EACH = 2 * ROWS + OVERLAPS * (TANGENT ? 2 : 1);
@@ -506,8 +477,7 @@ __device__ __forceinline__ void block(const Arguments &arg) {
         return;
     }
     const int first = symmetry == FIRST_FLIPS;
-    const int lane = threadIdx.x & 31, team = threadIdx.x / (32 * SPLIT);
-    const int part = (threadIdx.x >> 5) % SPLIT;
+    const int lane = threadIdx.x & 31, team = threadIdx.x >> 5;
     float2 *rows = rows_of(arg);
     for (int i = threadIdx.x; i < ROWS; i += blockDim.x) {
         const float2 x = arg.codebook[arg.rows[i]];
@@ -520,7 +490,7 @@ __device__ __forceinline__ void block(const Arguments &arg) {
         const float2 c = arg.codebook[s];
         *(float2 *)(codewords + codeword_at(y, z, x)) = first ? make_float2(c.y, c.x) : c;
     }
-    Exchange<SPLIT> *told = (Exchange<SPLIT> *)(codewords + STATES * sizeof(float2));
+    Exchange *told = (Exchange *)(codewords + STATES * sizeof(float2));
     __syncthreads();
     float least = 3e38f, most = -3e38f, second = 0.0f;
     for (int i = lane; i < ROWS; i += 32) {
@@ -530,27 +500,19 @@ __device__ __forceinline__ void block(const Arguments &arg) {
     told[team].least = least_of_warp(least), told[team].most = -least_of_warp(-most);
     told[team].second = -least_of_warp(-second);
 
-    typedef Worker<TANGENT, SPLIT> Team;
+    typedef Worker<TANGENT> Team;
     float4 *own = shared + team * EACH;
     float4 *scratch = arg.scratch + (size_t)gridDim.x * (ROWS / 2) +
                       (size_t)(blockIdx.x * TEAMS + team) * arg.steps * Team::ROW;
-    Team worker = {arg,  own,  own + 2 * ROWS, address(codewords), told[team], scratch,
-                   team, part, lane,           first,              0};
+    Team worker = {arg,        own,     own + 2 * ROWS, address(codewords),
+                   told[team], scratch, lane,           first, 0};
     worker.run();
 }
 
 extern "C" __global__ void __launch_bounds__(32 * TEAMS, 1) forward(const Arguments arg) {
-    block<false, 1>(arg);
+    block<false>(arg);
 }
 
 extern "C" __global__ void __launch_bounds__(32 * TEAMS, 1) backward(const Arguments arg) {
-    block<true, 1>(arg);
-}
-
-extern "C" __global__ void __launch_bounds__(64 * TEAMS, 1) forward_by_two(const Arguments arg) {
-    block<false, 2>(arg);
-}
-
-extern "C" __global__ void __launch_bounds__(64 * TEAMS, 1) backward_by_two(const Arguments arg) {
-    block<true, 2>(arg);
+    block<true>(arg);
 }
