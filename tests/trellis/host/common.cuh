@@ -50,10 +50,6 @@ inline float __int_as_float(int x) { return bits<float>(x); }
 inline int __float_as_int(float x) { return bits<int>(x); }
 
 inline void __syncthreads() { wait_for(0, blockDim.x); }
-template <int THREADS>
-void group_barrier(int group) {
-    wait_for(1 + group, THREADS);
-}
 inline void __syncwarp() { wait_for(64 + threadIdx.x / 32, 32); }
 
 // f of what every lane told.

@@ -1,0 +1,85 @@
+"""Plots of docs/results.md from the JSON lines of the experiments.
+
+    python benchmarks/results_plots.py PICTURE [--overshoot FILE.jsonl ...] [--models FILE ...]
+
+One panel for each: the hard code's divergence on held-out text along the trajectory, and the
+divergence on the test text against the seconds of training, from the start that a run had.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLORS = {"1.0": "tab:red", "0.3": "tab:orange", "0.1": "tab:blue"}
+STYLES = ("-", "--", ":")
+MARKERS = {"identity": "o", "soft": "^", "through": "s", "scalar": "x"}
+
+
+def read(paths: list[Path]) -> list[dict[str, Any]]:
+    """Scored runs."""
+    lines = [line for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
+    return [record for line in lines if "windows" in (record := json.loads(line))]
+
+
+def overshoot(ax: Axes, records: list[dict[str, Any]]) -> None:
+    """Runs named overshoot/LAYER/T: divergence of the hard code while the temperature falls."""
+    layers = sorted({int(record["name"].split("/")[1]) for record in records})
+    for record in records:
+        _, layer, start = record["name"].split("/")
+        log = [entry for entry in record["log"] if "heldout_kl_hard" in entry]
+        steps = [0, *(entry["step"] + 1 for entry in log)]
+        values = [record["log"][0]["heldout_kl_start"], *(e["heldout_kl_hard"] for e in log)]
+        style = STYLES[layers.index(int(layer))]
+        ax.plot(steps, values, style, color=COLORS[start], label=f"layer {layer}, from T = {start}")
+    ax.set(yscale="log", xlabel="step", ylabel="held-out KL of the hard code, nats per token")
+    ax.set_title("High temperatures overshoot")
+    ax.legend(fontsize=8)
+
+
+def models(ax: Axes, records: list[dict[str, Any]]) -> None:
+    """Runs of whole models: divergence against the seconds of training."""
+    for kind, marker in MARKERS.items():
+        chosen = [record for record in records if kind in record["name"] and record.get("log")]
+        if chosen:
+            seconds = [record["log"][-1]["seconds"] for record in chosen]
+            ax.scatter(seconds, [record["kl"] for record in chosen], marker=marker, label=kind)
+    for record in records:
+        if not record.get("log"):
+            ax.axhline(record["kl"], color="0.8", linewidth=0.8, zorder=0)
+            ax.text(0.99, record["kl"], record["name"], fontsize=7, color="0.4", ha="right",
+                    va="bottom", transform=ax.get_yaxis_transform())  # fmt: skip
+    ax.set(xlabel="seconds of training", ylabel="KL on WikiText-2, nats per token")
+    ax.set_xlim(left=0)
+    ax.set_title("Whole models; lines are PTQ alone")
+    ax.legend(fontsize=8)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("picture", type=Path)
+    parser.add_argument("--overshoot", type=Path, nargs="+", default=[])
+    parser.add_argument("--models", type=Path, nargs="+", default=[])
+    options = parser.parse_args()
+    panels = [(overshoot, options.overshoot), (models, options.models)]
+    panels = [(draw, paths) for draw, paths in panels if paths]
+    _, axes = plt.subplots(
+        1, len(panels), figsize=(6.4 * len(panels), 4.4), squeeze=False, layout="constrained"
+    )
+    for ax, (draw, paths) in zip(axes[0], panels, strict=True):
+        draw(ax, read(paths))
+    plt.savefig(options.picture, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
