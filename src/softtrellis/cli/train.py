@@ -70,7 +70,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--train",
         metavar="A,B,...",
-        default="latents",
+        default="latents,scales,norms",
         help="what is trained: latents, scales (of channels), norms, table (of the code hyb)",
     )
     parser.add_argument(
@@ -85,7 +85,7 @@ def add_parser(commands: Commands) -> None:
     )
     parser.add_argument("--lr", type=float, default=1e-2, help="peak learning rate of latents")
     parser.add_argument(
-        "--scale-lr", type=float, default=1e-3, help="of scales and norms, over each one's size"
+        "--scale-lr", type=float, default=5e-3, help="of scales and norms, over each one's size"
     )
     parser.add_argument("--table-lr", type=float, default=1e-3, help="of the table, likewise")
     parser.add_argument(

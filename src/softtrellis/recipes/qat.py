@@ -121,12 +121,12 @@ class DistillConfig:
     finish: Estimator | None = None
     finish_share: float = 0.2
     start: float = 0.0
-    train: tuple[str, ...] = ("latents",)
+    train: tuple[str, ...] = ("latents", "scales", "norms")
     t_init: float | Literal["auto"] = 0.1
     t_min: float = 0.03
     schedule: TemperatureSchedule = "exponential"
     lr: float = 1e-2
-    scale_lr: float = 1e-3
+    scale_lr: float = 5e-3
     table_lr: float = 1e-3
     optimizer: OptimizerName = "adamw"
     clip: float | None = None

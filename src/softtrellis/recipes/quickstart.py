@@ -89,6 +89,7 @@ class QuickstartConfig:
         """How it trains."""
         return DistillConfig(
             layers=self.layers,
+            train=("latents",),
             lr=self.lr,
             steps=self.steps,
             batch=self.batch,
