@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# The third search of docs/results.md: bash benchmarks/search.sh MODEL C4 TRAIN TEST FOLDER
+# The fourth search of docs/results.md: bash benchmarks/search.sh MODEL C4 TRAIN TEST FOLDER
 source "$(dirname "$0")/runs.sh"
-common="--steps 60 --batch 64 --micro-batch 32 --evaluate-every 20 --measure-every 20"
+common="--micro-batch 32 --compile --evaluate-every 1000000 --measure-every 60"
 common="$common --train latents,scales,norms"
 soft="$common --estimator soft $cooling"
-identity="$common --estimator identity"
-runs=(
-    "soft-3e-2=$soft --lr 3e-2 --scale-lr 5e-3"
-    "identity-2e-2=$identity --lr 2e-2 --scale-lr 5e-3"
-    "soft-1e-2=$soft --lr 1e-2 --scale-lr 5e-3"
-    "identity-1e-2=$identity --lr 1e-2 --scale-lr 5e-3"
-    "soft-6e-2=$soft --lr 6e-2 --scale-lr 5e-3"
-    "identity-3e-2=$identity --lr 3e-2 --scale-lr 5e-3"
-    "straight_through-1e-2=$common --estimator straight_through $cooling --lr 1e-2 --scale-lr 5e-3"
-    "identity-2e-2-1e-2=$identity --lr 2e-2 --scale-lr 1e-2"
-)
+identity="$common --estimator identity --viterbi-every 4"
+runs=()
+for lr in 6e-2 1e-1 1.5e-1; do runs+=("tokens/soft-$lr=$soft --batch 64 --steps 60 --lr $lr --scale-lr 5e-3"); done
+for lr in 3e-2 4e-2 6e-2; do
+    runs+=("tokens/identity-$lr=$common --estimator identity --batch 64 --steps 60 --lr $lr --scale-lr 5e-3")
+done
+for lr in 1e-2 1.5e-2 2e-2; do
+    runs+=("minutes/identity-$lr=$identity --batch 64 --minutes 2 --lr $lr --scale-lr 5e-3")
+done
+for lr in 6e-2 1e-1; do runs+=("minutes/soft-$lr=$soft --batch 64 --minutes 2 --lr $lr --scale-lr 5e-3"); done
+runs+=("minutes/soft-256-1e-1=$soft --batch 256 --minutes 2 --lr 1e-1 --scale-lr 5e-3")
 run experiment "--L 12" --test-windows 16 "${runs[@]}"
