@@ -370,11 +370,13 @@ __device__ __forceinline__ void multiply(const Parameters &p) {
         multiply<CODE, ROWS8, WARPS, STAGES, INPUTS>(p);                   \
     }
 
-KERNEL(hyb_rotating, HYB, 1, 8, 4, ROTATED, 128)
+KERNEL(hyb_rotating, HYB, 1, 8, 0, ROTATED, 128)
+KERNEL(hyb_one_row, HYB, 1, 12, 0, SHARED, 104)
 KERNEL(hyb_shared_x, HYB, 1, 8, 4, SHARED, 128)
 KERNEL(hyb_rows_8, HYB, 1, 8, 4, GLOBAL, 128)
 KERNEL(hyb_rows_16, HYB, 2, 16, 2, GLOBAL, 128)
-KERNEL(mul1_rotating, MUL1, 1, 8, 4, ROTATED, 128)
+KERNEL(mul1_rotating, MUL1, 1, 8, 0, ROTATED, 128)
+KERNEL(mul1_one_row, MUL1, 1, 8, 0, SHARED, 128)
 KERNEL(mul1_shared_x, MUL1, 1, 8, 4, SHARED, 128)
 KERNEL(mul1_rows_8, MUL1, 1, 16, 2, GLOBAL, 80)
 KERNEL(mul1_rows_16, MUL1, 2, 16, 2, GLOBAL, 128)
