@@ -341,7 +341,7 @@ def _launch(
     shared_bytes: int = 0,
     cluster: int = 1,
 ) -> None:
-    """One launch, of so many blocks for each job; jobs that are not there begin after all blocks."""
+    """One launch, of so many blocks a job; those that are not there begin after all blocks."""
     parameters, blocks = [], 0
     for (rotation, transform), cut, grid in zip(jobs, cuts, grids, strict=True):
         into = kernel.name == "rotate_input"

@@ -155,9 +155,7 @@ class Kernel:
         parameters = (ctypes.c_void_p * 1)(ctypes.addressof(structure))
         with torch.cuda.device(device):
             stream = torch.cuda.current_stream()
-            function = _function(
-                self.source, self.name, stream.device_index, shared_bytes, overlap
-            )
+            function = _function(self.source, self.name, stream.device_index, shared_bytes, overlap)
             config = driver.CUlaunchConfig()
             config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
             config.blockDimX, config.blockDimY, config.blockDimZ = self.threads, 1, 1
