@@ -49,8 +49,8 @@ SHAPES = ((4096, 11008), (2048, 8192), (28672, 4096), (6144, 4096), (4096, 14336
 CHECKED = ((2048, 2048), (576, 1536), (272, 1040), (48, 80))
 BATCHES = (1, 4, 16)
 PRODUCTS: list[tuple[int, int, int, int, Inputs]] = [
-    (8, 8, 0, 128, "shared"), (8, 12, 0, 104, "shared"), (8, 8, 0, 128, "global"),
-    (8, 12, 0, 128, "global"), (16, 8, 0, 168, "global"), (16, 12, 0, 168, "global"),
+    (8, 8, 0, 128, "shared"), (8, 12, 0, 104, "shared"), (8, 16, 0, 80, "shared"),
+    (8, 8, 0, 128, "global"), (8, 12, 0, 128, "global"), (16, 8, 0, 168, "global"), (16, 12, 0, 168, "global"),
     (16, 16, 0, 128, "global"), (16, 8, 0, 168, "shared"),
 ]  # fmt: skip
 """Rows, warps, stages (0: codes straight into registers), registers of a thread, whence x comes."""

@@ -6,9 +6,9 @@
 //     inputs and that of its outputs are free: one matrix instruction takes two rows of each
 //     quarter, and 4 inputs of each input block; the operands are where they were decoded. A unit
 //     of work is twice that, 32 outputs by 128 inputs.
-//   * A lane copies its own quarters to shared memory, several units ahead, and reads no one
-//     else's: no barriers. The first copies are under way before the kernel before this one ends.
-//     Or (STAGES 0) it loads them into registers, a unit ahead, as others were fetched to L2.
+//   * A lane loads its own quarters into registers, a unit ahead, as those after it come to L2; or
+//     (STAGES > 0) copies them to shared memory, several units ahead, and reads no one else's: no
+//     barriers. The first are under way before the kernel before this one ends.
 //   * HYB: 2 h(s) = 2 s (s + 1) holds the row of a table of 1024 codewords, signs included, in its
 //     bits 7 to 16. Every lane has its own copy of the table in its own bank (128 KiB in all), and
 //     bits 7 to 16 of 2 h, with the lane in bits 2 to 6, are the address: no reads conflict.

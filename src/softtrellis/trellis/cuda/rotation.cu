@@ -278,7 +278,7 @@ __device__ __forceinline__ void rotate(const Parameters &p) {
     else multiply_columns<INPUT, 2>(p, row, tile, rank, left, columns, mailbox, factor_of);
 }
 
-// A block of either fits beside one of the product, of 256 threads with up to 128 registers.
+// 512 threads of either fit beside a block of the product of 256, 384 beside one of 384.
 extern "C" __global__ void __launch_bounds__(512, 2) rotate_input(Jobs jobs) {
     rotate<true>(jobs.mine());
 }
