@@ -217,7 +217,7 @@ def rank_shape(
     x, table = torch.randn(batch, inputs, device="cuda").half(), values_of(code).table
     found: list[tuple[list[float], str]] = []
     usual = next(v for v in VARIANTS[code.name, code.order] if v.takes(batch, inputs))
-    for variant in [usual, *variants]:
+    for variant in [usual, *(v for v in variants if batch > v.rows - 8)]:
         if variant.takes(batch, inputs):
             times = [
                 cold(partial(alone, variant, x, codes, table, out, overlap), len(codes))

@@ -105,7 +105,8 @@ __device__ __forceinline__ void unrotate(const Parameters &p) {
     for (int i = threadIdx.x; i < quads; i += blockDim.x)
         copy_async(address(left + 4 * i), p.left + 16 * (first_tile * words / 4 + i));
     const auto fetch = [&](const char *from, int bytes) {
-        const int blocks = COLUMN_BLOCKS * p.parts, thread = index % blocks * blockDim.x + threadIdx.x;
+        const int blocks = COLUMN_BLOCKS * p.parts;
+        const int thread = index % blocks * blockDim.x + threadIdx.x;
         for (int at = thread * 128; from && at < bytes; at += blocks * blockDim.x * 128)
             fetch_to_l2(from + at);
     };
