@@ -50,8 +50,8 @@ CHECKED = ((2048, 2048), (576, 1536), (272, 1040), (48, 80))
 BATCHES = (1, 4, 16)
 PRODUCTS: list[tuple[int, int, int, int, Inputs]] = [
     (8, 8, 0, 128, "shared"), (8, 12, 0, 104, "shared"), (8, 16, 0, 80, "shared"),
-    (8, 8, 0, 128, "global"), (8, 12, 0, 128, "global"), (16, 8, 0, 168, "global"), (16, 12, 0, 168, "global"),
-    (16, 16, 0, 128, "global"), (16, 8, 0, 168, "shared"),
+    (8, 8, 0, 128, "global"), (8, 12, 0, 128, "global"), (16, 8, 0, 168, "global"),
+    (16, 12, 0, 168, "global"), (16, 16, 0, 128, "global"), (16, 8, 0, 168, "shared"),
 ]  # fmt: skip
 """Rows, warps, stages (0: codes straight into registers), registers of a thread, whence x comes."""
 FLOORS = """
