@@ -23,7 +23,7 @@ CARVEOUT = 100
 """Of a multiprocessor's memory, the percentage that kernels that overlap ask for as shared memory.
 
 It changes only on a multiprocessor that runs nothing: with what the driver chooses for each kernel,
-a block waits until those of the kernel before have ended, though there is room for both.
+blocks were seen to wait until those of the kernel before had ended, though there was room for both.
 """
 
 

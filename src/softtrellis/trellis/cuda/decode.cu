@@ -82,8 +82,8 @@ struct Quarter<HYB> {
     }
     __device__ __forceinline__ u32 weights(int bit, u32 bank) const {
         const u32 s = state(bit), twice = 2 * s;
-        const u32 row = (twice * s + twice) & ((TABLE_ROWS - 1) * LANES * 4);
-        return *(const u32 *)((const char *)shared + (row | bank));
+        const u32 at = and_or(twice * s + twice, (TABLE_ROWS - 1) * LANES * 4, bank);
+        return *(const u32 *)((const char *)shared + at);
     }
 };
 
