@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 from softtrellis.modules import decode_cuda, decode_triton
 from softtrellis.modules.decode import CodeValues
 from softtrellis.modules.decode_triton import Launch
+from softtrellis.modules.joint_linear import JointLinear
 from softtrellis.modules.quantized_linear import LayerFormat, QuantizedLinear
 from softtrellis.quantizers.hard import TrellisCode
 from softtrellis.spec import TrellisSpec
@@ -118,13 +119,12 @@ def dense_time(x: Tensor, out: int) -> float:
     return cold(lambda i: functional.linear(x, weights[i]), count)
 
 
-def layer_time(layer: QuantizedLinear, codes: Tensor, x: Tensor) -> float:
-    """Of a whole layer."""
+def layer_time(layer: QuantizedLinear | JointLinear, codes: Tensor, x: Tensor) -> float:
+    """Of a whole layer, or of several of the same inputs."""
 
-    def call(i: int) -> Tensor:
+    def call(i: int) -> object:
         layer.codes = codes[i]
-        y: Tensor = layer(x)
-        return y
+        return layer(x)
 
     return cold(call, len(codes))
 

@@ -3,7 +3,7 @@
     python benchmarks/bench_decode_kernels.py [rank | profile]
 
 ``rank`` compiles variants of ``decode.cu``, checks each against the reference (a wrong one is named
-and not timed), and times them at batch 1 with cold weights as ``bench_decode.py`` does: alone, and
+and not timed), and times them at BATCHES with cold weights as ``bench_decode.py`` does: alone, and
 one after the other with overlapping launches (bench_decode_layers.py has whole layers). Its floors,
 in the same graphs: a kernel that does nothing, one that fills HYB's table, one that reads the
 codes; and, beginning early, 8 blocks that add 1 to what the kernel before wrote, those in a
@@ -47,11 +47,13 @@ from softtrellis.trellis.launch_cuda import Kernel
 
 SHAPES = ((4096, 11008), (2048, 8192), (28672, 4096), (6144, 4096), (4096, 14336))
 CHECKED = ((2048, 2048), (576, 1536), (272, 1040), (48, 80))
-PRODUCTS: list[tuple[int, int, int, Inputs]] = [
-    (12, 3, 104, "shared"), (8, 4, 128, "global"), (16, 2, 80, "global"), (8, 0, 128, "shared"),
-    (12, 0, 104, "shared"),
+BATCHES = (1, 4, 16)
+PRODUCTS: list[tuple[int, int, int, int, Inputs]] = [
+    (8, 8, 0, 128, "shared"), (8, 12, 0, 104, "shared"), (8, 16, 0, 80, "shared"),
+    (8, 8, 0, 128, "global"), (8, 12, 0, 128, "global"), (16, 8, 0, 168, "global"),
+    (16, 12, 0, 168, "global"), (16, 16, 0, 128, "global"), (16, 8, 0, 168, "shared"),
 ]  # fmt: skip
-"""Warps, stages (0: codes straight into registers), registers of a thread, where x comes from."""
+"""Rows, warps, stages (0: codes straight into registers), registers of a thread, whence x comes."""
 FLOORS = """
 extern "C" __global__ void nothing(Parameters p) {}
 
@@ -126,12 +128,12 @@ def write_variants(folder: Path) -> dict[TrellisCode, list[Variant]]:
     """Variants of ``decode.cu``, in one source file."""
     text = (Path(launch_cuda.__file__).parent / "cuda" / "decode.cu").read_text()
     path, found = folder / "decode_variants.cu", defaultdict(list)
-    for code, (warps, stages, registers, inputs) in itertools.product((HYB, MUL1), PRODUCTS):
-        name = f"{code.name}_{warps}warps_{stages}stages_{registers}registers_{inputs}_x"
-        text += f"KERNEL({name}, {code.name.upper()}, 1, {warps}, {stages}, {inputs.upper()}, "
-        text += f"{registers})\n"
+    for code, (rows, warps, stages, registers, inputs) in itertools.product((HYB, MUL1), PRODUCTS):
+        name = f"{code.name}_{rows}rows_{warps}warps_{stages}stages_{registers}registers_{inputs}_x"
+        text += f"KERNEL({name}, {code.name.upper()}, {rows // 8}, {warps}, {stages}, "
+        text += f"{inputs.upper()}, {registers})\n"
         kernel = Kernel(str(path), name, 32 * warps)
-        found[code].append(Variant(kernel, 8, stages, code == HYB, inputs))
+        found[code].append(Variant(kernel, rows, stages, code == HYB, inputs))
     path.write_text(text + FLOORS)
     return found
 
@@ -144,7 +146,7 @@ def is_right(variant: Variant, code: TrellisCode) -> bool:
     values, worst = values_of(code), 0.0
     for out, inputs in CHECKED:
         codes = random_codes(out, inputs, 2)
-        for batch in (1, 3, 8):
+        for batch in (1, 3, 8, 16):
             if not variant.takes(batch, inputs):
                 continue
             x = torch.randn(batch, inputs, device="cuda").half()
@@ -205,17 +207,18 @@ def rank() -> None:
             for name in ("nothing", "only_table", "only_codes"):
                 call = partial(floor, Kernel(source, name, 512), x, codes, table, out)
                 print(f"{out}x{inputs} floor {cold(call, len(codes)):7.2f} {name}", flush=True)
-            for code in (HYB, MUL1):
-                rank_shape(out, inputs, code, right[code], codes)
+            for code, batch in itertools.product((HYB, MUL1), BATCHES):
+                rank_shape(out, batch, inputs, code, right[code], codes)
 
 
 def rank_shape(
-    out: int, inputs: int, code: TrellisCode, variants: list[Variant], codes: Tensor
+    out: int, batch: int, inputs: int, code: TrellisCode, variants: list[Variant], codes: Tensor
 ) -> None:
-    x, table = torch.randn(1, inputs, device="cuda").half(), values_of(code).table
+    x, table = torch.randn(batch, inputs, device="cuda").half(), values_of(code).table
     found: list[tuple[list[float], str]] = []
-    for variant in [VARIANTS[code.name, code.order][0], *variants]:
-        if variant.takes(1, inputs):
+    usual = next(v for v in VARIANTS[code.name, code.order] if v.takes(batch, inputs))
+    for variant in [usual, *(v for v in variants if batch > v.rows - 8)]:
+        if variant.takes(batch, inputs):
             times = [
                 cold(partial(alone, variant, x, codes, table, out, overlap), len(codes))
                 for overlap in (False, True)
@@ -223,7 +226,7 @@ def rank_shape(
             found.append((times, variant.kernel.name))
     for times, name in sorted(found):
         cells = " ".join(f"{t:7.2f}" for t in times)
-        print(f"{out}x{inputs} {code.name} alone, overlapping: {cells} {name}", flush=True)
+        print(f"{out}x{inputs} {code.name} {batch} rows: {cells} {name}", flush=True)
 
 
 def products() -> None:

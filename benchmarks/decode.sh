@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Checks and times the decoding kernels, on a machine with a GPU: bash benchmarks/decode.sh FOLDER
 # Tests come first, but those that compile many Triton kernels. What fails or hangs ends after its
-# limit, some 200 s are expected in all; everything goes to FOLDER/NAME.txt. Apart from these there
+# limit, some 230 s are expected in all; everything goes to FOLDER/NAME.txt. Apart from these there
 # is bench_decode_kernels.py profile.
 set -u
 out=${1:?a folder for the results}
@@ -16,11 +16,11 @@ step() {
 tests="tests/transforms/test_rotation.py tests/modules/test_joint_linear.py tests/modules/test_decode.py"
 # shellcheck disable=SC2086
 step tests 50 python3 -m pytest -q -m gpu -p no:cacheprovider $tests -k "not triton and not product_at_full_size"
-step layers 60 python3 benchmarks/bench_decode_layers.py rank
-step timeline 25 python3 benchmarks/bench_decode_layers.py timeline
+step layers 80 python3 benchmarks/bench_decode_layers.py
+step timeline 35 python3 benchmarks/bench_decode_timeline.py
 step table 25 python3 benchmarks/bench_decode.py table
 step model 40 python3 benchmarks/bench_decode_model.py --ways bf16 nothing "hyb, cuda" "mul1, cuda"
 step early 40 python3 benchmarks/bench_decode_model.py --early --ways bf16 nothing "hyb, cuda"
-step products 30 python3 benchmarks/bench_decode_kernels.py rank
+step products 80 python3 benchmarks/bench_decode_kernels.py rank
 step rotations 25 python3 benchmarks/bench_decode.py rotations
 tail -n 60 "$out"/*.txt

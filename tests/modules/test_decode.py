@@ -219,7 +219,7 @@ def test_every_unit_of_work_is_dealt(shape: tuple[int, int], warps: int, process
 def test_there_is_a_kernel_for_all_rows(inputs: int) -> None:
     for variants in decode_cuda.VARIANTS.values():
         assert all(any(v.takes(rows, inputs) for v in variants) for rows in range(1, 17))
-        for variant in variants:
+        for variant in (v for v in variants if v.stages):
             assert variant.stages * 1024 >= variant.rows * 128  # the second strip's sums
 
 
@@ -231,7 +231,7 @@ def test_what_products_rotate_themselves() -> None:
     hyb, mul1 = CODES[1], CODES[7]
     assert all(rotates(hyb, inputs, None) for inputs in (128, 2048, 4096, 8192))
     assert all(rotates(mul1, inputs, 128) for inputs in (128, 4096, 11008, 14336))
-    assert not any(rotates(hyb, inputs, None) for inputs in (16, 64, 576, 11008, 14336, 16384))
+    assert not any(rotates(hyb, inputs, None) for inputs in (16, 64, 576, 11008, 14336, 32768))
     assert not rotates(mul1, 4000, 128)
     assert not rotates(hyb, 4096, None, rows=2)
     assert not rotates(CODES[0], 4096, None)

@@ -118,11 +118,13 @@ class Deal:
 
 VARIANTS = {
     ("hyb", "rows"): [
+        Variant(Kernel("decode.cu", "hyb_one_row", 384), 1, 0, True, "shared"),
         Variant(Kernel("decode.cu", "hyb_shared_x", 256), 8, 4, True, "shared"),
         Variant(Kernel("decode.cu", "hyb_rows_8", 256), 8, 4, True),
         Variant(Kernel("decode.cu", "hyb_rows_16", 512), 16, 2, True),
     ],
     ("mul1", "exl3"): [
+        Variant(Kernel("decode.cu", "mul1_one_row", 256), 1, 0, False, "shared"),
         Variant(Kernel("decode.cu", "mul1_shared_x", 256), 8, 4, False, "shared"),
         Variant(Kernel("decode.cu", "mul1_rows_8", 512), 8, 2, False),
         Variant(Kernel("decode.cu", "mul1_rows_16", 512), 16, 2, False),
@@ -131,8 +133,8 @@ VARIANTS = {
 """By code and order; the first that takes the activations multiplies them."""
 
 ROTATING = {
-    ("hyb", "rows"): Variant(Kernel("decode.cu", "hyb_rotating", 256), 1, 4, True, "rotated"),
-    ("mul1", "exl3"): Variant(Kernel("decode.cu", "mul1_rotating", 256), 1, 4, False, "rotated"),
+    ("hyb", "rows"): Variant(Kernel("decode.cu", "hyb_rotating", 256), 1, 0, True, "rotated"),
+    ("mul1", "exl3"): Variant(Kernel("decode.cu", "mul1_rotating", 256), 1, 0, False, "rotated"),
 }
 """Those that rotate the activations too."""
 
@@ -164,6 +166,16 @@ def rotates(
         and aligned(x, scales)
         and ROTATING[code.name, code.order].takes(batch, inputs)
     )
+
+
+def rotates_fast(inputs: int, out: int) -> bool:
+    """Whether ``rotate_and_multiply`` is faster than a rotation of its own and ``multiply``.
+
+    Every block rotates the whole row, which takes it 2 us for 4096 channels and 4.4 us for 8192; a
+    kernel of 8 blocks or more takes 3.3 and 3.8 us, its launch included. With 28672 outputs that
+    kernel won, too: the rotation's shared memory kept the next kernel out (launch_cuda.CARVEOUT).
+    """
+    return inputs <= 4096 and out <= 16384
 
 
 def rotate_and_multiply(

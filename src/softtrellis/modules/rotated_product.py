@@ -95,7 +95,8 @@ def rotated_product(
     there, cuda = codes.is_contiguous(), backend == "cuda" and decode_cuda.runs(code)
     by_strips = cuda and x.shape[0] <= FUSED_ROWS
     by_strips = by_strips and all(rotation_cuda.by_strips(out, block) for out in outs)
-    if cuda and there and decode_cuda.rotates(code, x, scales, multiple, block):
+    itself = cuda and there and decode_cuda.rotates(code, x, scales, multiple, block)
+    if itself and decode_cuda.rotates_fast(x.shape[1], sum(outs)):
         partial, norms = decode_cuda.rotate_and_multiply(
             x, signs, scales, codes, table, code, sum(outs), block, by_strips=by_strips
         )

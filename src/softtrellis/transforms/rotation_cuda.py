@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import sqrt
@@ -152,7 +152,7 @@ def rotate_input(
     """``rotation_triton.rotate_input``, for widths that ``runs`` names and x of float16, bfloat16
     or float32.
 
-    It may begin while the kernel before it ends, and lets the next one begin at once.
+    It may begin while the kernel before it ends, and lets the next one begin when that has ended.
 
     Args:
         x, signs, scales, multiple, block: as there.
@@ -255,15 +255,10 @@ class Rotation:
         whole = self.block == QUAD_BLOCK and self.features % 4 == 0
         return whole and aligned(self.source, self.scales, self.bias)
 
-    def blocks(self, transform: Transform, cut: Launch) -> int:
-        """Of the grid, for one of its transforms."""
-        return len(self.norms) * cut.slices * _parts(transform, cut)
-
     def parameters(
-        self, name: Name, transform: Transform, cut: Launch, first_block: int
+        self, into: bool, transform: Transform, cut: Launch, first_block: int
     ) -> tuple[list[Tensor | None], list[int]]:
-        """Of the kernel, for one of its transforms."""
-        into = name == "rotate_input"
+        """Of the kernel, for one of its transforms, into a packed product's basis or out of it."""
         activations, row = (self.source, self.features) if into else (self.target, self.stride)
         if activations.dtype not in TYPES:
             names = ", ".join(str(dtype) for dtype in TYPES)
@@ -298,74 +293,68 @@ def _parts(transform: Transform, cut: Launch) -> int:
     return 1 if transform.blocks else -(-transform.tiles // cut.part_tiles)
 
 
+_Job = tuple[Rotation, Transform]
+
+
 def _start(name: Name, rotations: Sequence[Rotation], launch: Launch | None) -> None:
-    """Launches of up to JOBS transforms each."""
-    jobs = [(r, t) for r in rotations for t in transforms(r.width, r.block)]
-    for some in (jobs[i : i + JOBS] for i in range(0, len(jobs), JOBS)):
-        cut = launch or max((t.launch() for _, t in some), key=lambda c: (c.slices, c.threads))
-        parameters, blocks = [], 0
-        for rotation, transform in some:
-            parameters.append(rotation.parameters(name, transform, cut, blocks))
-            blocks += rotation.blocks(transform, cut)
-        together = name == "rotate_input" or any(not t.blocks for _, t in some)
-        Kernel(SOURCE, name, cut.threads)(
-            blocks,
-            max(transform.shared_bytes(cut) for _, transform in some),
-            some[0][0].source.device,
-            *parameters[0],
-            more=_filled(parameters[1:], parameters[-1], blocks),
-            cluster=cut.slices if together else 1,
-            overlap=True,
-        )
+    """All transforms of these rows, by clusters of blocks."""
+    for jobs in _launches([(r, t) for r in rotations for t in transforms(r.width, r.block)]):
+        cut = launch or max((t.launch() for _, t in jobs), key=lambda c: (c.slices, c.threads))
+        together = name == "rotate_input" or any(not t.blocks for _, t in jobs)
+        grids = [len(r.norms) * cut.slices * _parts(t, cut) for r, t in jobs]
+        shared, cluster = max(t.shared_bytes(cut) for _, t in jobs), cut.slices if together else 1
+        _launch(Kernel(SOURCE, name, cut.threads), jobs, [cut] * len(jobs), grids, shared, cluster)
 
 
 def _start_quads(rotations: Sequence[Rotation]) -> None:
-    """Likewise, a warp for each block of channels."""
-    for some in (rotations[i : i + JOBS] for i in range(0, len(rotations), JOBS)):
-        jobs = [(r, transforms(r.width, r.block)[0]) for r in some]
+    """Out of blocks of 128 channels, a warp for each of them."""
+    for jobs in _launches([(r, transforms(r.width, r.block)[0]) for r in rotations]):
+        kernel = Kernel(BLOCKS_SOURCE, "unrotate_blocks", 32 * QUAD_WARPS)
         grids = [-(-len(r.norms) * t.a // QUAD_WARPS) for r, t in jobs]
-        _start_apart(BLOCKS_SOURCE, "unrotate_blocks", 32 * QUAD_WARPS, 0, jobs, grids)
+        _launch(kernel, jobs, [t.launch() for _, t in jobs], grids)
 
 
 def _start_columns(rotations: Sequence[Rotation]) -> None:
-    """Likewise, 8 blocks for the columns, times as many as rows of A need."""
-    for some in (rotations[i : i + JOBS] for i in range(0, len(rotations), JOBS)):
-        jobs = [(r, t) for r in some if (t := strips_of(r.width, r.block))]
-        grids = [len(r.norms) * STRIP // 4 * _parts(t, t.launch()) for r, t in jobs]
+    """Of strips that products transformed: 8 blocks, times as many as rows of A need."""
+    for jobs in _launches([(r, t) for r in rotations if (t := strips_of(r.width, r.block))]):
+        cuts = [t.launch() for _, t in jobs]
+        grids = [
+            len(r.norms) * STRIP // 4 * _parts(t, cut)
+            for (r, t), cut in zip(jobs, cuts, strict=True)
+        ]
         rows = max(-(-t.a // 32) * 32 for _, t in jobs)
         threads = min(MAX_THREADS, max(MIN_THREADS, rows))
-        shared = max(t.column_bytes(t.launch()) for _, t in jobs)
-        _start_apart(COLUMNS_SOURCE, "unrotate_columns", threads, shared, jobs, grids)
+        shared = max(t.column_bytes(cut) for (_, t), cut in zip(jobs, cuts, strict=True))
+        _launch(Kernel(COLUMNS_SOURCE, "unrotate_columns", threads), jobs, cuts, grids, shared)
 
 
-def _start_apart(
-    source: str,
-    name: str,
-    threads: int,
-    shared_bytes: int,
-    jobs: Sequence[tuple[Rotation, Transform]],
+def _launches(jobs: Sequence[_Job]) -> Iterator[Sequence[_Job]]:
+    """As many jobs at a time as a launch takes."""
+    return (jobs[i : i + JOBS] for i in range(0, len(jobs), JOBS))
+
+
+def _launch(
+    kernel: Kernel,
+    jobs: Sequence[_Job],
+    cuts: Sequence[Launch],
     grids: Sequence[int],
+    shared_bytes: int = 0,
+    cluster: int = 1,
 ) -> None:
-    """One launch of a kernel whose blocks send each other nothing."""
+    """One launch, of so many blocks a job; those that are not there begin after all blocks."""
     parameters, blocks = [], 0
-    for (rotation, transform), grid in zip(jobs, grids, strict=True):
-        cut = transform.launch()
-        parameters.append(rotation.parameters("unrotate_output", transform, cut, blocks))
+    for (rotation, transform), cut, grid in zip(jobs, cuts, grids, strict=True):
+        into = kernel.name == "rotate_input"
+        parameters.append(rotation.parameters(into, transform, cut, blocks))
         blocks += grid
-    Kernel(source, name, threads)(
+    addresses, numbers = parameters[-1]
+    missing = [(addresses, [*numbers[:-2], blocks, 0])] * (JOBS - len(jobs))
+    kernel(
         blocks,
         shared_bytes,
         jobs[0][0].source.device,
         *parameters[0],
-        more=_filled(parameters[1:], parameters[-1], blocks),
+        more=[*parameters[1:], *missing],
+        cluster=cluster,
         overlap=True,
     )
-
-
-_Parameters = tuple[list[Tensor | None], list[int]]
-
-
-def _filled(more: list[_Parameters], last: _Parameters, blocks: int) -> list[_Parameters]:
-    """Up to JOBS - 1 jobs, those that are not there beginning after all blocks."""
-    addresses, numbers = last
-    return [*more, *[(addresses, [*numbers[:-2], blocks, 0])] * (JOBS - 1 - len(more))]

@@ -14,9 +14,17 @@ import torch
 from torch import Tensor
 
 TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+"""As ``cuda/types.cuh`` numbers them."""
+
 MAX_SHARED_BYTES = 227 * 1024
 """Dynamic shared memory of a block, at most."""
-"""As ``cuda/types.cuh`` numbers them."""
+
+CARVEOUT = 100
+"""Of a multiprocessor's memory, the percentage that kernels that overlap ask for as shared memory.
+
+It changes only on a multiprocessor that runs nothing: with what the driver chooses for each kernel,
+blocks were seen to wait until those of the kernel before had ended, though there was room for both.
+"""
 
 
 def _checked(answer: tuple[Any, ...]) -> Any:
@@ -60,14 +68,18 @@ def compile_source(source: str, major: int, minor: int) -> bytes:
 
 
 @cache
-def _function(source: str, name: str, device: int, shared_bytes: int) -> Any:
+def _function(source: str, name: str, device: int, shared_bytes: int, overlap: bool) -> Any:
     from cuda.bindings import driver
 
     binary = compile_source(source, *torch.cuda.get_device_capability(device))
     module = _checked(driver.cuModuleLoadData(binary))
     function = _checked(driver.cuModuleGetFunction(module, name.encode()))
-    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    _checked(driver.cuFuncSetAttribute(function, attribute, shared_bytes))
+    attributes = driver.CUfunction_attribute
+    wanted = {attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES: shared_bytes}
+    if overlap:
+        wanted[attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT] = CARVEOUT
+    for attribute, value in wanted.items():
+        _checked(driver.cuFuncSetAttribute(function, attribute, value))
     return function
 
 
@@ -143,7 +155,7 @@ class Kernel:
         parameters = (ctypes.c_void_p * 1)(ctypes.addressof(structure))
         with torch.cuda.device(device):
             stream = torch.cuda.current_stream()
-            function = _function(self.source, self.name, stream.device_index, shared_bytes)
+            function = _function(self.source, self.name, stream.device_index, shared_bytes, overlap)
             config = driver.CUlaunchConfig()
             config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
             config.blockDimX, config.blockDimY, config.blockDimZ = self.threads, 1, 1

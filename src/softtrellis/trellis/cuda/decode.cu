@@ -6,9 +6,9 @@
 //     inputs and that of its outputs are free: one matrix instruction takes two rows of each
 //     quarter, and 4 inputs of each input block; the operands are where they were decoded. A unit
 //     of work is twice that, 32 outputs by 128 inputs.
-//   * A lane copies its own quarters to shared memory, several units ahead, and reads no one
-//     else's: no barriers. The first copies are under way before the kernel before this one ends.
-//     Or (STAGES 0) it loads them into registers, a unit ahead, as others were fetched to L2.
+//   * A lane loads its own quarters into registers, a unit ahead, as those after it come to L2; or
+//     (STAGES > 0) copies them to shared memory, several units ahead, and reads no one else's: no
+//     barriers. The first are under way before the kernel before this one ends.
 //   * HYB: 2 h(s) = 2 s (s + 1) holds the row of a table of 1024 codewords, signs included, in its
 //     bits 7 to 16. Every lane has its own copy of the table in its own bank (128 KiB in all), and
 //     bits 7 to 16 of 2 h, with the lane in bits 2 to 6, are the address: no reads conflict.
@@ -82,8 +82,8 @@ struct Quarter<HYB> {
     }
     __device__ __forceinline__ u32 weights(int bit, u32 bank) const {
         const u32 s = state(bit), twice = 2 * s;
-        const u32 row = (twice * s + twice) & ((TABLE_ROWS - 1) * LANES * 4);
-        return *(const u32 *)((const char *)shared + (row | bank));
+        const u32 at = and_or(twice * s + twice, (TABLE_ROWS - 1) * LANES * 4, bank);
+        return *(const u32 *)((const char *)shared + at);
     }
 };
 
@@ -370,11 +370,13 @@ __device__ __forceinline__ void multiply(const Parameters &p) {
         multiply<CODE, ROWS8, WARPS, STAGES, INPUTS>(p);                   \
     }
 
-KERNEL(hyb_rotating, HYB, 1, 8, 4, ROTATED, 128)
+KERNEL(hyb_rotating, HYB, 1, 8, 0, ROTATED, 128)
+KERNEL(hyb_one_row, HYB, 1, 12, 0, SHARED, 104)
 KERNEL(hyb_shared_x, HYB, 1, 8, 4, SHARED, 128)
 KERNEL(hyb_rows_8, HYB, 1, 8, 4, GLOBAL, 128)
 KERNEL(hyb_rows_16, HYB, 2, 16, 2, GLOBAL, 128)
-KERNEL(mul1_rotating, MUL1, 1, 8, 4, ROTATED, 128)
+KERNEL(mul1_rotating, MUL1, 1, 8, 0, ROTATED, 128)
+KERNEL(mul1_one_row, MUL1, 1, 8, 0, SHARED, 128)
 KERNEL(mul1_shared_x, MUL1, 1, 8, 4, SHARED, 128)
 KERNEL(mul1_rows_8, MUL1, 1, 16, 2, GLOBAL, 80)
 KERNEL(mul1_rows_16, MUL1, 2, 16, 2, GLOBAL, 128)

@@ -9,8 +9,7 @@
 //     and hands every block its columns; each then multiplies its columns by A. Where A is large,
 //     several clusters do all but that product, of which each computes its rows of A.
 //   * Nothing that a kernel may have written is read before the kernel before this one has ended.
-//     On the way in the next kernel, the product, may begin at once: its table and its first codes
-//     take longer than a rotation. It waits for this one, and so for all before it.
+//     Only then may the next one begin: products that begin with this kernel were slower.
 
 #include "signs.cuh"
 
@@ -137,7 +136,6 @@ __device__ __forceinline__ void multiply_columns(const Parameters &p, int row, i
 
 template <bool INPUT>
 __device__ __forceinline__ void rotate(const Parameters &p) {
-    if (INPUT) let_the_next_kernel_begin();
     const int lane = threadIdx.x % LANES, g = lane / 4, q = lane % 4;
     const int warp = threadIdx.x / LANES, warps = blockDim.x / LANES;
     const int index = blockIdx.x - p.first_block;
@@ -183,7 +181,7 @@ __device__ __forceinline__ void rotate(const Parameters &p) {
     __syncwarp();
     if (exchange) cluster_wait();
     wait_for_the_kernel_before();
-    if (!INPUT) let_the_next_kernel_begin();
+    let_the_next_kernel_begin();
 
     float peak = 0.f, scale = 1.f, norm = 1.f;
     if (!INPUT) {
@@ -280,7 +278,7 @@ __device__ __forceinline__ void rotate(const Parameters &p) {
     else multiply_columns<INPUT, 2>(p, row, tile, rank, left, columns, mailbox, factor_of);
 }
 
-// A block of either fits beside one of the product, of 256 threads with up to 128 registers.
+// 512 threads of either fit beside a block of the product of 256, 384 beside one of 384.
 extern "C" __global__ void __launch_bounds__(512, 2) rotate_input(Jobs jobs) {
     rotate<true>(jobs.mine());
 }

@@ -60,8 +60,40 @@ __device__ __forceinline__ void load_columns(const Parameters &p, int row, int f
     }
 }
 
+// Of a row of B's strips, all at once.
+template <int STRIPS>
+__device__ __forceinline__ void unrotate_strips(const Parameters &p, int row, int first, int tile,
+                                                bool works, const u32 *left, uint4 *columns) {
+    const int lane = threadIdx.x % LANES, tiles = (p.a + SIDE - 1) / SIDE;
+    const int i = tile * SIDE + lane / 4, j = first + lane % 4;
+    const float scale = read(p.scale, 0, FLOAT);
+    const float norm = read((const char *)(p.norms + row), 0, FLOAT);
+    Output<false> outputs[STRIPS][2];
+    const auto load_outputs = [&] {
+#pragma unroll
+        for (int k = 0; k < STRIPS; ++k)
+#pragma unroll
+            for (int h = 0; h < 2; ++h)
+                outputs[k][h].load(p, works ? i + 8 * h : p.a, j + k * STRIP);
+    };
+    if (STRIPS < 4) load_outputs();
+    load_columns<STRIPS>(p, row, first, tiles, columns);
+    if (STRIPS == 4) load_outputs();  // not before: registers
+    wait_for_copies();
+    __syncthreads();
+    if (!works) return;
+    float result[STRIPS][2];
+    multiply<STRIPS>(result, left, columns, tiles);
+#pragma unroll
+    for (int k = 0; k < STRIPS; ++k)
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+            outputs[k][h].store(p, row, i + 8 * h, j + k * STRIP, result[k][h],
+                                p.factor * scale * norm);
+}
+
 __device__ __forceinline__ void unrotate(const Parameters &p) {
-    const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
+    const int warp = threadIdx.x / LANES;
     const int index = blockIdx.x - p.first_block, first = index % COLUMN_BLOCKS * QUAD;
     const int part = index / COLUMN_BLOCKS % p.parts, row = index / COLUMN_BLOCKS / p.parts;
     const int tiles = (p.a + SIDE - 1) / SIDE, words = words_of(tiles);
@@ -73,8 +105,9 @@ __device__ __forceinline__ void unrotate(const Parameters &p) {
     for (int i = threadIdx.x; i < quads; i += blockDim.x)
         copy_async(address(left + 4 * i), p.left + 16 * (first_tile * words / 4 + i));
     const auto fetch = [&](const char *from, int bytes) {
-        const int thread = index % (COLUMN_BLOCKS * p.parts) * blockDim.x + threadIdx.x;
-        for (int at = thread * 128; from && at < bytes; at += COLUMN_BLOCKS * p.parts * blockDim.x * 128)
+        const int blocks = COLUMN_BLOCKS * p.parts;
+        const int thread = index % blocks * blockDim.x + threadIdx.x;
+        for (int at = thread * 128; from && at < bytes; at += blocks * blockDim.x * 128)
             fetch_to_l2(from + at);
     };
     fetch(p.signs, (p.features + 7) / 8);
@@ -83,33 +116,12 @@ __device__ __forceinline__ void unrotate(const Parameters &p) {
     wait_for_the_kernel_before();
     let_the_next_kernel_begin();
 
-    const float scale = read(p.scale, 0, FLOAT);
-    const float norm = read((const char *)(p.norms + row), 0, FLOAT);
     const bool works = warp < p.part_tiles && tile < tiles;
-    const int i = tile * SIDE + lane / 4;
-    int j = first + lane % 4;
-    Output<false> outputs[2];
-    const auto load_outputs = [&] {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) outputs[h].load(p, works ? i + 8 * h : p.a, j);
-    };
-    load_outputs();
+    const u32 *const own = left + warp * words;
     const int strips = p.b / STRIP;
-    if (strips == 1) load_columns<1>(p, row, first, tiles, columns);
-    else if (strips == 2) load_columns<2>(p, row, first, tiles, columns);
-    else load_columns<4>(p, row, first, tiles, columns);
-    wait_for_copies();
-    __syncthreads();
-    if (!works) return;
-    for (int k = 0; k < strips; ++k) {
-        float result[1][2];
-        multiply<1>(result, left + warp * words, columns + k * QUAD * stride_of(tiles), tiles);
-#pragma unroll
-        for (int h = 0; h < 2; ++h)
-            outputs[h].store(p, row, i + 8 * h, j, result[0][h], p.factor * scale * norm);
-        j += STRIP;
-        if (k + 1 < strips) load_outputs();
-    }
+    if (strips == 1) unrotate_strips<1>(p, row, first, tile, works, own, columns);
+    else if (strips == 2) unrotate_strips<2>(p, row, first, tile, works, own, columns);
+    else unrotate_strips<4>(p, row, first, tile, works, own, columns);
 }
 
 extern "C" __global__ void __launch_bounds__(512, 2) unrotate_columns(Jobs jobs) {

@@ -11,10 +11,10 @@
 struct Row {
     const char *source;          // x [channels]
     const char *signs, *scales;  // of channels: packed; float16, or null
-    int channels, bits, type;    // each 2^bits channels are transformed, at least 32; x's type
+    int channels, bits, type;    // each 2^bits channels are transformed, 5 to 16 bits; x's type
 };
 
-constexpr int RUN_BITS = 4, RUN = 1 << RUN_BITS, FETCHED = 128;
+constexpr int RUN_BITS = 4, RUN = 1 << RUN_BITS, MOST_BITS = 16, FETCHED = 128;
 
 // Signs and scales on their way into the L2 cache, a part of them by each block.
 template <int THREADS>
@@ -54,21 +54,23 @@ __device__ __forceinline__ float load_runs(const Row &row, float *to) {
     float peak = 0.f;
     for (int run = threadIdx.x; run < row.channels / RUN; run += THREADS) {
         const int first = run * RUN;
-        uint4 x[RUN / 4], ones[RUN / 4];
+        uint4 x[RUN / 4], scales[RUN / 4];
 #pragma unroll
         for (int k = 0; k < RUN / 4; ++k) {
             x[k] = read_bits4(row.source, first + 4 * k, row.type);
-            ones[k] = row.scales ? read_bits4(row.scales, first + 4 * k, HALF)
-                                 : make_uint4(0x3c003c00u, 0x3c003c00u, 0, 0);
+            if (row.scales) scales[k] = read_bits4(row.scales, first + 4 * k, HALF);
         }
         const char *from = row.signs + first / 8;
         const u32 signs = read_byte(from) << 24 | read_byte(from + 1) << 16;  // the first highest
         float v[RUN];
 #pragma unroll
         for (int k = 0; k < RUN / 4; ++k) {
-            const float4 y = numbers(x[k], row.type), scale = numbers(ones[k], HALF);
-            v[4 * k] = y.x * scale.x, v[4 * k + 1] = y.y * scale.y;
-            v[4 * k + 2] = y.z * scale.z, v[4 * k + 3] = y.w * scale.w;
+            const float4 y = numbers(x[k], row.type);
+            v[4 * k] = y.x, v[4 * k + 1] = y.y, v[4 * k + 2] = y.z, v[4 * k + 3] = y.w;
+            if (!row.scales) continue;
+            const float4 scale = numbers(scales[k], HALF);
+            v[4 * k] *= scale.x, v[4 * k + 1] *= scale.y;
+            v[4 * k + 2] *= scale.z, v[4 * k + 3] *= scale.w;
         }
 #pragma unroll
         for (int i = 0; i < RUN; ++i) {
@@ -83,20 +85,36 @@ __device__ __forceinline__ float load_runs(const Row &row, float *to) {
     return peak;
 }
 
-// BITS bits from this one on; after the last of them the numbers are done.
-template <int THREADS, int BITS, bool LAST>
-__device__ __forceinline__ void next_bits(const Row &row, float *at, u16 *done, int shift,
-                                          float factor) {
+// BITS bits from bit SHIFT on; after the last of them the numbers are done.
+template <int THREADS, int BITS, int SHIFT, bool LAST>
+__device__ __forceinline__ void next_bits(const Row &row, float *at, u16 *done, float factor) {
     for (int u = threadIdx.x; u < row.channels >> BITS; u += THREADS) {
-        const int low = u & ((1 << shift) - 1), first = ((u - low) << BITS) + low;
+        const int low = u & ((1 << SHIFT) - 1), first = ((u - low) << BITS) + low;
         float v[1 << BITS];
 #pragma unroll
-        for (int i = 0; i < 1 << BITS; ++i) v[i] = at[place(first) ^ place(i << shift)];
+        for (int i = 0; i < 1 << BITS; ++i) v[i] = at[place(first) ^ place(i << SHIFT)];
         transform<BITS>(v);
 #pragma unroll
         for (int i = 0; i < 1 << BITS; ++i) {
-            if (LAST) done[first + (i << shift)] = to_half(v[i] * factor);
-            else at[place(first) ^ place(i << shift)] = v[i];
+            if (LAST) done[first + (i << SHIFT)] = to_half(v[i] * factor);
+            else at[place(first) ^ place(i << SHIFT)] = v[i];
+        }
+    }
+}
+
+// All bits from bit SHIFT on, which the compiler knows: so it knows the places, too.
+template <int THREADS, int SHIFT>
+__device__ __forceinline__ void bits_from(const Row &row, float *at, u16 *done, float factor) {
+    switch (row.bits - SHIFT) {
+    case 1: next_bits<THREADS, 1, SHIFT, true>(row, at, done, factor); break;
+    case 2: next_bits<THREADS, 2, SHIFT, true>(row, at, done, factor); break;
+    case 3: next_bits<THREADS, 3, SHIFT, true>(row, at, done, factor); break;
+    case 4: next_bits<THREADS, 4, SHIFT, true>(row, at, done, factor); break;
+    default:
+        if constexpr (SHIFT + RUN_BITS < MOST_BITS) {
+            next_bits<THREADS, RUN_BITS, SHIFT, false>(row, at, done, factor);
+            __syncthreads();
+            bits_from<THREADS, SHIFT + RUN_BITS>(row, at, done, factor);
         }
     }
 }
@@ -114,16 +132,6 @@ __device__ __forceinline__ float rotate_row(const Row &row, float *room, u16 *do
     for (int w = 0; w < WARPS; ++w) peak = fmaxf(peak, __uint_as_float(peaks[w]));
     if (peak == 0.f) peak = 1.f;
     const float factor = (row.bits & 1 ? 0.70710678f : 1.f) / (float)(1 << row.bits / 2) / peak;
-    int shift = RUN_BITS;
-    for (; shift + RUN_BITS < row.bits; shift += RUN_BITS) {
-        next_bits<THREADS, RUN_BITS, false>(row, room, done, shift, factor);
-        __syncthreads();
-    }
-    switch (row.bits - shift) {
-    case 1: next_bits<THREADS, 1, true>(row, room, done, shift, factor); break;
-    case 2: next_bits<THREADS, 2, true>(row, room, done, shift, factor); break;
-    case 3: next_bits<THREADS, 3, true>(row, room, done, shift, factor); break;
-    default: next_bits<THREADS, 4, true>(row, room, done, shift, factor);
-    }
+    bits_from<THREADS, RUN_BITS>(row, room, done, factor);
     return peak;
 }
