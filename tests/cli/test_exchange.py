@@ -136,7 +136,7 @@ def test_what_cannot_be_imported(
     assert "is no directory" in refused("import", tmp_path / "nothing", *output, code=1)
     other = shutil.copytree(model, tmp_path / "other")
     for key, message in (
-        ({"quip_params": {"codebook": "bitshift"}}, "checkpoint of QTIP, which cannot be imported"),
+        ({"quip_params": {"codebook": "bitshift"}}, "name the full-precision model with --base"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantized with 'gptq'"),
     ):
         config = json.loads((model / "config.json").read_text("utf-8")) | key

@@ -131,3 +131,24 @@ def test_senseless_options(
 
 def test_no_model(refused: Refused, tmp_path: Path) -> None:
     assert "no-model" in refused("chat", tmp_path / "no-model", code=1)
+
+
+def test_the_context_ends_the_text(
+    softtrellis: Command, checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    prompt = "a" * 250
+    result = softtrellis("generate", checkpoint, "--prompt", prompt, "--max-tokens", "100")
+    assert result.code == 0, result.err
+    assert "the model's context of 256 tokens ends the text after " in caplog.text
+    result = softtrellis("generate", checkpoint, "--prompt", "a" * 300)
+    assert (result.code, result.out) == (1, "")
+    assert "the prompt has 300 tokens, and the model's context is 256; shorten it" in result.err
+
+
+def test_no_tokenizer(refused: Refused, checkpoint: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    import_module("softtrellis.integrations.transformers")
+    AutoModelForCausalLM.from_pretrained(checkpoint).save_pretrained(tmp_path / "again")
+    message = refused("generate", tmp_path / "again", "--prompt", "abc", code=1)
+    assert "no tokenizer beside the weights; save it there" in message

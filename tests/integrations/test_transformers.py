@@ -97,6 +97,13 @@ def test_checkpoints_of_before_are_loaded_by_their_manifest(version: int, tmp_pa
     assert_same(load(tmp_path / "again"), model)
 
 
+def test_what_save_pretrained_wrote_before_is_loaded_by_its_config() -> None:
+    """Version 2 as it is since config.json describes the layers, without a manifest."""
+    folder = FIXTURES / "checkpoint_v2_saved"
+    assert not (folder / MANIFEST).exists()
+    assert_same(load(folder), load_quantized(FIXTURES / "checkpoint_v2"))
+
+
 def test_config_says_what_the_manifest_says(checkpoint: Path) -> None:
     config = AutoConfig.from_pretrained(checkpoint).quantization_config
     layers = read_manifest(checkpoint).layers

@@ -13,11 +13,12 @@ def add_parser(commands: Commands) -> None:
     parser = command(
         commands,
         "import",
-        "read an EXL3 model into a checkpoint with the same bits",
+        "read a model of EXL3 or QTIP into a checkpoint with the same bits",
         "softtrellis import llama-exl3 -o llama-2bit --base meta-llama/Llama-3.2-1B",
-        "Layers of up to 4 bits keep their bits; others, often the output layer, become dense.",
+        "Layers of up to 4 bits keep their bits; others, often the output layer, become dense. "
+        "QTIP's need --base, and not all can be read: docs/export.md says which.",
     )
-    parser.add_argument("source", help="the directory of an EXL3 model")
+    parser.add_argument("source", help="the directory of a model of EXL3 or QTIP")
     add_output(parser, "the checkpoint")
     parser.add_argument(
         "--base",
@@ -41,6 +42,8 @@ def run(options: argparse.Namespace) -> int:
     print(f"{report.layers} layers with the same bits")
     for name, bits in report.decoded.items():
         print(f"{name} has {bits} bits, more than codes here have: stored dense, in float32")
+    if report.rounded:
+        print(f"{len(report.rounded)} of them with scales of output channels rounded to float16")
     if report.correlations:
         name = min(report.correlations, key=lambda each: report.correlations[each])
         print(f"correlation with the base model at least {report.correlations[name]:.4f} ({name})")

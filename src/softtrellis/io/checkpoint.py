@@ -39,7 +39,7 @@ from softtrellis.io.model_files import (
     stored_tensors,
     write_companions,
 )
-from softtrellis.io.sources import Source, fingerprint, load_source, quiet
+from softtrellis.io.sources import Source, fingerprint, load_source, quiet, tokenizer_expected
 from softtrellis.io.tables import TABLE, codebooks_of, stored_tables
 from softtrellis.io.tensor_files import TensorFiles, read_json
 from softtrellis.modules.quantized_linear import QuantizedLinear, meta_layer
@@ -315,7 +315,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        with quiet():
+        with quiet(), tokenizer_expected(Path(path)):
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 path, trust_remote_code=False
             )

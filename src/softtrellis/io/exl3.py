@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from softtrellis.io.foreign import check_tensor, signs_of
 from softtrellis.io.manifest import CheckpointError
 from softtrellis.modules.quantized_linear import LayerFormat, QuantizedLinear
 from softtrellis.quantizers.basis import WeightBasis
@@ -173,11 +174,11 @@ class Exl3Layer:
             )
         inputs, outputs = padded_size(in_features, BLOCK), padded_size(out_features, BLOCK)
         tiles = (inputs // TILE_SIDE, outputs // TILE_SIDE, trellis.shape[-1])
-        _check(name, "trellis", trellis, torch.int16, tiles)
-        _check(name, "suh", tensors["suh"], torch.float16, (inputs,))
-        _check(name, "svh", tensors["svh"], torch.float16, (outputs,))
+        check_tensor(name, "trellis", trellis, torch.int16, tiles)
+        check_tensor(name, "suh", tensors["suh"], torch.float16, (inputs,))
+        check_tensor(name, "svh", tensors["svh"], torch.float16, (outputs,))
         if "bias" in tensors:
-            _check(name, "bias", tensors["bias"], torch.float16, (out_features,))
+            check_tensor(name, "bias", tensors["bias"], torch.float16, (out_features,))
         marks = [code for code in MULTIPLIERS if code in tensors]
         if len(marks) > 1:
             raise CheckpointError(f"the EXL3 layer {name} has marks of two codes: mcg and mul1")
@@ -216,8 +217,8 @@ class Exl3Layer:
             self.out_features,
             BLOCK,
             BLOCK,
-            in_signs=_signs(self.suh),
-            out_signs=_signs(self.svh),
+            in_signs=signs_of(self.suh),
+            out_signs=signs_of(self.svh),
         )
         return WeightBasis(
             incoherence,
@@ -298,17 +299,3 @@ def _signed_scale(
     magnitude = torch.zeros_like(signed)
     magnitude[:features] = 1.0 if scale is None else scale.to(torch.float32)
     return to_half(signed * magnitude if factor is None else signed * magnitude * factor)
-
-
-def _signs(scale: Tensor) -> Tensor:
-    return 1 - 2 * torch.signbit(scale).to(torch.int8)
-
-
-def _check(name: str, key: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-        raise CheckpointError(
-            f"{name}.{key} is {tensor.dtype} {list(tensor.shape)} and must be {dtype} "
-            f"{list(shape)}; the layer does not fit the model in config.json"
-        )
-    if dtype.is_floating_point and not bool(tensor.isfinite().all()):
-        raise CheckpointError(f"{name}.{key} has a value that is not finite")

@@ -251,9 +251,10 @@ def _from_pretrained(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with _loading(name), quiet():
-        tokenizer = AutoTokenizer.from_pretrained(
-            directory, trust_remote_code=False, **tokenizer_options
-        )
+        with tokenizer_expected(directory):
+            tokenizer = AutoTokenizer.from_pretrained(
+                directory, trust_remote_code=False, **tokenizer_options
+            )
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=dtype,
@@ -348,6 +349,21 @@ def _loading(name: str) -> Iterator[None]:
         yield
     except Exception as error:  # the readers of damaged files raise errors of every kind
         raise ValueError(f"Cannot load '{name}': {first_line(error)}") from error
+
+
+@contextmanager
+def tokenizer_expected(directory: Path) -> Iterator[None]:
+    """A plain ValueError if a tokenizer cannot be loaded because there is none."""
+    try:
+        yield
+    except Exception as error:
+        patterns = ("tokenizer*", "vocab*", "*.model", "*.gguf")
+        if any(next(directory.glob(pattern), None) for pattern in patterns):
+            raise
+        raise ValueError(
+            "there is no tokenizer beside the weights; save it there with "
+            "tokenizer.save_pretrained, or copy its files"
+        ) from error
 
 
 @contextmanager

@@ -23,12 +23,14 @@ from softtrellis.io.exl3_export import Exl3Sizes, save_exl3
 from softtrellis.io.exl3_import import load_exl3, quantization_of
 from softtrellis.io.files import whole_directory
 from softtrellis.io.manifest import CheckpointError, is_checkpoint
-from softtrellis.io.qtip import refuse_qtip
+from softtrellis.io.qtip import is_qtip, load_qtip
 from softtrellis.modules.replace import get_linear, prepare_for_layers_, quantized_layers
 
 ExportFormat = Literal["exl3", "dense"]
 LEAST_CORRELATION = 0.5
 """Of a layer with the base model's: a wrong code gives about 0, 1 bit per weight above 0.7."""
+
+QTIP_ORDER = "tiles in the order of QTIP's kernel, which is not known here, look like that too"
 
 
 @dataclass(frozen=True)
@@ -97,37 +99,49 @@ class ImportReport:
         layers: quantized layers.
         decoded: layers of more than 4 bits, which are dense now, with their bits.
         correlations: of every quantized layer's weight with the base model's; empty without one.
+        rounded: layers whose scales of output channels were rounded to float16.
     """
 
     layers: int
     decoded: Mapping[str, int]
     correlations: Mapping[str, float]
+    rounded: tuple[str, ...] = ()
 
 
 def import_from(
     source: Path, output: Path, *, base: str | None = None, force: bool = False
 ) -> ImportReport:
-    """Reads an EXL3 model and saves it as a checkpoint with the same bits.
+    """Reads a model of EXL3 or QTIP and saves it as a checkpoint with the same codes.
 
     Args:
         source: the model's directory.
         output: the checkpoint's.
         base: the full-precision model it was made from: every layer is compared with it, and
-            training takes it as the teacher.
+            training takes it as the teacher. QTIP's need it, see ``load_qtip``.
         force: replace an output that exists.
 
     Raises:
         OutputExists: the output exists and ``force`` is off.
         CheckpointError: another format, damaged, not supported, or not made from ``base``.
     """
-    _check_format(source)
+    qtip = _check_format(source) == "qtip"
+    if qtip and base is None:
+        raise CheckpointError(
+            f"{source} is a checkpoint of QTIP, whose files do not say in which order their tiles "
+            "are: name the full-precision model with --base, with which each layer is compared"
+        )
     with whole_directory(output, force=force) as directory:
-        found = load_exl3(source)
+        found = load_qtip(source) if qtip else load_exl3(source)
         record, correlations = found.base, dict[str, float]()
         if base is not None:
             full = load_full_precision(base)
             record = base_of(full)
-            correlations = correlate(found.model, full.model)
+            try:
+                correlations = correlate(found.model, full.model)
+            except CheckpointError as error:
+                if qtip:
+                    error.add_note(QTIP_ORDER)
+                raise
         save_quantized(
             found.model,
             found.tokenizer,
@@ -136,22 +150,25 @@ def import_from(
             source_directory=source,
             provenance=found.provenance,
         )
-    return ImportReport(len(quantized_layers(found.model)), found.decoded, correlations)
+    layers = len(quantized_layers(found.model))
+    return ImportReport(layers, found.decoded, correlations, found.rounded)
 
 
-def _check_format(source: Path) -> None:
+def _check_format(source: Path) -> Literal["exl3", "qtip"]:
     if not source.is_dir():
         raise CheckpointError(f"{source} is no directory; download the model and give its folder")
     if is_checkpoint(source):
         raise CheckpointError(f"{source} is a softtrellis checkpoint already; use it as it is")
-    refuse_qtip(source)
+    if is_qtip(source):
+        return "qtip"
     method = quantization_of(source).get("quant_method")
     if method != "exl3":
         what = "not quantized" if method is None else f"quantized with {method!r}"
         raise CheckpointError(
-            f"{source} is {what}; EXL3 models can be imported, and full-precision ones are "
-            "quantized with 'softtrellis quantize'"
+            f"{source} is {what}; models of EXL3 and QTIP can be imported, and full-precision ones "
+            "are quantized with 'softtrellis quantize'"
         )
+    return "exl3"
 
 
 def correlate(model: nn.Module, base: nn.Module) -> dict[str, float]:

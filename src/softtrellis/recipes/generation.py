@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -80,6 +80,8 @@ def generate_text(
 ) -> str:
     """The text that follows ``prompt``, up to the end of the text or ``max_tokens``.
 
+    Where the model's context ends before that, so does the text, and a warning is logged.
+
     Args:
         model, tokenizer: of a causal language model.
         prompt: plain text, without a chat template.
@@ -87,11 +89,20 @@ def generate_text(
         streamer: gets the tokens as they come.
 
     Raises:
-        ValueError: a prompt without tokens.
+        ValueError: a prompt without tokens, or one that fills the model's context.
     """
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     if ids.numel() == 0:
         raise ValueError("prompt must have at least one token")
+    limit = _context(model)
+    room = limit - ids.shape[1]
+    if room < 1:
+        raise ValueError(
+            f"the prompt has {ids.shape[1]} tokens, and the model's context is {limit}; shorten it"
+        )
+    if config.max_tokens > room:
+        _log.warning("the model's context of %d tokens ends the text after %d", limit, room)
+        config = replace(config, max_tokens=room)
     torch.manual_seed(config.seed)
     return _continue(model, tokenizer, ids.to(torch.int64), config, streamer)
 
@@ -147,7 +158,7 @@ class Chat:
 
     def _fit(self, messages: list[dict[str, str]]) -> Tensor:
         """int64 [1, n]: the templated messages, shortened in place to what fits."""
-        limit = getattr(self._model.config, "max_position_embeddings", None) or sys.maxsize
+        limit = _context(self._model)
         start, dropped = len(self._system), 0
         while True:
             encoded: Any = self._tokenizer.apply_chat_template(
@@ -168,6 +179,11 @@ class Chat:
             _log.warning("the context is full: the oldest %d turns were left out", dropped)
         tokens: Tensor = ids.to(torch.int64)
         return tokens
+
+
+def _context(model: PreTrainedModel) -> int:
+    """How many tokens the model can look at; without a limit a very large number."""
+    return getattr(model.config, "max_position_embeddings", None) or sys.maxsize
 
 
 def _continue(
