@@ -1,18 +1,20 @@
 #!/usr/bin/env bash
 # The fourth search of docs/results.md: bash benchmarks/search.sh MODEL C4 TRAIN TEST FOLDER
 source "$(dirname "$0")/runs.sh"
-common="--micro-batch 32 --compile --evaluate-every 1000000 --measure-every 60"
-common="$common --train latents,scales,norms"
+common="--compile --evaluate-every 1000000 --measure-every 60 --train latents,scales,norms --scale-lr 5e-3"
 soft="$common --estimator soft $cooling"
-identity="$common --estimator identity --viterbi-every 4"
-runs=()
-for lr in 6e-2 1e-1 1.5e-1; do runs+=("tokens/soft-$lr=$soft --batch 64 --steps 60 --lr $lr --scale-lr 5e-3"); done
-for lr in 3e-2 4e-2 6e-2; do
-    runs+=("tokens/identity-$lr=$common --estimator identity --batch 64 --steps 60 --lr $lr --scale-lr 5e-3")
-done
-for lr in 1e-2 1.5e-2 2e-2; do
-    runs+=("minutes/identity-$lr=$identity --batch 64 --minutes 2 --lr $lr --scale-lr 5e-3")
-done
-for lr in 6e-2 1e-1; do runs+=("minutes/soft-$lr=$soft --batch 64 --minutes 2 --lr $lr --scale-lr 5e-3"); done
-runs+=("minutes/soft-256-1e-1=$soft --batch 256 --minutes 2 --lr 1e-1 --scale-lr 5e-3")
-run experiment "--L 12" --test-windows 16 "${runs[@]}"
+identity="$common --estimator identity"
+tokens="--batch 8 --steps 480"
+run experiment "--L 12" \
+    "tokens/identity-1e-2=$identity $tokens --lr 1e-2" \
+    "tokens/identity-1e-2-start-0.5=$identity $tokens --lr 1e-2 --start 0.5" \
+    "tokens/identity-5e-3-start-0.5=$identity $tokens --lr 5e-3 --start 0.5" \
+    "tokens/soft-3e-2=$soft $tokens --lr 3e-2" \
+    "tokens/soft-6e-2=$soft $tokens --lr 6e-2" \
+    "tokens/soft-2e-2-start-0.25=$soft $tokens --lr 2e-2 --start 0.25" \
+    "minutes/identity-8-1e-2=$identity --viterbi-every 4 --batch 8 --minutes 2 --lr 1e-2" \
+    "minutes/identity-8-5e-3-start-0.5=$identity --viterbi-every 4 --batch 8 --minutes 2 --lr 5e-3 --start 0.5" \
+    "minutes/identity-32-1e-2=$identity --viterbi-every 4 --batch 32 --minutes 2 --lr 1e-2" \
+    "minutes/soft-32-6e-2=$soft --batch 32 --minutes 2 --lr 6e-2" \
+    "minutes/soft-32-2e-2-start-0.25=$soft --batch 32 --minutes 2 --lr 2e-2 --start 0.25" \
+    "minutes/soft-128-1e-1=$soft --batch 128 --micro-batch 32 --minutes 2 --lr 1e-1"

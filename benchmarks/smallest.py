@@ -1,6 +1,6 @@
 """The tables of the very small model in docs/ptq.md and docs/results.md, on a CPU.
 
-python benchmarks/smallest.py [ptq | tokens] stories260k tinystories.txt [--seeds 0 1 2]
+python benchmarks/smallest.py [ptq | tokens | starts] stories260k tinystories.txt [--seeds 0 1 2]
 """
 
 from __future__ import annotations
@@ -35,6 +35,32 @@ RUNS: list[dict[str, Any]] = [
     *({"steps": 60, "estimator": "identity", "lr": lr} for lr in (FROZEN, 1e-2, 2e-2)),
     *({"steps": 240, "estimator": "identity", "lr": lr} for lr in (FROZEN, 5e-3, 1e-2)),
     {"steps": 240, **SOFT, "lr": 1e-2},
+]
+
+IDENTITY = {"estimator": "identity", "viterbi_every": 4, "scale_lr": 5e-3}
+LARGE = {**IDENTITY, "batch": 4, "steps": 120}
+LITTLE = {"batch": 1, "steps": 480, "reencode_every": 20, "scale_lr": 5e-3}
+STARTS: list[dict[str, Any]] = [
+    *({**LARGE, "lr": lr} for lr in (FROZEN, 1e-2, 2e-2, 2.5e-2)),
+    *({**LARGE, "lr": FROZEN, "start": start} for start in (0.5, 0.75, 1.0)),
+    *({**LARGE, "lr": lr, "start": x} for lr, x in ((2e-2, 0.25), (1e-2, 0.5), (1e-2, 0.75))),
+    *({**IDENTITY, **LITTLE, "lr": lr} for lr in (7e-3, 1e-2)),
+    *({**IDENTITY, **LITTLE, "lr": 1e-2, "start": start} for start in (0.25, 0.35, 0.5)),
+    *({**IDENTITY, **LITTLE, "lr": 5e-3, "start": start} for start in (0.5, 0.75)),
+    {**IDENTITY, **LITTLE, "lr": 3e-3, "start": 1.0},
+    *(
+        {**SOFT, **LITTLE, "lr": lr, "start": x}
+        for lr, x in ((2e-2, 0.0), (2e-2, 0.25), (1e-2, 0.5))
+    ),
+]
+TUNED: list[dict[str, Any]] = [
+    {**IDENTITY, **LITTLE, "lr": FROZEN},
+    {**LARGE, "lr": 1e-2},
+    *(
+        {**IDENTITY, **LITTLE, "lr": lr, "start": start}
+        for start in (0.0, 0.25, 0.5)
+        for lr in (5e-3, 1e-2)
+    ),
 ]
 
 
@@ -88,10 +114,12 @@ def written(source: Source, count: int) -> Tensor:
     return torch.cat(list(parts))
 
 
-def tokens(source: Source, text: str, test: Tensor) -> None:
-    windows, start = written(source, 16384), quantized(source, text, 64)
-    report("LDLQ", source, copy.deepcopy(start), test[1::2])
-    for run in RUNS:
+def trained(
+    source: Source, start: Any, windows: Tensor, test: Tensor, runs: list[dict[str, Any]]
+) -> None:
+    """Each run from the same quantized model."""
+    report("as quantized", source, copy.deepcopy(start), test[1::2])
+    for run in runs:
         settings = {"batch": 16, "scale_lr": 1e-2, "evaluate_every": 0, "measure_every": 0} | run
         config = DistillConfig(ctx=CTX, train=("latents", "scales", "norms"), **settings)
         teacher, student = copy.deepcopy(source.model), copy.deepcopy(start)
@@ -101,9 +129,24 @@ def tokens(source: Source, text: str, test: Tensor) -> None:
         report(f"{run}, {share:.3f} of codes changed", source, student, test[1::2])
 
 
+def starts(source: Source, text: Path, test: Tensor) -> None:
+    """LDLQ, then a tuned start, whose later layers learned from what the teacher wrote."""
+    windows = written(source, 4096)
+    trained(source, quantized(source, str(text), 64), windows, test, STARTS)
+    own = text.with_name("written.txt")
+    decoded = source.tokenizer.batch_decode(windows, skip_special_tokens=True)
+    own.write_text("\n\n".join(decoded), "utf-8")
+    behind = ProgressiveConfig(
+        steps=40, lr=6e-2, scale_lr=3e-2, micro_batch=None, data=(str(own),), ctx=CTX
+    )
+    tuned = {"fine_tune": FineTuneConfig(epochs=2), "progressive": behind}
+    runs = [run | {"scale_lr": 3e-3} for run in TUNED]
+    trained(source, quantized(source, str(text), 64, **tuned), windows, test, runs)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("table", choices=["ptq", "tokens"])
+    parser.add_argument("table", choices=["ptq", "tokens", "starts"])
     parser.add_argument("model")
     parser.add_argument("stories", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -112,11 +155,14 @@ def main() -> None:
     test = token_windows(source.tokenizer, [stories[-SCORED:]], CTX)
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "text.txt"
-        text.write_text(stories[: 60_000 if options.table == "tokens" else -SCORED], "utf-8")
+        text.write_text(stories[: -SCORED if options.table == "ptq" else 60_000], "utf-8")
         if options.table == "ptq":
             ptq(source, str(text), test, options.seeds)
+        elif options.table == "tokens":
+            start = quantized(source, str(text), 64)
+            trained(source, start, written(source, 16384), test, RUNS)
         else:
-            tokens(source, str(text), test)
+            starts(source, text, test)
 
 
 if __name__ == "__main__":
