@@ -12,8 +12,8 @@ run experiment "--L 12" \
     "tokens/soft-3e-2=$soft $tokens --lr 3e-2" \
     "tokens/soft-6e-2=$soft $tokens --lr 6e-2" \
     "tokens/soft-2e-2-start-0.25=$soft $tokens --lr 2e-2 --start 0.25" \
-    "minutes/identity-8-1e-2=$identity --viterbi-every 4 --batch 8 --minutes 2 --lr 1e-2" \
-    "minutes/identity-8-5e-3-start-0.5=$identity --viterbi-every 4 --batch 8 --minutes 2 --lr 5e-3 --start 0.5" \
+    "minutes/identity-8-6e-3=$identity --viterbi-every 4 --batch 8 --minutes 2 --lr 6e-3" \
+    "minutes/identity-8-4e-3-start-0.5=$identity --viterbi-every 4 --batch 8 --minutes 2 --lr 4e-3 --start 0.5" \
     "minutes/identity-32-1e-2=$identity --viterbi-every 4 --batch 32 --minutes 2 --lr 1e-2" \
     "minutes/soft-32-6e-2=$soft --batch 32 --minutes 2 --lr 6e-2" \
     "minutes/soft-32-2e-2-start-0.25=$soft --batch 32 --minutes 2 --lr 2e-2 --start 0.25" \
