@@ -4,14 +4,14 @@ source "$(dirname "$0")/runs.sh"
 common="--compile --evaluate-every 1000000 --measure-every 60 --train latents,scales,norms --scale-lr 5e-3"
 soft="$common --estimator soft $cooling"
 identity="$common --estimator identity"
-tokens="--batch 8 --steps 480"
+tokens="--batch 16 --steps 240"
 run experiment "--L 12" \
-    "tokens/identity-1e-2=$identity $tokens --lr 1e-2" \
-    "tokens/identity-1e-2-start-0.5=$identity $tokens --lr 1e-2 --start 0.5" \
-    "tokens/identity-5e-3-start-0.5=$identity $tokens --lr 5e-3 --start 0.5" \
-    "tokens/soft-3e-2=$soft $tokens --lr 3e-2" \
-    "tokens/soft-6e-2=$soft $tokens --lr 6e-2" \
-    "tokens/soft-2e-2-start-0.25=$soft $tokens --lr 2e-2 --start 0.25" \
+    "tokens/identity-1.5e-2=$identity $tokens --lr 1.5e-2" \
+    "tokens/identity-1.5e-2-start-0.5=$identity $tokens --lr 1.5e-2 --start 0.5" \
+    "tokens/identity-7e-3-start-0.5=$identity $tokens --lr 7e-3 --start 0.5" \
+    "tokens/soft-4e-2=$soft $tokens --lr 4e-2" \
+    "tokens/soft-8e-2=$soft $tokens --lr 8e-2" \
+    "tokens/soft-3e-2-start-0.25=$soft $tokens --lr 3e-2 --start 0.25" \
     "minutes/identity-8-6e-3=$identity --viterbi-every 4 --batch 8 --minutes 2 --lr 6e-3" \
     "minutes/identity-8-4e-3-start-0.5=$identity --viterbi-every 4 --batch 8 --minutes 2 --lr 4e-3 --start 0.5" \
     "minutes/identity-32-1e-2=$identity --viterbi-every 4 --batch 32 --minutes 2 --lr 1e-2" \
