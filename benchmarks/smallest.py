@@ -1,6 +1,6 @@
 """The tables of the very small model in docs/ptq.md and docs/results.md, on a CPU.
 
-python benchmarks/smallest.py [ptq | tokens | starts] stories260k tinystories.txt [--seeds 0 1 2]
+python benchmarks/smallest.py [ptq | tokens | starts | steps] stories260k stories.txt [--seeds 0 1 2]
 """
 
 from __future__ import annotations
@@ -62,6 +62,8 @@ TUNED: list[dict[str, Any]] = [
         for lr in (5e-3, 1e-2)
     ),
 ]
+PROGRESSIVE = [(40, 16, 6e-2), (80, 8, 6e-2), (160, 4, 6e-2), (160, 4, 3e-2), (320, 2, 3e-2)]
+"""Steps behind a decoder layer, windows a step, learning rate."""
 
 
 def report(name: str, source: Source, model: Any, test: Tensor) -> None:
@@ -82,7 +84,7 @@ def quantized(source: Source, text: str, windows: int, seed: int = 0, **tuning: 
 
 
 def ptq(source: Source, text: str, test: Tensor, seeds: list[int]) -> None:
-    tuned = {"fine_tune": FineTuneConfig(epochs=2)}
+    fine = {"fine_tune": FineTuneConfig(epochs=2)}
     whole = {"end_to_end": EndToEndConfig(epochs=4, lr=3e-3, batch=16)}
     behind = {
         "progressive": ProgressiveConfig(
@@ -91,10 +93,10 @@ def ptq(source: Source, text: str, test: Tensor, seeds: list[int]) -> None:
     }
     rows: dict[str, dict[str, Any]] = {
         "LDLQ": {},
-        "fine-tuned": tuned,
-        "fine-tuned, end to end": tuned | whole,
-        "fine-tuned, progressive": tuned | behind,
-        "fine-tuned, progressive, end to end": tuned | behind | whole,
+        "fine-tuned": fine,
+        "fine-tuned, end to end": fine | whole,
+        "fine-tuned, progressive": fine | behind,
+        "fine-tuned, progressive, end to end": fine | behind | whole,
     }
     for name, options in rows.items():
         for windows in (0, 256):
@@ -129,24 +131,40 @@ def trained(
         report(f"{run}, {share:.3f} of codes changed", source, student, test[1::2])
 
 
-def starts(source: Source, text: Path, test: Tensor) -> None:
-    """LDLQ, then a tuned start, whose later layers learned from what the teacher wrote."""
-    windows = written(source, 4096)
-    trained(source, quantized(source, str(text), 64), windows, test, STARTS)
+def tuned(
+    source: Source, text: Path, windows: Tensor, steps: int = 40, batch: int = 16, lr: float = 6e-2
+) -> Any:
+    """Fine-tuned; later layers learn from what the teacher wrote."""
     own = text.with_name("written.txt")
     decoded = source.tokenizer.batch_decode(windows, skip_special_tokens=True)
     own.write_text("\n\n".join(decoded), "utf-8")
     behind = ProgressiveConfig(
-        steps=40, lr=6e-2, scale_lr=3e-2, micro_batch=None, data=(str(own),), ctx=CTX
-    )
-    tuned = {"fine_tune": FineTuneConfig(epochs=2), "progressive": behind}
+        steps=steps, batch=batch, lr=lr, scale_lr=lr / 2,
+        micro_batch=None, data=(str(own),), ctx=CTX,
+    )  # fmt: skip
+    options = {"fine_tune": FineTuneConfig(epochs=2), "progressive": behind}
+    return quantized(source, str(text), 64, **options)
+
+
+def starts(source: Source, text: Path, test: Tensor) -> None:
+    """LDLQ, then a tuned start."""
+    windows = written(source, 4096)
+    trained(source, quantized(source, str(text), 64), windows, test, STARTS)
     runs = [run | {"scale_lr": 3e-3} for run in TUNED]
-    trained(source, quantized(source, str(text), 64, **tuned), windows, test, runs)
+    trained(source, tuned(source, text, windows), windows, test, runs)
+
+
+def steps(source: Source, text: Path, test: Tensor) -> None:
+    """As many tokens behind every decoder layer in more and smaller steps."""
+    windows = written(source, 4096)
+    for count, batch, lr in PROGRESSIVE:
+        name = f"{count} steps of {batch} windows, lr {lr}"
+        report(name, source, tuned(source, text, windows, count, batch, lr), test[1::2])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("table", choices=["ptq", "tokens", "starts"])
+    parser.add_argument("table", choices=["ptq", "tokens", "starts", "steps"])
     parser.add_argument("model")
     parser.add_argument("stories", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -162,7 +180,7 @@ def main() -> None:
             start = quantized(source, str(text), 64)
             trained(source, start, written(source, 16384), test, RUNS)
         else:
-            starts(source, text, test)
+            {"starts": starts, "steps": steps}[options.table](source, text, test)
 
 
 if __name__ == "__main__":
