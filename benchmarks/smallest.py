@@ -1,6 +1,6 @@
 """The tables of the very small model in docs/ptq.md and docs/results.md, on a CPU.
 
-python benchmarks/smallest.py [ptq | tokens | starts | steps] stories260k stories.txt [--seeds 0 1 2]
+python benchmarks/smallest.py ptq|tokens|starts|steps stories260k tinystories.txt [--seeds 0 1 2]
 """
 
 from __future__ import annotations

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from recipes.support import same
+from torch._dynamo.utils import counters
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from softtrellis.cli.common import UsageError
@@ -112,6 +114,16 @@ def test_only_what_will_be_quantized_changes(setting: Setting) -> None:
     last, original = model.model.layers[-1], setting.teacher.model.layers[-1]
     assert torch.equal(last.mlp.up_proj.weight, original.mlp.up_proj.weight)
     assert not torch.equal(last.input_layernorm.weight, original.input_layernorm.weight)
+
+
+def test_compiled_layers_change_nothing(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    compiled = setting.quantize(progressive=replace(STEPS, compile=True))
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs == 3, "the teacher's layers, and those behind, of which the first has no gradient"
+    assert same(compiled, setting.quantize(progressive=STEPS))
 
 
 @pytest.mark.parametrize("stop", [0, 1])

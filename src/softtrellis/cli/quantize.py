@@ -167,6 +167,12 @@ def add_parser(commands: Commands) -> None:
         type=int,
         help="of it, windows that pass the model at once; 4 by default",
     )
+    parser.add_argument(
+        "--progressive-compile",
+        action="store_const",
+        const=True,
+        help="of it, run decoder layers through torch.compile: for many steps on a GPU",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the random signs of the rotations")
     add_device(parser, "what quantizes; cuda holds one decoder layer at a time")
     add_backend(parser)
@@ -233,7 +239,7 @@ def configs(
             raise ValueError(f"end_to_end must be at least 1, got {options.end_to_end}")
         whole = EndToEndConfig(epochs=options.end_to_end, seed=options.seed)
     behind = None
-    names = ("data", "ctx", "lr", "batch", "micro_batch")
+    names = ("data", "ctx", "lr", "batch", "micro_batch", "compile")
     given = {name: getattr(options, f"progressive_{name}") for name in names}
     given = {name: value for name, value in given.items() if value is not None}
     if given and options.progressive is None:

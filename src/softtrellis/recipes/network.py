@@ -92,7 +92,7 @@ def _float32_products(*, tf32: bool) -> Iterator[None]:
 
 
 def wrap_layers_(
-    model: nn.Module, *, compiled: bool = False, recomputed: bool = False
+    model: nn.Module, *, compiled: bool = False, recomputed: bool = False, first: int = 0
 ) -> Callable[[], None]:
     """Changes how decoder layers run; returns the undoing.
 
@@ -100,9 +100,10 @@ def wrap_layers_(
         model: a causal language model.
         compiled: by ``torch.compile``, as one graph for all layers that are alike.
         recomputed: keep no activations, but compute them again in the backward pass.
+        first: those before this one run as they are.
     """
     _, layers = decoder_layers(model)
-    wrapped = list(layers) if compiled or recomputed else []
+    wrapped = list(layers)[first:] if compiled or recomputed else []
     for layer in wrapped:
         forward = torch.compile(layer.forward) if compiled else layer.forward
         layer.forward = _recomputed(forward) if recomputed else forward
@@ -112,6 +113,16 @@ def wrap_layers_(
             del layer.forward
 
     return undo
+
+
+@contextmanager
+def layers_compiled(model: nn.Module, compiled: bool, first: int = 0) -> Iterator[None]:
+    """``wrap_layers_`` for a while."""
+    undo = wrap_layers_(model, compiled=compiled, first=first)
+    try:
+        yield
+    finally:
+        undo()
 
 
 def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:

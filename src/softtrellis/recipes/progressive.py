@@ -18,7 +18,7 @@ from softtrellis.modules.replace import (
     weights_held,
 )
 from softtrellis.recipes.finetune import check_rates, relative_rate
-from softtrellis.recipes.network import Network, divergence
+from softtrellis.recipes.network import Network, divergence, layers_compiled
 from softtrellis.recipes.optimizer import make_optimizer, set_learning_rates
 from softtrellis.recipes.ptq_state import LayerStore
 from softtrellis.recipes.schedules import learning_rate_at
@@ -44,6 +44,7 @@ class ProgressiveConfig:
         micro_batch: windows that pass the model at once; None is ``batch``.
         data: texts, see ``load_documents``; None is the calibration windows.
         ctx: tokens per window of ``data``.
+        compile: run decoder layers through ``torch.compile``, for faster steps on a GPU.
         seed: of the order of the windows.
     """
 
@@ -55,6 +56,7 @@ class ProgressiveConfig:
     micro_batch: int | None = 4
     data: tuple[str, ...] | None = None
     ctx: int = 1024
+    compile: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -138,18 +140,22 @@ class Progressive:
         teacher = Network(self._teacher, 0, window, autocast=self._autocast)
         size = config.micro_batch or config.batch
         steps = progress(range(config.steps), f"behind layer {index}", enabled=self._show_progress)
-        for step in steps:
-            share = step / max(config.steps - 1, 1)
-            wanted = (learning_rate_at(share, step, lr=r, warmup=config.warmup) for r in rates)
-            set_learning_rates(optimizer, list(wanted))
-            rows = self._order.rows(index * config.steps + step)
-            loss = 0.0
-            for part in torch.tensor(rows).split(size):
-                loss += self._backward(student, teacher, self._windows[part], len(rows))
-            if not math.isfinite(loss):
-                raise ValueError(f"loss {loss} behind decoder layer {index}; lower the lr")
-            optimizer.step()
-            optimizer.zero_grad()
+        with (
+            layers_compiled(self._model, config.compile, first),
+            layers_compiled(self._teacher, config.compile),
+        ):
+            for step in steps:
+                share = step / max(config.steps - 1, 1)
+                wanted = (learning_rate_at(share, step, lr=r, warmup=config.warmup) for r in rates)
+                set_learning_rates(optimizer, list(wanted))
+                rows = self._order.rows(index * config.steps + step)
+                loss = 0.0
+                for part in torch.tensor(rows).split(size):
+                    loss += self._backward(student, teacher, self._windows[part], len(rows))
+                if not math.isfinite(loss):
+                    raise ValueError(f"loss {loss} behind decoder layer {index}; lower the lr")
+                optimizer.step()
+                optimizer.zero_grad()
 
     def _backward(self, student: Network, teacher: Network, ids: Tensor, count: int) -> float:
         with torch.no_grad():
