@@ -11,7 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from hypothesis import strategies as st
+from torch import Tensor
 
 MOST_SECONDS = 30
 FIXED_BYTES, MULTIPLE = 128 << 20, 64
@@ -68,6 +70,36 @@ def altered(draw: st.DrawFn, value: Any) -> Any:
         index = draw(st.integers(0, len(value) - 1))
         return [*value[:index], draw(altered(value[index])), *value[index + 1 :]]
     return draw(st.sampled_from(ODD))
+
+
+@st.composite
+def damaged_tensors(draw: st.DrawFn, whole: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of which one is removed, renamed, or of another shape, type or content."""
+    tensors = dict(whole)
+    name = draw(st.sampled_from(sorted(tensors)))
+    tensor = tensors.pop(name)
+    dtypes = [torch.float16, torch.float64, torch.int16, torch.int32, torch.bool, torch.float8_e5m2]
+    change = draw(
+        st.sampled_from(["remove", "rename", "shape", "dtype", "flat", "nan", "empty", "bits"])
+    )
+    if change == "rename":
+        other = draw(st.sampled_from([*tensors, "", "x", ".trellis", "lm_head.trellis"]))
+        tensors[other] = tensor
+    elif change == "shape":
+        shape = draw(st.lists(st.integers(0, 40), max_size=4))
+        tensors[name] = torch.zeros(shape, dtype=tensor.dtype)
+    elif change == "dtype":
+        tensors[name] = tensor.float().to(draw(st.sampled_from(dtypes)))
+    elif change == "flat":
+        tensors[name] = tensor.flatten()
+    elif change == "nan" and tensor.is_floating_point():
+        tensors[name] = torch.full_like(tensor, float(draw(st.sampled_from(["nan", "inf"]))))
+    elif change == "empty":
+        tensors[name] = tensor.new_zeros(0)
+    elif change == "bits" and tensor.ndim:
+        last = draw(st.integers(0, 200))
+        tensors[name] = torch.zeros(*tensor.shape[:-1], last, dtype=tensor.dtype)
+    return tensors
 
 
 def _status(name: str) -> int:

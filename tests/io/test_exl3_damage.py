@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from untrusted import ODD, bounded, copy_of, damaged
+from untrusted import ODD, bounded, copy_of, damaged, damaged_tensors
 
 from softtrellis.io.checkpoint import WEIGHTS, base_of
 from softtrellis.io.exl3 import exl3_code, exl3_layer_format
@@ -73,30 +73,7 @@ def test_bytes(whole: Path, file: str, data: st.DataObject) -> None:
 
 @given(data=st.data())
 def test_tensors(whole: Path, data: st.DataObject) -> None:
-    tensors = load_file(whole / WEIGHTS)
-    name = data.draw(st.sampled_from(sorted(tensors)))
-    tensor = tensors.pop(name)
-    dtypes = [torch.float16, torch.float64, torch.int16, torch.int32, torch.bool, torch.float8_e5m2]
-    change = data.draw(
-        st.sampled_from(["remove", "rename", "shape", "dtype", "flat", "nan", "empty", "bits"])
-    )
-    if change == "rename":
-        other = data.draw(st.sampled_from([*tensors, "", "x", ".trellis", "lm_head.trellis"]))
-        tensors[other] = tensor
-    elif change == "shape":
-        shape = data.draw(st.lists(st.integers(0, 40), max_size=4))
-        tensors[name] = torch.zeros(shape, dtype=tensor.dtype)
-    elif change == "dtype":
-        tensors[name] = tensor.float().to(data.draw(st.sampled_from(dtypes)))
-    elif change == "flat":
-        tensors[name] = tensor.flatten()
-    elif change == "nan" and tensor.is_floating_point():
-        tensors[name] = torch.full_like(tensor, float(data.draw(st.sampled_from(["nan", "inf"]))))
-    elif change == "empty":
-        tensors[name] = tensor.new_zeros(0)
-    elif change == "bits" and tensor.ndim:
-        last = data.draw(st.integers(0, 200))
-        tensors[name] = torch.zeros(*tensor.shape[:-1], last, dtype=tensor.dtype)
+    tensors = data.draw(damaged_tensors(load_file(whole / WEIGHTS)))
     with copy_of(whole) as directory:
         save_file(tensors, directory / WEIGHTS)
         loads_or_says_why(directory)

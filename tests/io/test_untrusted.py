@@ -30,7 +30,6 @@ from softtrellis.io.checkpoint import (
 )
 from softtrellis.io.files import STATE, sha256_of, write_json
 from softtrellis.io.manifest import MANIFEST, CheckpointError, read_manifest
-from softtrellis.io.qtip import load_qtip
 from softtrellis.io.sources import load_source
 from softtrellis.io.tensor_files import INDEX
 from softtrellis.modules.latent_linear import LatentLinear
@@ -306,17 +305,6 @@ def test_logs_that_a_run_goes_on_with(shelf: Path, data: st.DataObject) -> None:
     (directory / "log.jsonl").write_bytes(data.draw(damaged(lines.encode())))
     with suppress(ValueError):
         assert [record["step"] for record in RunLog(directory, resume_at=2).records] == [0, 1]
-
-
-@given(data=st.data())
-def test_what_may_be_qtip(shelf: Path, data: st.DataObject) -> None:
-    directory = shelf / "qtip"
-    directory.mkdir(exist_ok=True)
-    settings = {"decode_mode": "1mad", "L": 16, "K": 2, "V": 1, "td_x": 16, "td_y": 16}
-    good = json.dumps({"model_type": "llama", "quip_params": settings}).encode()
-    (directory / "config.json").write_bytes(data.draw(damaged(good)))
-    with bounded(directory), suppress(ValueError):
-        load_qtip(directory)
 
 
 # Packed codes
