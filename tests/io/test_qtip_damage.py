@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from untrusted import altered, bounded, copy_of, damaged, damaged_tensors
 
 from softtrellis.io.checkpoint import WEIGHTS
+from softtrellis.io.manifest import CheckpointError
 from softtrellis.io.qtip import load_qtip
 
 FILES = [WEIGHTS, "config.json", "tokenizer.json", "tokenizer_config.json"]
@@ -64,3 +65,13 @@ def test_settings(whole: Path, data: st.DataObject) -> None:
     with copy_of(whole) as directory:
         (directory / "config.json").write_text(json.dumps(config), "utf-8")
         loads_or_says_why(directory)
+
+
+@pytest.mark.parametrize("size", [0, 8])
+def test_layers_smaller_than_a_tile(whole: Path, size: int) -> None:
+    config = json.loads((whole / "config.json").read_text("utf-8"))
+    with copy_of(whole) as directory:
+        changed = config | {"intermediate_size": size}
+        (directory / "config.json").write_text(json.dumps(changed), "utf-8")
+        with pytest.raises(CheckpointError, match=rf"has {size} channels, fewer than a tile"):
+            load_qtip(directory)

@@ -141,8 +141,12 @@ def _fill(
 
 
 def _check_size(name: str, size: int) -> None:
+    if size < TILE_SIDE:
+        raise CheckpointError(
+            f"{name} has {size} channels, fewer than a tile, which is {TILE_SIDE} on each side"
+        )
     odd = size // (size & -size)
-    if odd != 1 or size < TILE_SIDE:
+    if odd != 1:
         raise CheckpointError(
             f"{name} has {size} channels, which is {size // odd} times {odd}: QTIP rotates them by "
             "a Hadamard matrix which its files do not tell; only layers whose "
