@@ -9,7 +9,6 @@ divergence on the test text against the seconds of training, from the start that
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ import matplotlib as mpl
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
+from results_tables import read
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,12 +24,6 @@ if TYPE_CHECKING:
 COLORS = {"1.0": "tab:red", "0.3": "tab:orange", "0.1": "tab:blue"}
 STYLES = ("-", "--", ":")
 MARKERS = {"identity": "o", "soft": "^", "through": "s", "scalar": "x"}
-
-
-def read(paths: list[Path]) -> list[dict[str, Any]]:
-    """Scored runs."""
-    lines = [line for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
-    return [record for line in lines if "windows" in (record := json.loads(line))]
 
 
 def overshoot(ax: Axes, records: list[dict[str, Any]]) -> None:
@@ -77,7 +71,7 @@ def main() -> None:
         1, len(panels), figsize=(6.4 * len(panels), 4.4), squeeze=False, layout="constrained"
     )
     for ax, (draw, paths) in zip(axes[0], panels, strict=True):
-        draw(ax, read(paths))
+        draw(ax, [record for seeds in read(paths, "").values() for record in seeds])
     plt.savefig(options.picture, dpi=110)
 
 

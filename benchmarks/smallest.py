@@ -43,11 +43,20 @@ LITTLE = {"batch": 1, "steps": 480, "reencode_every": 20, "scale_lr": 5e-3}
 STARTS: list[dict[str, Any]] = [
     *({**LARGE, "lr": lr} for lr in (FROZEN, 1e-2, 2e-2, 2.5e-2)),
     *({**LARGE, "lr": FROZEN, "start": start} for start in (0.5, 0.75, 1.0)),
-    *({**LARGE, "lr": lr, "start": x} for lr, x in ((2e-2, 0.25), (1e-2, 0.5), (1e-2, 0.75))),
+    *(
+        {**LARGE, "lr": lr, "start": start}
+        for lr, start in ((2e-2, 0.25), (1e-2, 0.5), (5e-3, 0.75), (1e-2, 0.75))
+    ),
+    *(
+        {**LARGE, "lr": 2e-2, **change}
+        for change in ({"reencode_every": 5}, {"viterbi_every": 1}, {"scale_lr": 1e-2})
+    ),
     *({**IDENTITY, **LITTLE, "lr": lr} for lr in (7e-3, 1e-2)),
     *({**IDENTITY, **LITTLE, "lr": 1e-2, "start": start} for start in (0.25, 0.35, 0.5)),
     *({**IDENTITY, **LITTLE, "lr": 5e-3, "start": start} for start in (0.5, 0.75)),
-    {**IDENTITY, **LITTLE, "lr": 3e-3, "start": 1.0},
+    *({**IDENTITY, **LITTLE, "lr": 3e-3, "start": start} for start in (0.75, 1.0)),
+    {**IDENTITY, **LITTLE, "lr": 1.5e-2, "start": 0.5},
+    {**IDENTITY, **LITTLE, "lr": 1e-2, "start": 0.5, "scale_lr": 1e-2},
     *(
         {**SOFT, **LITTLE, "lr": lr, "start": x}
         for lr, x in ((2e-2, 0.0), (2e-2, 0.25), (1e-2, 0.5))
@@ -62,7 +71,10 @@ TUNED: list[dict[str, Any]] = [
         for lr in (5e-3, 1e-2)
     ),
 ]
-PROGRESSIVE = [(40, 16, 6e-2), (80, 8, 6e-2), (160, 4, 6e-2), (160, 4, 3e-2), (320, 2, 3e-2)]
+PROGRESSIVE = [
+    *((40, 16, 6e-2), (80, 8, 6e-2), (160, 4, 6e-2), (320, 2, 6e-2)),
+    *((160, 4, 3e-2), (320, 2, 3e-2), (640, 1, 3e-2), (640, 1, 2e-2), (160, 16, 3e-2)),
+]
 """Steps behind a decoder layer, windows a step, learning rate."""
 
 

@@ -27,7 +27,6 @@ from softtrellis.modules.replace import (
     prepare_for_layers_,
     quantized_layers,
     select_layers,
-    share_codebooks_,
 )
 from softtrellis.quantizers.hard import TrellisCode
 from softtrellis.quantizers.ldlq import BLOCK
@@ -344,7 +343,6 @@ def quantize_model(
             tune_end_to_end(
                 model, teacher, windows, end_to_end, store, show_progress=config.show_progress
             )
-        share_codebooks_(model)
     if reports is not None:
         reports |= {name: quantizer.reports[name] for name in quantizer.names}
     return model
