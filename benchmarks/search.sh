@@ -4,17 +4,15 @@ source "$(dirname "$0")/runs.sh"
 common="--compile --evaluate-every 1000000 --measure-every 60 --train latents,scales,norms --scale-lr 5e-3"
 soft="$common --estimator soft $cooling"
 identity="$common --estimator identity"
-tokens="--batch 16 --steps 240"
+tokens="--batch 16 --steps 240" minutes="--minutes 1"
 run experiment "--L 12" \
     "tokens/identity-1.5e-2=$identity $tokens --lr 1.5e-2" \
     "tokens/identity-1.5e-2-start-0.5=$identity $tokens --lr 1.5e-2 --start 0.5" \
     "tokens/identity-7e-3-start-0.5=$identity $tokens --lr 7e-3 --start 0.5" \
     "tokens/soft-4e-2=$soft $tokens --lr 4e-2" \
-    "tokens/soft-8e-2=$soft $tokens --lr 8e-2" \
-    "tokens/soft-3e-2-start-0.25=$soft $tokens --lr 3e-2 --start 0.25" \
-    "minutes/identity-8-6e-3=$identity --viterbi-every 4 --batch 8 --minutes 2 --lr 6e-3" \
-    "minutes/identity-8-4e-3-start-0.5=$identity --viterbi-every 4 --batch 8 --minutes 2 --lr 4e-3 --start 0.5" \
-    "minutes/identity-32-1e-2=$identity --viterbi-every 4 --batch 32 --minutes 2 --lr 1e-2" \
-    "minutes/soft-32-6e-2=$soft --batch 32 --minutes 2 --lr 6e-2" \
-    "minutes/soft-32-2e-2-start-0.25=$soft --batch 32 --minutes 2 --lr 2e-2 --start 0.25" \
-    "minutes/soft-128-1e-1=$soft --batch 128 --micro-batch 32 --minutes 2 --lr 1e-1"
+    "tokens/soft-3e-2-start-0.5=$soft $tokens --lr 3e-2 --start 0.5" \
+    "tokens/soft-1.5e-2-start-0.5=$soft $tokens --lr 1.5e-2 --start 0.5" \
+    "minutes/identity-8-6e-3=$identity --viterbi-every 4 --batch 8 $minutes --lr 6e-3" \
+    "minutes/identity-8-4e-3-start-0.5=$identity --viterbi-every 4 --batch 8 $minutes --lr 4e-3 --start 0.5" \
+    "minutes/soft-32-5e-2=$soft --batch 32 $minutes --lr 5e-2" \
+    "minutes/soft-32-2.5e-2-start-0.5=$soft --batch 32 $minutes --lr 2.5e-2 --start 0.5"
