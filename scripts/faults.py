@@ -66,7 +66,7 @@ QUANTIZE = [
 ]
 QUANTIZE += ["--end-to-end", "2"]
 TRAIN = ["--backend", "torch", "--ctx", "32", "--windows", "8", "--batch", "2", "--held-out", "2"]
-TRAIN += ["--steps", "6"]
+TRAIN += ["--steps", "6", "--estimator", "soft", "--start", "0"]
 TRAIN += ["--warmup", "1", "--lr", "0.1", "--save-every", "2", "--evaluate-every", "3"]
 TRAIN += ["--measure-every", "2", "--reencode-every", "3"]
 OPERATIONS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"}

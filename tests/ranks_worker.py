@@ -32,7 +32,14 @@ def train(folder: Path, ranks: Ranks, job: dict[str, Any]) -> tuple[list[Any], d
     directory, resume = job.pop("directory", None), job.pop("resume", False)
     job = {key: tuple(v) if isinstance(v, list) else v for key, v in job.items()}
     settings = {"steps": STEPS, "ctx": 32, "lr": 3e-2, "held_out": 2, "measure_every": 10}
-    settings |= {"evaluate_every": 10, "save_minutes": 0.0, "windows": 24, "reencode_every": 6}
+    settings |= {
+        "estimator": "soft",
+        "start": 0.0,
+        "evaluate_every": 10,
+        "save_minutes": 0.0,
+        "windows": 24,
+        "reencode_every": 6,
+    }
     settings |= job
     whole, calls = trainer.Trainer.step, count()
 

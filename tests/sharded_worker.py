@@ -231,6 +231,7 @@ def train(ranks: Ranks, name: str) -> dict[str, Any]:
     student = copy.deepcopy(source)
     replace_modules(student, names, hard_code)
     base = {"steps": 5, "ctx": 16, "batch": 4, "micro_batch": 1, "lr": 3e-2, "evaluate_every": 2}
+    base |= {"estimator": "soft", "start": 0.0}
     run = DistillConfig(**(base | settings))
     results = []
     for who in (ONE, ranks):

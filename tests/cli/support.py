@@ -10,7 +10,18 @@ LAYERS = ["model.layers.1.self_attn.k_proj", "model.layers.1.self_attn.v_proj"]
 SMALL = ["--ctx", "32", "--backend", "auto"]
 QUANTIZE = [*SMALL, "--windows", "4", "--code", "1mad", "--L", "4", "--layers", ",".join(LAYERS)]
 TRAIN = [*SMALL, "--windows", "8", "--batch", "2", "--steps", "4", "--warmup", "1", "--lr", "0.15"]
-TRAIN += ["--save-every", "2", "--measure-every", "2", "--reencode-every", "3"]
+TRAIN += [
+    "--estimator",
+    "soft",
+    "--start",
+    "0",
+    "--save-every",
+    "2",
+    "--measure-every",
+    "2",
+    "--reencode-every",
+    "3",
+]
 
 
 @dataclass(frozen=True)

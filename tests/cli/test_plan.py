@@ -11,7 +11,8 @@ from cli.support import LAYERS, Command, Refused
 
 def test_the_table(softtrellis: Command, checkpoint: Path, model: Path, tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
-    result = softtrellis("plan", checkpoint, "--teacher", model, "--json", file)
+    plan = ["plan", checkpoint, "--lr", "0.01", "--teacher", model]
+    result = softtrellis(*plan, "--json", file)
     assert (result.code, result.err) == (0, "")
     assert "lr 0.01, 100 steps, warm-up 5, cosine" in result.out
     assert "0.09974" in result.out
@@ -20,8 +21,12 @@ def test_the_table(softtrellis: Command, checkpoint: Path, model: Path, tmp_path
     record = json.loads(file.read_text(encoding="utf-8"))
     assert list(record["layers"]) == LAYERS
     assert {len(tiles) for radii in record["layers"].values() for tiles in radii.values()} == {8}
-    again = softtrellis("plan", checkpoint, "--teacher", model)
-    assert again.out == result.out
+    assert softtrellis(*plan).out == result.out
+
+
+def test_the_learning_rate_of_a_walk(softtrellis: Command, checkpoint: Path) -> None:
+    result = softtrellis("plan", checkpoint, "--steps", "400", "--tiles", "3")
+    assert "weights travel 0.1 sigma (RMS) if gradients\nhave random signs" in result.out
 
 
 def test_a_run_that_cannot_change_codes(softtrellis: Command, checkpoint: Path) -> None:

@@ -28,7 +28,8 @@ class Setting:
         return quantize_model(copy.deepcopy(self.teacher), config, tokenizer=self.tokenizer)
 
     def train(self, student: Any, directory: Path | None = None, **change: Any) -> DistillResult:
-        settings = {"steps": 6, "batch": 4, "ctx": 64, "measure_every": 0, "lr": 3e-2} | change
+        settings = {"steps": 6, "batch": 4, "ctx": 64, "measure_every": 0, "lr": 3e-2}
+        settings |= {"estimator": "soft", "start": 0.0} | change
         resume = settings.pop("resume", False)
         return distill(
             copy.deepcopy(student),

@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from softtrellis.recipes.drift import (
+    MOST_LR,
     LearningRateSchedule,
     adam_bound,
     drift_budget,
     learning_rates,
     predict,
     predicted_radius,
+    rate_of_walk,
     verdict,
 )
 from softtrellis.recipes.optimizer import BETAS
@@ -28,6 +30,16 @@ def travel(rates: list[float], gradients: torch.Tensor) -> torch.Tensor:
         weight.grad = gradient.clone()
         optimizer.step()
     return weight.detach()
+
+
+def test_the_rate_of_a_walk() -> None:
+    for steps in (100, 1000):
+        rate = rate_of_walk(steps, walk=0.05)
+        travel = drift_budget(learning_rates(rate, steps)).random
+        assert travel == pytest.approx(0.05)
+    assert rate_of_walk(2) == MOST_LR
+    with pytest.raises(ValueError, match="steps must be at least 1"):
+        rate_of_walk(0)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "constant"])

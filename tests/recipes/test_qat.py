@@ -13,6 +13,7 @@ import torch
 from softtrellis.evaluation.perplexity import score_windows
 from softtrellis.io.text import load_documents, token_windows
 from softtrellis.modules.replace import quantized_layers
+from softtrellis.recipes.drift import rate_of_walk
 from softtrellis.recipes.ptq import QuantizeConfig, quantize_model
 from softtrellis.recipes.qat import DistillConfig, distill
 
@@ -39,7 +40,8 @@ class Setting:
         self.student = quantize_model(copy.deepcopy(teacher), config, tokenizer=tokenizer)
 
     def train(self, directory: Path | None = None, *, resume: bool = False, **change: Any) -> Any:
-        settings = {"steps": 6, "batch": 2, "ctx": 64, "measure_every": 3, "lr": 3e-2} | change
+        settings = {"steps": 6, "batch": 2, "ctx": 64, "measure_every": 3, "lr": 3e-2}
+        settings |= {"estimator": "soft", "start": 0.0} | change
         config = DistillConfig(data=(self.text,), **settings)
         return distill(
             copy.deepcopy(self.student),
@@ -179,6 +181,25 @@ def test_models_without_quantized_layers(setting: Setting) -> None:
         )
 
 
+def test_the_defaults_lower_the_hardened_divergence(setting: Setting) -> None:
+    """Identity STE from half of the way to the original weights, at the rate of a walk."""
+    windows = token_windows(
+        setting.tokenizer, load_documents([setting.text], split="heldout"), 64, limit=24
+    )
+    before = score_windows(setting.student, windows, reference=setting.teacher).kl_mean
+    config = DistillConfig(data=(setting.text,), ctx=64, steps=60)
+    result = distill(
+        copy.deepcopy(setting.student), config, teacher=setting.teacher, tokenizer=setting.tokenizer
+    )
+    after = score_windows(result.model, windows, reference=setting.teacher).kl_mean
+    assert before is not None
+    assert after is not None
+    assert after < 0.8 * before
+    assert max(record["lr"] for record in result.history) == pytest.approx(
+        rate_of_walk(60), rel=0.05
+    )
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -189,7 +210,7 @@ def test_models_without_quantized_layers(setting: Setting) -> None:
         ({"steps": 0}, "steps must be at least 1"),
         ({"mode": "all"}, "unknown mode"),
         ({"mode": "single"}, "layers must name some layers in mode 'single'"),
-        ({"viterbi_every": 4}, "viterbi_every is for estimator 'identity'"),
+        ({"viterbi_every": 4, "estimator": "soft"}, "viterbi_every is for estimator 'identity'"),
         ({"estimator": "hard"}, "unknown estimator"),
         ({"schedule": "linear"}, "unknown schedule"),
         ({"save_every": -1}, "save_every must be 0"),

@@ -12,6 +12,7 @@ from recipes.support import EVERYTHING, Setting, losses, same
 
 from softtrellis.evaluation.perplexity import score_windows
 from softtrellis.recipes import schedules, stages, trainer
+from softtrellis.recipes.drift import rate_of_walk
 
 
 def test_the_best_step_on_held_out_text_is_kept(setting: Setting) -> None:
@@ -172,6 +173,36 @@ def test_a_run_that_steps_and_the_clock_end_is_warned_of_once(
     setting.train(student, mode="greedy", steps=None, **(change | {"minutes": 4.0}))
     (warning,) = warnings_of(caplog)
     assert warning.startswith("about 10 steps fit into 2 minutes")
+
+
+@pytest.mark.usefixtures("ten_seconds_a_step")
+def test_the_learning_rate_of_a_run_by_the_clock(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = setting.student()
+    change = {"steps": None, "minutes": 10.0, "lr": "auto", "evaluate_every": 0, "save_every": 5}
+    whole = setting.train(student, **change)
+    peak = rate_of_walk(58)  # the first step takes 25 seconds, the others 10
+    assert rate_of_walk(1000) < peak < rate_of_walk(20)
+    for step, record in enumerate(whole.history):
+        lr = peak if step >= stages.TIMED_STEPS else rate_of_walk(1000)
+        assert record["lr"] == schedules.learning_rate_at(record["share"], step, lr=lr, warmup=5)
+    original = trainer.Trainer.step
+
+    def step(self: Any, number: int, share: float) -> dict[str, Any]:
+        if number == 8:
+            raise KeyboardInterrupt
+        return original(self, number, share)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "step", step)
+        with pytest.raises(KeyboardInterrupt):
+            setting.train(student, tmp_path, **change)
+    resumed = setting.train(student, tmp_path, resume=True, **change)
+    for number in (5, 20):
+        record = resumed.history[number]
+        expected = schedules.learning_rate_at(record["share"], number, lr=peak, warmup=5)
+        assert record["lr"] == expected
 
 
 @pytest.mark.usefixtures("ten_seconds_a_step")

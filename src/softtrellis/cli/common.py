@@ -168,6 +168,6 @@ def check_backend(backend: Backend, device: str = "cpu") -> None:
         raise UsageError(str(error)) from error
 
 
-def temperature(value: str) -> float | str:
+def number(value: str) -> float | str:
     """A number, or "auto"."""
     return value if value == "auto" else float(value)

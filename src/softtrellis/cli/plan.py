@@ -14,6 +14,7 @@ from softtrellis.cli.common import (
     check_json,
     command,
     layers_of,
+    number,
     usage_errors,
 )
 
@@ -30,7 +31,9 @@ def add_parser(commands: Commands) -> None:
         "weights' standard deviation (sigma), radii as root mean squares over a tile's weights.",
     )
     parser.add_argument("checkpoint", help="directory that 'softtrellis quantize' made")
-    parser.add_argument("--lr", type=float, default=1e-2, help="peak learning rate of AdamW")
+    parser.add_argument(
+        "--lr", type=number, default="auto", help="peak learning rate of AdamW; see train"
+    )
     parser.add_argument("--steps", type=int, default=100, help="optimizer steps (per stage)")
     parser.add_argument("--warmup", type=int, default=5, help="steps of linear warm-up")
     parser.add_argument(
@@ -61,12 +64,16 @@ def add_parser(commands: Commands) -> None:
 def run(options: argparse.Namespace) -> int:
     """Measures, and prints a table with a verdict."""
     from softtrellis.io.files import write_json
+    from softtrellis.recipes.drift import rate_of_walk
     from softtrellis.recipes.plan import PlanConfig, plan_checkpoint
     from softtrellis.recipes.plan_text import describe, plan_record
 
     with usage_errors(options):
+        lr = options.lr
+        if lr == "auto":
+            lr = rate_of_walk(options.steps, warmup=options.warmup)
         config = PlanConfig(
-            lr=options.lr,
+            lr=lr,
             steps=options.steps,
             warmup=options.warmup,
             schedule=options.schedule,

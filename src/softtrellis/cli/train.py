@@ -19,7 +19,7 @@ from softtrellis.cli.common import (
     command,
     joined,
     layers_of,
-    temperature,
+    number,
     usage_errors,
 )
 
@@ -54,7 +54,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--estimator",
         choices=estimators,
-        default="soft",
+        default="identity",
         help="the Boltzmann average; or the hard code with its gradient, or with the identity's",
     )
     parser.add_argument("--finish", choices=estimators, help="another one for the end of the run")
@@ -64,8 +64,9 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--start",
         type=float,
-        default=0.0,
-        help="where latent weights start: 0 at the codewords, 1 at the original weights",
+        default=0.5,
+        help="where latent weights start: 0 at the codewords, 1 at the original weights; 0.25 or "
+        "less from a model that was tuned as it was quantized",
     )
     parser.add_argument(
         "--train",
@@ -73,9 +74,7 @@ def add_parser(commands: Commands) -> None:
         default="latents,scales,norms",
         help="what is trained: latents, scales (of channels), norms, table (of the code hyb)",
     )
-    parser.add_argument(
-        "--t-init", type=temperature, default=0.1, help="first temperature, or 'auto'"
-    )
+    parser.add_argument("--t-init", type=number, default=0.1, help="first temperature, or 'auto'")
     parser.add_argument("--t-min", type=float, default=0.03, help="last temperature")
     parser.add_argument(
         "--schedule",
@@ -83,7 +82,12 @@ def add_parser(commands: Commands) -> None:
         default="exponential",
         help="how the temperature falls from the first to the last",
     )
-    parser.add_argument("--lr", type=float, default=1e-2, help="peak learning rate of latents")
+    parser.add_argument(
+        "--lr",
+        type=number,
+        default="auto",
+        help="peak learning rate of latents; auto lets noise alone move them by 0.1 sigma",
+    )
     parser.add_argument(
         "--scale-lr", type=float, default=5e-3, help="of scales and norms, over each one's size"
     )

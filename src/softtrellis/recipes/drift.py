@@ -22,6 +22,19 @@ SAMPLED_TILES = 256
 """Tiles per layer on which codes and entropies are measured during training."""
 
 
+WALK = 0.1
+"""Sigma that gradients of random sign alone may move latents by (docs/results.md).
+
+The best runs had 0.14 at L = 10 and 12; at L = 16 one with 0.17 came apart.
+"""
+
+LOUD = 0.15
+"""The same, from where on runs lost."""
+
+MOST_LR = 3e-2
+"""The largest learning rate of latents that gained."""
+
+
 def predicted_radius(num_states: int) -> float:
     """Radius of a code's Voronoi cell, in sigma: 1 / sqrt(2 pi S) (BCJR-QAT, section 5).
 
@@ -101,6 +114,22 @@ def drift_budget(rates: list[float], betas: tuple[float, float] = BETAS) -> Budg
     consistent = math.fsum(rates)
     random = math.sqrt(math.fsum(rate * rate for rate in rates))
     return Budget(random, consistent, max(1.0, adam_bound(betas)) * consistent)
+
+
+def rate_of_walk(steps: int, *, warmup: int = 5, walk: float = WALK) -> float:
+    """The peak learning rate with which gradients of random sign move weights by ``walk`` sigma.
+
+    No more than ``MOST_LR``, which so few steps ask for that gradients cannot agree in.
+
+    Args:
+        steps: of the run.
+        warmup: steps of linear warm-up.
+        walk: root mean square travel.
+
+    Raises:
+        ValueError: steps or warmup out of range.
+    """
+    return min(MOST_LR, walk / drift_budget(learning_rates(1.0, steps, warmup=warmup)).random)
 
 
 def verdict(budget: Budget, radius: float) -> Verdict:

@@ -45,21 +45,6 @@ def make_optimizer(
     return optimizer
 
 
-def grouped_by_rate(
-    parameters: Iterable[nn.Parameter], rates: Iterable[float]
-) -> list[dict[str, Any]]:
-    """A group for every learning rate, as a fused optimizer launches once per group.
-
-    Args:
-        parameters: of the optimizer.
-        rates: each parameter's own.
-    """
-    groups: dict[float, list[nn.Parameter]] = {}
-    for parameter, rate in zip(parameters, rates, strict=True):
-        groups.setdefault(rate, []).append(parameter)
-    return [{"params": members, "lr": rate} for rate, members in groups.items()]
-
-
 def set_learning_rates(optimizer: torch.optim.Optimizer, rates: Sequence[float]) -> None:
     """Gives every group its learning rate."""
     for group, rate in zip(optimizer.param_groups, rates, strict=True):

@@ -27,6 +27,7 @@ from softtrellis.modules.replace import (
 from softtrellis.quantizers.soft import Estimator
 from softtrellis.quantizers.tiling import to_tiles
 from softtrellis.recipes.drift import (
+    LOUD,
     LearningRateSchedule,
     Prediction,
     drift_budget,
@@ -41,9 +42,6 @@ from softtrellis.trellis.viterbi import viterbi
 
 AMPLE = 0.5
 """Sigma of travel, if gradients agree, beyond which a run is not warned of (docs/drift.md)."""
-
-QUIET = 0.05
-"""Sigma of travel, by gradients of random sign, up to which few tiles of any code change."""
 
 _FEW_TILES = 16
 
@@ -290,7 +288,7 @@ def run_warning(
     gradients point nowhere near a boundary by themselves.
     """
     budget = drift_budget(learning_rates(lr, steps, warmup=warmup))
-    noisy = estimator == "identity" and budget.random > QUIET
+    noisy = estimator == "identity" and budget.random > LOUD
     if budget.consistent > AMPLE and not noisy:
         return None
     config = PlanConfig(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from softtrellis.recipes.drift import LOUD, WALK
 from softtrellis.recipes.escape import escape_share, median
 
 if TYPE_CHECKING:
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
 QUANTILES = (0.05, 0.5, 0.95)
 HARDLY_ANY = 0.01
 """Share of tiles below which a run is warned of."""
-TOO_MANY = 0.25
-"""Share of tiles that noise alone may take out of their cells."""
 
 
 def warning_for(plan: Plan) -> str | None:
@@ -50,20 +49,20 @@ def warning_for(plan: Plan) -> str | None:
 
 
 def noise_warning(plan: Plan) -> str | None:
-    """A sentence if gradients of random sign alone change a good part of the codes.
+    """A sentence if gradients of random sign alone carry latents further than any good run did.
 
     That is how latents move under ``--estimator identity`` where a step has too few tokens for
     gradients to agree, and codes that noise changes are worse ones (docs/results.md).
     """
     budget, radii = plan.prediction.budget, plan.radii["random"]
-    share = escape_share(radii, budget.random)
-    if share <= TOO_MANY:
+    if budget.random <= LOUD:
         return None
-    safe = plan.config.lr * float(radii.quantile(0.05)) / budget.random
+    share = escape_share(radii, budget.random)
+    safe = plan.config.lr * WALK / budget.random
     return (
         f"gradients of random sign alone move weights by {budget.random:.3g} sigma, and that takes "
-        f"{share:.0%} of {radii.numel()} sampled tiles out of their cells: where gradients do not "
-        f"agree, the identity's codes get worse; with lr {safe:.2g} it is 5%"
+        f"{share:.0%} of {radii.numel()} sampled tiles out of their cells: runs with more than "
+        f"{LOUD} got worse; with lr {safe:.2g} it is {WALK}"
     )
 
 

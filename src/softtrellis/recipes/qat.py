@@ -71,13 +71,15 @@ class DistillConfig:
         estimator: "soft", "straight_through" or "identity", see ``estimate``.
         finish: another estimator for the end of the run, or None.
         finish_share: the share of the run that ``finish`` takes.
-        start: how far from the codewords towards the original weights latents start, 0 to 1.
+        start: how far from the codewords towards the original weights latents start, 0 to 1;
+            from a model that was tuned as it was quantized, whose weights have moved, 0.25 or less.
         train: what changes: "latents", "scales" (of input and output channels), "norms" (with
             biases), "table" (of "hyb").
         t_init: temperature of the first step; "auto" is twice the measured quantization error.
         t_min: temperature of the last step.
         schedule: "exponential" or "cosine".
-        lr: peak learning rate of the latents.
+        lr: peak learning rate of the latents; "auto" is the one with which gradients of random
+            sign would move them by 0.1 over the run, see ``rate_of_walk``.
         scale_lr: of scales, norms and biases.
         table_lr: of the table.
         optimizer: "adamw", or "adamw8bit", whose moments take a byte each (torchao).
@@ -117,15 +119,15 @@ class DistillConfig:
 
     layers: tuple[str, ...] | None = None
     mode: Mode = "joint"
-    estimator: Estimator = "soft"
+    estimator: Estimator = "identity"
     finish: Estimator | None = None
     finish_share: float = 0.2
-    start: float = 0.0
+    start: float = 0.5
     train: tuple[str, ...] = ("latents", "scales", "norms")
     t_init: float | Literal["auto"] = 0.1
     t_min: float = 0.03
     schedule: TemperatureSchedule = "exponential"
-    lr: float = 1e-2
+    lr: float | Literal["auto"] = "auto"
     scale_lr: float = 5e-3
     table_lr: float = 1e-3
     optimizer: OptimizerName = "adamw"
@@ -173,7 +175,7 @@ class DistillConfig:
             )
         for name in ("t_init", "t_min", "lr", "scale_lr", "table_lr", "clip", "minutes"):
             value = getattr(self, name)
-            if (name == "t_init" and value == "auto") or value is None:
+            if (name in ("t_init", "lr") and value == "auto") or value is None:
                 continue
             if not isinstance(value, float | int) or not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name} must be a positive number, got {value!r}")

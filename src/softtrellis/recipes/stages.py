@@ -14,6 +14,7 @@ from torch import Tensor
 from softtrellis.evaluation.tensorboard import TensorBoardLog
 from softtrellis.io.interrupts import StopRequest
 from softtrellis.io.progress import progress
+from softtrellis.recipes.drift import rate_of_walk
 from softtrellis.recipes.plan import run_warning
 from softtrellis.recipes.ranks import ONE, Ranks
 from softtrellis.recipes.run_state import RunLog, SavedState, load_state, save_state
@@ -123,6 +124,9 @@ class Run:
         step, spent = len(own), own[-1]["seconds"] - start if own else 0.0
         seconds = None if config.minutes is None else 60 * config.minutes / stages
         pace = Pace(config.steps, seconds, step=step, elapsed=spent)
+        ends = [record["seconds"] - start for record in own]
+        if own and seconds is not None and step >= TIMED_STEPS:
+            self._reckon(trainer, ends[:TIMED_STEPS], seconds)
         finished = bool(own) and own[-1]["share"] >= 1
         with StopRequest() as stop:
             while not finished:
@@ -134,9 +138,13 @@ class Run:
                 record["seconds"] = start + pace.elapsed
                 self._append(record, bar)
                 step, finished = step + 1, share >= 1
+                ends.append(record["seconds"] - start)
                 timed = step == TIMED_STEPS or (finished and step < TIMED_STEPS)
-                if index == 0 and timed and seconds is not None and not warned:
-                    self._warn_by_the_clock(trainer, seconds)
+                if timed and seconds is not None:
+                    steps = self._reckon(trainer, ends, seconds)
+                    if index == 0 and not warned and steps != config.steps:
+                        fit = f"about {steps} steps fit into {seconds / 60:.3g} minutes, and with"
+                        self._warn(trainer, steps, f"{fit} so many ")
                 stop.number = self._agreed_stop(stop.number)
                 if self._save_is_due() or (stop.number is not None and self.directory is not None):
                     self._save(index, trainer)
@@ -153,7 +161,7 @@ class Run:
         warning = run_warning(
             trainer.layers,
             estimator=self.config.estimator,
-            lr=self.config.lr,
+            lr=trainer.rates.lr,
             steps=steps,
             warmup=self.config.warmup,
             temperature=trainer.t_init,
@@ -163,16 +171,18 @@ class Run:
             _log.warning(when + warning)
         return warning is not None
 
-    def _warn_by_the_clock(self, trainer: Trainer, seconds: float) -> None:
-        """``_warn`` of as many steps as a first stage of so many seconds will take.
+    def _reckon(self, trainer: Trainer, ends: Sequence[float], seconds: float) -> int:
+        """How many steps a stage of so many seconds will take; sets the learning rate "auto".
 
-        The radii are measured from where the first steps have led, which lowers them by no more
-        than these steps' travel.
+        The radii that a warning then measures are from where the first steps have led, which lowers
+        them by no more than these steps' travel.
         """
-        steps = reckoned_steps([record["seconds"] for record in self.log.records], seconds)
-        if self.config.steps is None or steps < self.config.steps:
-            fit = f"about {steps} steps fit into {seconds / 60:.3g} minutes, and with so many "
-            self._warn(trainer, steps, fit)
+        steps = self.ranks.agree(reckoned_steps(ends, seconds))
+        if self.config.steps is not None:
+            steps = min(steps, self.config.steps)
+        if self.config.lr == "auto":
+            trainer.rates.lr = rate_of_walk(steps, warmup=self.config.warmup)
+        return steps
 
     def _append(self, record: dict[str, Any], bar: Any) -> None:
         self.log.append(record)

@@ -11,9 +11,14 @@ from torch import nn
 from softtrellis.modules.latent_linear import LatentLinear
 from softtrellis.modules.learned_table import LearnedTable
 from softtrellis.modules.replace import decoder_index, decoder_layers, output_layer
+from softtrellis.recipes.drift import rate_of_walk
+from softtrellis.recipes.schedules import learning_rate_at
 
 if TYPE_CHECKING:
     from softtrellis.recipes.qat import DistillConfig
+
+UNKNOWN_STEPS = 1000
+"""What a run that the clock ends is taken for until its steps are reckoned."""
 
 LATENTS, SCALES, NORMS, TABLE = TRAINABLE = ("latents", "scales", "norms", "table")
 
@@ -103,19 +108,41 @@ def trained_parameters(
     return found
 
 
-def learning_rates(
-    parameters: Mapping[str, nn.Parameter],
-    layers: Mapping[str, LatentLinear],
-    config: DistillConfig,
-) -> list[float]:
-    """Each parameter's own: ``lr`` times the codebook's sigma, the others times their RMS."""
-    rates = []
-    for name, parameter in parameters.items():
-        layer = layers.get(name.removesuffix(".latent"))
-        if layer is not None and parameter is layer.latent:
-            rates.append(config.lr * math.sqrt(layer.variance))
-            continue
-        rms = float(parameter.detach().float().square().mean().sqrt())
-        rate = config.table_lr if name.startswith("table.") else config.scale_lr
-        rates.append(rate * (rms or 1.0))
-    return rates
+class LearningRates:
+    """Of every parameter: latents' over the codebook's sigma, others' over their size.
+
+    That is their root mean square, to the nearest power of two, so that few groups are stepped.
+
+    Attributes:
+        lr: peak of the latents; change it at will.
+        groups: of parameters, for an optimizer.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        layers: Mapping[str, LatentLinear],
+        config: DistillConfig,
+    ) -> None:
+        """Takes ``config.lr``; for "auto" see ``reckon``."""
+        self._warmup = config.warmup
+        self.lr = rate_of_walk(config.steps or UNKNOWN_STEPS, warmup=config.warmup)
+        if config.lr != "auto":
+            self.lr = config.lr
+        found: dict[tuple[float, bool], list[nn.Parameter]] = {}
+        for name, parameter in parameters.items():
+            layer = layers.get(name.removesuffix(".latent"))
+            if layer is not None and parameter is layer.latent:
+                key = math.sqrt(layer.variance), True
+            else:
+                rms = float(parameter.detach().float().square().mean().sqrt())
+                rate = config.table_lr if name.startswith("table.") else config.scale_lr
+                key = rate * 2.0 ** round(math.log2(rms or 1.0)), False
+            found.setdefault(key, []).append(parameter)
+        self.groups = [{"params": members} for members in found.values()]
+        self._peaks = list(found)
+
+    def at(self, share: float, step: int) -> list[float]:
+        """Each group's at a share of the run, see ``learning_rate_at``."""
+        peaks = (peak * (self.lr if latent else 1.0) for peak, latent in self._peaks)
+        return [learning_rate_at(share, step, lr=peak, warmup=self._warmup) for peak in peaks]

@@ -37,7 +37,6 @@ from softtrellis.recipes.network import wrap_layers_
 from softtrellis.recipes.objective import Objective
 from softtrellis.recipes.optimizer import (
     gradient_norm,
-    grouped_by_rate,
     load_optimizer_tensors,
     make_optimizer,
     optimizer_tensors,
@@ -52,7 +51,7 @@ from softtrellis.recipes.temperatures import check_temperatures, initial_tempera
 from softtrellis.recipes.trainables import (
     LATENTS,
     TABLE,
-    learning_rates,
+    LearningRates,
     shared_tables,
     trained_parameters,
 )
@@ -74,6 +73,7 @@ class Trainer:
 
     Attributes:
         layers: the training layers by name.
+        rates: of learning.
         best: the least divergence on held-out windows so far, of the hard code, and its step.
         skipped: steps without a finite gradient, which changed nothing.
     """
@@ -129,10 +129,8 @@ class Trainer:
         with_table = TABLE in config.train
         self.tables = shared_tables(self.layers, quantized_layers(student)) if with_table else []
         self.parameters = trained_parameters(student, self.layers, self.tables, config.train)
-        rates = learning_rates(self.parameters, self.layers, config)
-        groups = grouped_by_rate(self.parameters.values(), rates)
-        self._rates = [group["lr"] for group in groups]
-        self.optimizer = make_optimizer(config.optimizer, groups, fused=cuda)
+        self.rates = LearningRates(self.parameters, self.layers, config)
+        self.optimizer = make_optimizer(config.optimizer, self.rates.groups, fused=cuda)
         self.best: tuple[float, int] | None = None
         self._kept: dict[str, Tensor] = {}
         self.skipped = 0
@@ -206,7 +204,7 @@ class Trainer:
         record: dict[str, Any] = {
             "loss": total,
             "temperature": temperature,
-            "lr": learning_rate_at(share, step, lr=config.lr, warmup=config.warmup),
+            "lr": learning_rate_at(share, step, lr=self.rates.lr, warmup=config.warmup),
             "grad_norm": float(norm),
             "tokens": (step + 1) * config.batch * config.ctx,
         }
@@ -228,8 +226,7 @@ class Trainer:
         temperature = temperature_at(
             share, t_init=self.t_init, t_min=config.t_min, schedule=config.schedule
         )
-        rates = (learning_rate_at(share, step, lr=r, warmup=config.warmup) for r in self._rates)
-        set_learning_rates(self.optimizer, list(rates))
+        set_learning_rates(self.optimizer, self.rates.at(share, step))
         for layer in self.layers.values():
             layer.temperature = temperature
             layer.estimator = (config.finish or config.estimator) if finishing else config.estimator
