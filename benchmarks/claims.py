@@ -40,12 +40,12 @@ MEASURED_TILES = 512
 
 def soft(t_init: str, *, lr: float = LR["soft"]) -> str:
     """Options of BCJR from a temperature."""
-    return f"--estimator soft --t-init {t_init} --t-min 0.03 --lr {lr}"
+    return f"--estimator soft --t-init {t_init} --t-min 0.03 --start 0 --lr {lr}"
 
 
 def identity(*, lr: float = LR["identity"]) -> str:
     """Options of plain STE."""
-    return f"--estimator identity --lr {lr}"
+    return f"--estimator identity --start 0 --lr {lr}"
 
 
 def single(experiment: Experiment, layers: Sequence[int], common: str, seed: int) -> None:

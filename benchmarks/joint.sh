@@ -6,9 +6,9 @@ tokens="--batch 16 --steps 240" minutes="--minutes 2"
 # The best of the search.
 soft="$common --estimator soft $cooling $tokens --lr 1.5e-2 --start 0.5"
 identity="$common --estimator identity $tokens --lr 1.5e-2 --start 0.5"
-soft_minutes="$common --estimator soft $cooling $minutes --batch 32 --lr 5e-2"
-identity_minutes="$common --estimator identity --viterbi-every 4 $minutes --batch 8 --lr 6e-3"
-through="$common --estimator straight_through $cooling $tokens --lr 3e-2"
+soft_minutes="$common --estimator soft $cooling $minutes --batch 32 --lr 5e-2 --start 0"
+identity_minutes="$common --estimator identity --viterbi-every 4 $minutes --batch 8 --lr 6e-3 --start 0"
+through="$common --estimator straight_through $cooling $tokens --lr 1.5e-2 --start 0.5"
 native="--batch 16 --scale-lr 5e-3 --lr 3e-3"
 run experiment "--L 12" "tokens/identity=$identity" "tokens/soft=$soft" --seeds 1 2
 run experiment "--L 12" "minutes/identity=$identity_minutes" "minutes/soft=$soft_minutes" --seeds 0 1

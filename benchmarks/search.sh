@@ -6,13 +6,13 @@ soft="$common --estimator soft $cooling"
 identity="$common --estimator identity"
 tokens="--batch 16 --steps 240" minutes="--minutes 1"
 run experiment "--L 12" \
-    "tokens/identity-1.5e-2=$identity $tokens --lr 1.5e-2" \
+    "tokens/identity-1.5e-2=$identity $tokens --lr 1.5e-2 --start 0" \
     "tokens/identity-1.5e-2-start-0.5=$identity $tokens --lr 1.5e-2 --start 0.5" \
     "tokens/identity-7e-3-start-0.5=$identity $tokens --lr 7e-3 --start 0.5" \
-    "tokens/soft-4e-2=$soft $tokens --lr 4e-2" \
+    "tokens/soft-4e-2=$soft $tokens --lr 4e-2 --start 0" \
     "tokens/soft-3e-2-start-0.5=$soft $tokens --lr 3e-2 --start 0.5" \
     "tokens/soft-1.5e-2-start-0.5=$soft $tokens --lr 1.5e-2 --start 0.5" \
-    "minutes/identity-8-6e-3=$identity --viterbi-every 4 --batch 8 $minutes --lr 6e-3" \
+    "minutes/identity-8-6e-3=$identity --viterbi-every 4 --batch 8 $minutes --lr 6e-3 --start 0" \
     "minutes/identity-8-4e-3-start-0.5=$identity --viterbi-every 4 --batch 8 $minutes --lr 4e-3 --start 0.5" \
-    "minutes/soft-32-5e-2=$soft --batch 32 $minutes --lr 5e-2" \
+    "minutes/soft-32-5e-2=$soft --batch 32 $minutes --lr 5e-2 --start 0" \
     "minutes/soft-32-2.5e-2-start-0.5=$soft --batch 32 $minutes --lr 2.5e-2 --start 0.5"

@@ -134,7 +134,8 @@ def trained(
     """Each run from the same quantized model."""
     report("as quantized", source, copy.deepcopy(start), test[1::2])
     for run in runs:
-        settings = {"batch": 16, "scale_lr": 1e-2, "evaluate_every": 0, "measure_every": 0} | run
+        settings = {"batch": 16, "start": 0.0, "scale_lr": 1e-2} | run
+        settings |= {"evaluate_every": 0, "measure_every": 0}
         config = DistillConfig(ctx=CTX, train=("latents", "scales", "norms"), **settings)
         teacher, student = copy.deepcopy(source.model), copy.deepcopy(start)
         result = distill(student, config, teacher=teacher, text=(windows, windows[:0]))

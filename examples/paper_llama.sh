@@ -12,7 +12,7 @@ mkdir -p "$out"
 softtrellis quantize "$model" -o "$out/ptq" --layers 4 --no-hessian --device "$device"
 softtrellis plan "$out/ptq" --lr 2e-4 --steps 10 --temperature 0.3 --device "$device"
 softtrellis train "$out/ptq" --teacher "$model" -o "$out/qat" --mode single --layers 4 \
-    --data wikitext2 --ctx 1024 --batch 4 --lr 2e-4 --steps 10 --warmup 0 --t-init 0.3 --t-min 0.05 \
+    --estimator soft --start 0 --train latents --data wikitext2 --ctx 1024 --batch 4 --lr 2e-4 --steps 10 --warmup 0 --t-init 0.3 --t-min 0.05 \
     --evaluate-every 0 --device "$device"
 softtrellis eval "$model" "$out/ptq" "$out/qat" --data "$heldout" --device "$device" \
     --json "$out/qat/results.json"

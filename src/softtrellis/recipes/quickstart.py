@@ -89,6 +89,8 @@ class QuickstartConfig:
         """How it trains."""
         return DistillConfig(
             layers=self.layers,
+            estimator="soft",
+            start=0.0,
             train=("latents",),
             lr=self.lr,
             steps=self.steps,
