@@ -48,12 +48,12 @@ from softtrellis.trellis.launch_cuda import Kernel
 SHAPES = ((4096, 11008), (2048, 8192), (28672, 4096), (6144, 4096), (4096, 14336))
 CHECKED = ((2048, 2048), (576, 1536), (272, 1040), (48, 80))
 BATCHES = (1, 4, 16)
-PRODUCTS: list[tuple[int, int, int, int, Inputs]] = [
-    (8, 8, 0, 128, "shared"), (8, 12, 0, 104, "shared"), (8, 16, 0, 80, "shared"),
-    (8, 8, 0, 128, "global"), (8, 12, 0, 128, "global"), (16, 8, 0, 168, "global"),
-    (16, 12, 0, 168, "global"), (16, 16, 0, 128, "global"), (16, 8, 0, 168, "shared"),
+PRODUCTS: list[tuple[int, int, int, Inputs]] = [
+    (8, 8, 128, "shared"), (8, 12, 104, "shared"), (8, 16, 80, "shared"), (8, 8, 128, "global"),
+    (8, 12, 128, "global"), (16, 8, 168, "global"), (16, 12, 168, "global"),
+    (16, 16, 128, "global"),
 ]  # fmt: skip
-"""Rows, warps, stages (0: codes straight into registers), registers of a thread, whence x comes."""
+"""Rows, warps, registers of a thread, whence x comes."""
 FLOORS = """
 extern "C" __global__ void nothing(Parameters p) {}
 
@@ -128,12 +128,12 @@ def write_variants(folder: Path) -> dict[TrellisCode, list[Variant]]:
     """Variants of ``decode.cu``, in one source file."""
     text = (Path(launch_cuda.__file__).parent / "cuda" / "decode.cu").read_text()
     path, found = folder / "decode_variants.cu", defaultdict(list)
-    for code, (rows, warps, stages, registers, inputs) in itertools.product((HYB, MUL1), PRODUCTS):
-        name = f"{code.name}_{rows}rows_{warps}warps_{stages}stages_{registers}registers_{inputs}_x"
-        text += f"KERNEL({name}, {code.name.upper()}, {rows // 8}, {warps}, {stages}, "
+    for code, (rows, warps, registers, inputs) in itertools.product((HYB, MUL1), PRODUCTS):
+        name = f"{code.name}_{rows}rows_{warps}warps_{registers}registers_{inputs}_x"
+        text += f"KERNEL({name}, {code.name.upper()}, {rows // 8}, {warps}, "
         text += f"{inputs.upper()}, {registers})\n"
         kernel = Kernel(str(path), name, 32 * warps)
-        found[code].append(Variant(kernel, rows, stages, code == HYB, inputs))
+        found[code].append(Variant(kernel, rows, code == HYB, inputs))
     path.write_text(text + FLOORS)
     return found
 

@@ -196,7 +196,7 @@ def edited(folder: Path, source: str, name: str, edits: list[Edit], more: str = 
 def written(folder: Path) -> dict[bool, Sources]:
     """Sources with products of all numbers of warps, by whether the next kernel begins early."""
     more = "".join(
-        f"KERNEL({code}_{name}_{warps}, {code.upper()}, 1, {warps}, 0, {inputs}, {registers})\n"
+        f"KERNEL({code}_{name}_{warps}, {code.upper()}, 1, {warps}, {inputs}, {registers})\n"
         for code, (name, inputs), (warps, registers) in product(
             ("hyb", "mul1"), (("rotating", "ROTATED"), ("one_row", "SHARED")), REGISTERS.items()
         )

@@ -12,7 +12,8 @@ CLAIM is one of
   that the measured radii predict to change, and held-out divergences to choose rates by;
 - overshoot: divergence of the hard code along the trajectory, from a high and a low temperature.
 
-Rows of one claim have the same steps, text, seeds and learning rates.
+Rows of one claim have the same steps, text, seeds and learning rates. Scales and norms are trained
+in all of them: where no code changes, what is gained is theirs.
 """
 
 from __future__ import annotations
@@ -138,7 +139,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     options = parser.parse_args()
     experiment = Experiment(options)
-    common = f"--batch {options.batch}"
+    common = f"--batch {options.batch} --train latents,scales,norms --scale-lr 5e-3"
     if options.claim != "drift":
         common += f" --steps {options.steps} --measure-every 0"
     if options.claim in ("single", "pairs"):

@@ -219,8 +219,6 @@ def test_every_unit_of_work_is_dealt(shape: tuple[int, int], warps: int, process
 def test_there_is_a_kernel_for_all_rows(inputs: int) -> None:
     for variants in decode_cuda.VARIANTS.values():
         assert all(any(v.takes(rows, inputs) for v in variants) for rows in range(1, 17))
-        for variant in (v for v in variants if v.stages):
-            assert variant.stages * 1024 >= variant.rows * 128  # the second strip's sums
 
 
 def test_what_products_rotate_themselves() -> None:

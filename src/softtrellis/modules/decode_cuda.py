@@ -24,7 +24,7 @@ from softtrellis.trellis.launch_cuda import (
 )
 
 _MORE_THAN_HALF = 115 * 1024
-_STRIP, _UNIT_INPUTS, _UNIT_BYTES = 32, 128, 1024
+_STRIP, _UNIT_INPUTS = 32, 128
 _TABLE_ROWS = 1024
 _LEAST_UNITS = 4  # of a block: one for each scheduler of a multiprocessor
 _LEAST_BITS = 5  # of the channels that a product rotates together
@@ -39,7 +39,6 @@ class Variant:
     Attributes:
         kernel: the kernel itself.
         rows: most rows of activations that it takes.
-        stages: units of work whose codes a warp copies ahead; 0: it loads them into registers.
         table: whether it has HYB's table.
         inputs: where activations come from: global memory; a copy of all of them in every block's
             shared memory; one row that every block itself rotates.
@@ -47,7 +46,6 @@ class Variant:
 
     kernel: Kernel
     rows: int
-    stages: int
     table: bool
     inputs: Inputs = "global"
 
@@ -59,17 +57,16 @@ class Variant:
     def shared_bytes(self, batch: int, inputs: int) -> int:
         """Dynamic shared memory of a block.
 
-        That is the table, x, each warp's sums of a strip and copies (whose place the sums of its
-        second strip take), and room to rotate a row. It is more than half of what a multiprocessor
-        has, as two blocks on one, and none on another, would take twice as long.
+        That is the table, x, each warp's sums of two strips, and room to rotate a row. It is more
+        than half of what a multiprocessor has, as two blocks on one, and none on another, would
+        take twice as long.
         """
         size = 4 * 32 * _TABLE_ROWS if self.table else 0
         if self.inputs != "global":
             size += batch * (-(-inputs // _UNIT_INPUTS) * 2 * _UNIT_INPUTS + 16)
         if self.inputs == "rotated":
             size += 4 * inputs + 4 * self.warps
-        sums, copies = 4 * _STRIP * batch, self.stages * _UNIT_BYTES
-        size += self.warps * (sums + max(copies, sums))
+        size += self.warps * 2 * 4 * _STRIP * batch
         return max(size, _MORE_THAN_HALF)
 
     def takes(self, batch: int, inputs: int) -> bool:
@@ -118,23 +115,21 @@ class Deal:
 
 VARIANTS = {
     ("hyb", "rows"): [
-        Variant(Kernel("decode.cu", "hyb_one_row", 384), 1, 0, True, "shared"),
-        Variant(Kernel("decode.cu", "hyb_shared_x", 256), 8, 4, True, "shared"),
-        Variant(Kernel("decode.cu", "hyb_rows_8", 256), 8, 4, True),
-        Variant(Kernel("decode.cu", "hyb_rows_16", 512), 16, 2, True),
+        Variant(Kernel("decode.cu", "hyb_one_row", 384), 1, True, "shared"),
+        Variant(Kernel("decode.cu", "hyb_rows_8", 384), 8, True),
+        Variant(Kernel("decode.cu", "hyb_rows_16", 384), 16, True),
     ],
     ("mul1", "exl3"): [
-        Variant(Kernel("decode.cu", "mul1_one_row", 256), 1, 0, False, "shared"),
-        Variant(Kernel("decode.cu", "mul1_shared_x", 256), 8, 4, False, "shared"),
-        Variant(Kernel("decode.cu", "mul1_rows_8", 512), 8, 2, False),
-        Variant(Kernel("decode.cu", "mul1_rows_16", 512), 16, 2, False),
+        Variant(Kernel("decode.cu", "mul1_one_row", 256), 1, False, "shared"),
+        Variant(Kernel("decode.cu", "mul1_rows_8", 384), 8, False),
+        Variant(Kernel("decode.cu", "mul1_rows_16", 384), 16, False),
     ],
 }
 """By code and order; the first that takes the activations multiplies them."""
 
 ROTATING = {
-    ("hyb", "rows"): Variant(Kernel("decode.cu", "hyb_rotating", 256), 1, 0, True, "rotated"),
-    ("mul1", "exl3"): Variant(Kernel("decode.cu", "mul1_rotating", 256), 1, 0, False, "rotated"),
+    ("hyb", "rows"): Variant(Kernel("decode.cu", "hyb_rotating", 384), 1, True, "rotated"),
+    ("mul1", "exl3"): Variant(Kernel("decode.cu", "mul1_rotating", 256), 1, False, "rotated"),
 }
 """Those that rotate the activations too."""
 

@@ -84,14 +84,6 @@ __device__ __forceinline__ void let_the_next_kernel_begin() {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 
-// 16 bytes on their way from global to shared memory, at this address, or none; a thread waits for
-// its own.
-__device__ __forceinline__ void copy_if(bool condition, u32 to, const void *from) {
-    asm volatile("{.reg .pred p; setp.ne.s32 p, %2, 0; @p cp.async.cg.shared.global [%0], [%1], 16;}"
-                 ::"r"(to), "l"(from), "r"((int)condition)
-                 : "memory");
-}
-
 // Ends a group of copies, which may be empty.
 __device__ __forceinline__ void end_copies() {
     asm volatile("cp.async.commit_group;" ::: "memory");
@@ -103,16 +95,7 @@ __device__ __forceinline__ void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(AHEAD) : "memory");
 }
 
-__device__ __forceinline__ uint4 read_16_bytes(u32 from) {  // of shared memory
-    uint4 x;
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                 : "r"(from)
-                 : "memory");
-    return x;
-}
-
-// Likewise, or zeros.
+// 16 bytes on their way from global to shared memory, or zeros; a thread waits for its own.
 __device__ __forceinline__ void copy_16_bytes_or_0(u32 to, const void *from, bool copy) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
                  "r"(copy ? 16 : 0)

@@ -6,9 +6,8 @@
 //     inputs and that of its outputs are free: one matrix instruction takes two rows of each
 //     quarter, and 4 inputs of each input block; the operands are where they were decoded. A unit
 //     of work is twice that, 32 outputs by 128 inputs.
-//   * A lane loads its own quarters into registers, a unit ahead, as those after it come to L2; or
-//     (STAGES > 0) copies them to shared memory, several units ahead, and reads no one else's: no
-//     barriers. The first are under way before the kernel before this one ends.
+//   * A lane loads its own quarters into registers, a unit ahead, as those after it come to L2. The
+//     first are under way before the kernel before this one ends.
 //   * HYB: 2 h(s) = 2 s (s + 1) holds the row of a table of 1024 codewords, signs included, in its
 //     bits 7 to 16. Every lane has its own copy of the table in its own bank (128 KiB in all), and
 //     bits 7 to 16 of 2 h, with the lane in bits 2 to 6, are the address: no reads conflict.
@@ -21,7 +20,7 @@
 
 constexpr int LANES = 32, SIDE = 16, QUARTET = 4, TILE = 4;  // a tile of 4 times 16 bytes
 constexpr int LEAD = 4;  // units that are on their way to L2 before they are loaded
-constexpr int UNIT_BLOCKS = 8, UNIT_BYTES = 1024, STRIP = 2 * SIDE, TABLE_ROWS = 1024;
+constexpr int UNIT_BLOCKS = 8, STRIP = 2 * SIDE, TABLE_ROWS = 1024;
 
 enum Code { HYB, MUL1 };
 
@@ -151,7 +150,7 @@ __device__ __forceinline__ void copy_x(const Parameters &p, u32 to, int row_unit
     end_copies();
 }
 
-template <Code CODE, int ROWS8, int WARPS, int STAGES, Inputs INPUTS>
+template <Code CODE, int ROWS8, int WARPS, Inputs INPUTS>
 __device__ __forceinline__ void multiply(const Parameters &p) {
     const int lane = threadIdx.x % LANES, g = lane / 4, q = lane % 4, warp = threadIdx.x / LANES;
     const int row_units = (p.in_blocks + UNIT_BLOCKS - 1) / UNIT_BLOCKS;
@@ -161,20 +160,16 @@ __device__ __forceinline__ void multiply(const Parameters &p) {
         return first + first_of(w, count / WARPS, count % WARPS);
     };
     const u32 bank = 4 * lane;
-    constexpr bool SHARED_X = INPUTS != GLOBAL, RING = STAGES > 0;
-    constexpr int AHEAD = RING ? STAGES - 1 : 0;
+    constexpr bool SHARED_X = INPUTS != GLOBAL;
     TableFill<WARPS * LANES> fill;
     if (CODE == HYB) fill.load(p.table);
 
-    // Of each warp: the sums of its first strip, and the copies, whose place those of its second
-    // strip take.
+    // Of each warp: the sums of its first strip and of its second one.
     const int x_row_bytes = row_units * UNIT_BLOCKS * SIDE * 2 + 16;  // 16: rows in other banks
     char *const shared_x = (char *)shared + (CODE == HYB ? TABLE_ROWS * LANES * 4 : 0);
     char *const own = shared_x + (SHARED_X ? p.batch * x_row_bytes : 0);
     const int sums_bytes = p.batch * STRIP * 4;
-    const int own_bytes = sums_bytes + (RING ? STAGES * UNIT_BYTES : sums_bytes);
-    u32 slot = address(own) + warp * own_bytes + sums_bytes + 16 * lane, slots = slot;
-    asm("" : "+r"(slots));  // else computed again and again
+    const int own_bytes = 2 * sums_bytes;
 
     const int first_strip = first / row_units, unit = first_of_warp(warp);
     int strip = first_strip;
@@ -183,12 +178,12 @@ __device__ __forceinline__ void multiply(const Parameters &p) {
     const int here = min(units, (strip + 1) * row_units - unit), there = units - here;
     const int first_block = (unit - strip * row_units) * UNIT_BLOCKS + q;
 
-    // What is not copied decodes to numbers that are multiplied by 0, or to outputs that are not
+    // What is not loaded decodes to numbers that are multiplied by 0, or to outputs that are not
     // there.
     const int out_block = strip * 2 + g / 4;
     const u32 next_part = ((out_block + 2) * p.in_blocks + q) * TILE + g % 4;
     u32 part = (out_block * p.in_blocks + first_block) * TILE + g % 4;
-    int ahead = here;  // units to copy, and from this lane's input block to the end of the row
+    int ahead = here;  // units to load, and from this lane's input block to the end of the row
     int room = units > 0 && out_block < p.out_blocks ? p.in_blocks - first_block : 0;
     int next_room = there > 0 && out_block + 2 < p.out_blocks ? p.in_blocks - q : 0;
     const auto advance = [&] {
@@ -196,19 +191,7 @@ __device__ __forceinline__ void multiply(const Parameters &p) {
         if (--ahead == 0)  // on to the second strip, and after it to nothing
             part = next_part, ahead = there, room = next_room, next_room = 0;
     };
-    const auto copy = [&] {
-        const uint4 *from = p.codes + part;
-        asm("" : "+l"(from));  // likewise
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-            copy_if(room > half * QUARTET, slot + half * UNIT_BYTES / 2,
-                    from + half * QUARTET * TILE);
-        end_copies();
-        if (STAGES == 2) slot = 2 * slots + UNIT_BYTES - slot;
-        else slot = slot == slots + AHEAD * UNIT_BYTES ? slots : slot + UNIT_BYTES;
-        advance();
-    };
-    // Without a ring of copies: the next unit is on its way into registers, those after it to L2.
+    // The next unit is on its way into registers, those after it to L2.
     uint4 quarters[2] = {};
     const auto load = [&](int half) {
         load_if(room > half * QUARTET, quarters[half], p.codes + part + half * QUARTET * TILE);
@@ -217,18 +200,13 @@ __device__ __forceinline__ void multiply(const Parameters &p) {
         at += g % 2 * QUARTET * TILE;
         if (at < p.out_blocks * p.in_blocks * TILE) fetch_to_l2(p.codes + at);
     };
-    if (RING) {
+    load(0), load(1);
 #pragma unroll 1
-        for (int i = 0; i < STAGES; ++i) copy();
-    } else {
-        load(0), load(1);
-#pragma unroll 1
-        for (int i = 1; i <= LEAD; ++i) {
-            fetch(part + i * UNIT_BLOCKS * TILE);
-            if (there > 0) fetch(next_part + (i - 1) * UNIT_BLOCKS * TILE);
-        }
-        advance();
+    for (int i = 1; i <= LEAD; ++i) {
+        fetch(part + i * UNIT_BLOCKS * TILE);
+        if (there > 0) fetch(next_part + (i - 1) * UNIT_BLOCKS * TILE);
     }
+    advance();
     const Row row{(const char *)p.x, p.signs, p.scales, p.in_blocks * SIDE, p.bits, p.type};
     if (INPUTS == ROTATED) fetch_constants<WARPS * LANES>(row);
     if (CODE == HYB) fill.store();
@@ -273,12 +251,6 @@ __device__ __forceinline__ void multiply(const Parameters &p) {
         load_x(0);
         if (CODE == HYB) __syncthreads();
     }
-    const auto read_quarters = [&] {
-        wait_for_copies<AHEAD>();
-        quarters[0] = read_16_bytes(slot);
-        quarters[1] = read_16_bytes(slot + UNIT_BYTES / 2);
-    };
-    if (RING) read_quarters();
     const int lane_after = (lane & 19) | ((lane + 4) & 12);
 
 #pragma unroll 1
@@ -291,15 +263,10 @@ __device__ __forceinline__ void multiply(const Parameters &p) {
             for (int half = 0; half < 2; ++half) {
                 const u32 after = __shfl_sync(0xffffffffu, quarters[half].x, lane_after);
                 const Quarter<CODE> quarter(quarters[half], after);
-                if (!RING) load(half);
+                load(half);
                 if (half == 1) {
-                    if (RING) {
-                        copy();
-                        read_quarters();
-                    } else {
-                        fetch(part + LEAD * UNIT_BLOCKS * TILE);
-                        advance();
-                    }
+                    fetch(part + LEAD * UNIT_BLOCKS * TILE);
+                    advance();
                     if (!SHARED_X && left == 1) x_at = x_end - p.in_blocks + q;
                 }
                 load_x(1 - half);
@@ -365,18 +332,16 @@ __device__ __forceinline__ void multiply(const Parameters &p) {
     }
 }
 
-#define KERNEL(NAME, CODE, ROWS8, WARPS, STAGES, INPUTS, REGISTERS)        \
+#define KERNEL(NAME, CODE, ROWS8, WARPS, INPUTS, REGISTERS)                \
     extern "C" __global__ void __maxnreg__(REGISTERS) NAME(Parameters p) { \
-        multiply<CODE, ROWS8, WARPS, STAGES, INPUTS>(p);                   \
+        multiply<CODE, ROWS8, WARPS, INPUTS>(p);                           \
     }
 
-KERNEL(hyb_rotating, HYB, 1, 8, 0, ROTATED, 128)
-KERNEL(hyb_one_row, HYB, 1, 12, 0, SHARED, 104)
-KERNEL(hyb_shared_x, HYB, 1, 8, 4, SHARED, 128)
-KERNEL(hyb_rows_8, HYB, 1, 8, 4, GLOBAL, 128)
-KERNEL(hyb_rows_16, HYB, 2, 16, 2, GLOBAL, 128)
-KERNEL(mul1_rotating, MUL1, 1, 8, 0, ROTATED, 128)
-KERNEL(mul1_one_row, MUL1, 1, 8, 0, SHARED, 128)
-KERNEL(mul1_shared_x, MUL1, 1, 8, 4, SHARED, 128)
-KERNEL(mul1_rows_8, MUL1, 1, 16, 2, GLOBAL, 80)
-KERNEL(mul1_rows_16, MUL1, 2, 16, 2, GLOBAL, 128)
+KERNEL(hyb_rotating, HYB, 1, 12, ROTATED, 104)
+KERNEL(hyb_one_row, HYB, 1, 12, SHARED, 104)
+KERNEL(hyb_rows_8, HYB, 1, 12, GLOBAL, 128)
+KERNEL(hyb_rows_16, HYB, 2, 12, GLOBAL, 168)
+KERNEL(mul1_rotating, MUL1, 1, 8, ROTATED, 128)
+KERNEL(mul1_one_row, MUL1, 1, 8, SHARED, 128)
+KERNEL(mul1_rows_8, MUL1, 1, 12, GLOBAL, 128)
+KERNEL(mul1_rows_16, MUL1, 2, 12, GLOBAL, 168)
