@@ -100,6 +100,7 @@ def step_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--micro-batch", type=int, default=4)
     parser.add_argument("--checkpoint-layers", action="store_true")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--cuda-graphs", action="store_true")
     parser.add_argument("--viterbi-every", type=int, default=1)
     parser.add_argument("--train", default="latents", help="as in softtrellis train")
     return parser
@@ -116,6 +117,7 @@ def step_config(options: argparse.Namespace, **more: Any) -> DistillConfig:
         ctx=options.ctx,
         checkpoint_layers=options.checkpoint_layers,
         compile=options.compile,
+        cuda_graphs=options.cuda_graphs,
         viterbi_every=options.viterbi_every,
         train=tuple(options.train.split(",")),
         measure_every=0,
@@ -154,7 +156,7 @@ def main() -> None:
         trainer.step(step, 0.5)
         seconds = now() - began
         peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
-        print(f"step {step}: {seconds:.2f} s, {peak:.1f} GiB", flush=True)
+        print(f"step {step}: {seconds:.3f} s, {peak:.1f} GiB", flush=True)
     began = now()
     hold(layers)
     held = now()

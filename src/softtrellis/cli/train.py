@@ -129,6 +129,11 @@ def add_parser(commands: Commands) -> None:
         help="run decoder layers through torch.compile: a minute at the start, then faster steps",
     )
     parser.add_argument(
+        "--cuda-graphs",
+        action="store_true",
+        help="repeat passes as CUDA graphs: faster steps where they have few tokens; on a GPU",
+    )
+    parser.add_argument(
         "--viterbi-every",
         metavar="N",
         type=int,
@@ -200,6 +205,7 @@ def config_of(options: argparse.Namespace) -> DistillConfig:
         evaluate_every=options.evaluate_every,
         checkpoint_layers=options.checkpoint_layers,
         compile=options.compile,
+        cuda_graphs=options.cuda_graphs,
         viterbi_every=options.viterbi_every,
         reencode_every=options.reencode_every,
         measure_every=options.measure_every,

@@ -109,6 +109,7 @@ class LatentLinear(nn.Module):
         self.register_parameter("codewords", whole)
         self.calls = 0
         self.held: Tensor | None = None
+        self._fixed: Tensor | None = None
         self._graph: Tensor | None = None
         self._hard_weight: Callable[[], Tensor] | None = None
 
@@ -207,6 +208,12 @@ class LatentLinear(nn.Module):
             weight = self._weight_of(codewords.float()) if hard is None else hard()
         return functional.linear(x, weight.to(x.dtype), self.bias)
 
+    def fix(self) -> Tensor:
+        """[out_features, in_features], where ``hold`` puts the weight from now on; no ``share``."""
+        size = self.layer.out_features, self.layer.in_features
+        self._fixed = self.latent.new_empty(size).requires_grad_()
+        return self._fixed
+
     def hold_hard(self, hardened: QuantizedLinear) -> None:
         """Lets passes take the weight of what ``harden`` gave, until ``release``; no gradients.
 
@@ -223,6 +230,11 @@ class LatentLinear(nn.Module):
         Its graph is kept, and carries the gradient of ``_release``.
         """
         self._graph = made
+        if self._fixed is not None:
+            self.held = self._fixed
+            with torch.no_grad():
+                self.held.copy_(made)
+            return
         if self.share is None:
             self.held = made.detach().requires_grad_(made.requires_grad)
             return

@@ -48,8 +48,9 @@ class Network:
 
     def prefix(self, ids: Tensor) -> Tensor:
         """int64 [b, ctx] to what ``features`` takes, without gradients."""
+        ids = ids.to(self.device)
         with self._precision():
-            return self.tail.prefix(ids.to(self.device)) if self.tail else ids
+            return self.tail.prefix(ids) if self.tail else ids
 
     def features(self, states: Tensor) -> Tensor:
         """What the head takes, [b * (ctx - 1), d]: all positions but the last."""

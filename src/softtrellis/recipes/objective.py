@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from softtrellis.modules.replace import decoder_index, linear_names, quantized_layers
 from softtrellis.recipes.network import Network, divergence
 from softtrellis.recipes.ranks import Ranks
+from softtrellis.recipes.replay import Replayed
 from softtrellis.recipes.sharded_layers import ShardedLayers
 
 _CACHE_BYTES = 2 << 30
@@ -33,11 +35,12 @@ class Objective:
         sharded: ShardedLayers | None = None,
         *,
         dtype: torch.dtype,
+        graphs: bool = False,
     ) -> None:
         """See ``Trainer``.
 
         ``sharded`` are the student's layers where several ranks share them, ``dtype`` is that of
-        matrix products.
+        matrix products; ``graphs`` repeats passes as CUDA graphs.
         """
         self.windows, self.held_out, self._ranks = windows, held_out, ranks
         self._sharded = sharded
@@ -50,6 +53,11 @@ class Objective:
         )
         self._teacher, self._student = networks
         self._shared_prefix = self._teacher.first == self._student.first and not before
+        self._graphs = graphs
+        self._targets: Callable[[Tensor], Tensor] = self._teacher.features
+        if graphs:
+            self._targets = Replayed(self._targets)
+        self._passes: dict[float, Replayed] = {}
         self._cache: dict[tuple[bool, int], tuple[Tensor, Tensor]] = {}
         self._cached_bytes = 0
 
@@ -71,7 +79,7 @@ class Objective:
         if missing:
             ids = windows[missing]
             states = self._teacher.prefix(ids)
-            targets = self._teacher.features(states).unflatten(0, (len(missing), -1))
+            targets = self._targets(states).unflatten(0, (len(missing), -1))
             if not self._shared_prefix:
                 states = self._student.prefix(ids)
             for row, state, target in zip(missing, states, targets, strict=True):
@@ -90,12 +98,28 @@ class Objective:
         Of no windows it is that of the first one to train on, which counts 0 times: its backward
         pass is run with those of the other ranks.
         """
-        pairs = self._inputs(rows or (0,), held_out=held_out and bool(rows))
+        return self._divergence(*self._stacked(rows or (0,), held_out=held_out and bool(rows)))
+
+    def backward(self, rows: Sequence[int], weight: float) -> Tensor:
+        """Adds the gradients of ``weight`` times ``loss``; float32 [], that."""
+        states, targets = self._stacked(rows or (0,), held_out=False)
+        if not self._graphs:
+            return self._pass(weight, states, targets)
+        if weight not in self._passes:
+            self._passes[weight] = Replayed(partial(self._pass, weight))
+        return self._passes[weight](states, targets)
+
+    def _pass(self, weight: float, states: Tensor, targets: Tensor) -> Tensor:
+        loss = self._divergence(states, targets) * weight
+        loss.backward()
+        return loss.detach()
+
+    def _stacked(self, rows: Sequence[int], *, held_out: bool) -> tuple[Tensor, Tensor]:
+        pairs = self._inputs(rows, held_out=held_out)
         states = torch.stack([state for state, _ in pairs])
+        return states, torch.cat([target for _, target in pairs])
+
+    def _divergence(self, states: Tensor, targets: Tensor) -> Tensor:
         run, sharded = self._student.features, self._sharded
-        return divergence(
-            self._student,
-            run(states) if sharded is None else sharded(run, states),
-            self._teacher,
-            torch.cat([target for _, target in pairs]),
-        )
+        features = run(states) if sharded is None else sharded(run, states)
+        return divergence(self._student, features, self._teacher, targets)

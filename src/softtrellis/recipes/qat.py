@@ -101,6 +101,9 @@ class DistillConfig:
         checkpoint_layers: decoder layers recompute their activations in the backward pass.
         compile: run both models' decoder layers through ``torch.compile``, which takes about a
             minute at the start, for faster steps on a GPU; on one rank only.
+        cuda_graphs: repeat passes as CUDA graphs, from the fourth of a shape on: faster where a
+            step has so few tokens that launching it takes longer than running it. On a GPU and one
+            rank only, and without ``checkpoint_layers``.
         viterbi_every: steps between searches for the hard codes that estimator "identity" takes;
             in between it keeps them, which change slowly. On one rank only unless 1.
         reencode_every: steps between moves of the pinned ends; 0 never moves them.
@@ -144,6 +147,7 @@ class DistillConfig:
     evaluate_every: int = 20
     checkpoint_layers: bool = False
     compile: bool = False
+    cuda_graphs: bool = False
     viterbi_every: int = 1
     reencode_every: int = 25
     measure_every: int = 5
@@ -186,6 +190,8 @@ class DistillConfig:
             )
         if self.viterbi_every > 1 and "identity" not in (self.estimator, self.finish):
             raise ValueError("viterbi_every is for estimator 'identity'; leave it out")
+        if self.cuda_graphs and (self.checkpoint_layers or not self.device.startswith("cuda")):
+            raise ValueError("cuda_graphs needs a GPU, and no checkpoint_layers")
         if self.steps is None and self.minutes is None:
             raise ValueError("a run needs an end: give steps or minutes")
         for name, least in (
@@ -252,9 +258,11 @@ def distill(
     ranks = ranks or ONE
     if ranks.size > 1 and config.optimizer == "adamw8bit":
         raise ValueError("optimizer adamw8bit trains on one rank only; use adamw")
-    if ranks.size > 1 and (config.compile or config.viterbi_every > 1):
-        name = "compile" if config.compile else "viterbi_every"
-        raise ValueError(f"{name} trains on one rank only; leave it out")
+    alone = {"compile": config.compile, "cuda_graphs": config.cuda_graphs}
+    alone["viterbi_every"] = config.viterbi_every > 1
+    for name, wanted in alone.items():
+        if ranks.size > 1 and wanted:
+            raise ValueError(f"{name} trains on one rank only; leave it out")
     if not ranks.first:
         config = replace(config, show_progress=False)
     if isinstance(model, str | Path):

@@ -44,6 +44,7 @@ from softtrellis.recipes.optimizer import (
     set_learning_rates,
 )
 from softtrellis.recipes.ranks import ONE, Ranks, whole_weight
+from softtrellis.recipes.replay import FixedPlaces
 from softtrellis.recipes.schedules import learning_rate_at, temperature_at
 from softtrellis.recipes.sharded_layers import ShardedLayers
 from softtrellis.recipes.sharded_state import spread
@@ -108,8 +109,9 @@ class Trainer:
         several = ranks.size > 1
         self._sharded = ShardedLayers(student, names, ranks, dtype=dtype) if several else None
         self._objective = Objective(
-            student, teacher, names, windows, held_out, ranks, self._sharded, dtype=dtype
-        )
+            student, teacher, names, windows, held_out, ranks, self._sharded,
+            dtype=dtype, graphs=config.cuda_graphs,
+        )  # fmt: skip
         student.requires_grad_(False)
         self.t_init = initial_temperature(config, teacher, student, names)
         modules = (get_quantized(student, name) for name in names)
@@ -129,6 +131,7 @@ class Trainer:
         with_table = TABLE in config.train
         self.tables = shared_tables(self.layers, quantized_layers(student)) if with_table else []
         self.parameters = trained_parameters(student, self.layers, self.tables, config.train)
+        self._fixed = FixedPlaces(self.layers, self.parameters, enabled=config.cuda_graphs)
         self.rates = LearningRates(self.parameters, self.layers, config)
         self.optimizer = make_optimizer(config.optimizer, self.rates.groups, fused=cuda)
         self.best: tuple[float, int] | None = None
@@ -181,10 +184,10 @@ class Trainer:
             for table in self.tables:
                 table.hold()
             hold(layers)
+            self._fixed.reset()
             for part in self._objective.parts(rows, size):
-                loss = self._objective.loss(part) * (len(part) / len(rows))
-                loss.backward()
-                losses.append(loss.detach().double())  # read at the end: reading waits for the GPU
+                loss = self._objective.backward(part, len(part) / len(rows))
+                losses.append(loss.double())  # read at the end: reading waits for the GPU
             release(layers)
             for table in self.tables:
                 table.release()

@@ -1,0 +1,103 @@
+"""Passes as CUDA graphs; on a CPU what would be repeated runs again, on the memory of a capture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from recipes.support import EVERYTHING, Setting, losses, same
+from torch import Tensor
+
+from softtrellis.recipes import objective, replay
+from softtrellis.recipes.qat import DistillConfig
+from softtrellis.recipes.replay import WARM_UP, Replayed
+
+
+def run_again(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """In the place of ``cuda_graph``: the result stays where the first one was."""
+    result = function().clone()
+
+    def again() -> None:
+        result.copy_(function())
+
+    return again, result
+
+
+def test_inputs_are_copied_and_results_are_the_callers() -> None:
+    function = Replayed(lambda x, y: x * 2 + y, capture=run_again)
+    found = [function(torch.full((2,), float(i)), torch.ones(2)) for i in range(WARM_UP + 3)]
+    assert [float(x[0]) for x in found] == [2.0 * i + 1 for i in range(WARM_UP + 3)]
+    assert float(function(torch.ones(3), torch.ones(3))[2]) == 3.0  # another shape
+
+
+@pytest.fixture
+def captures(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Graphs on a CPU; counts them. A capture runs the function, so it takes gradients back."""
+    monkeypatch.setattr(replay, "WARM_UP", 1)
+    count = [0]
+    taken: list[Tensor] = []
+    original = replay.FixedPlaces.reset
+
+    def reset(self: Any) -> None:
+        original(self)
+        taken[:] = self._gradients
+
+    def capture(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        count[0] += 1
+        before = [gradient.clone() for gradient in taken]
+        found = run_again(function)
+        for gradient, old in zip(taken, before, strict=True):
+            gradient.copy_(old)
+        return found
+
+    monkeypatch.setattr(replay.FixedPlaces, "reset", reset)
+    monkeypatch.setattr(objective, "Replayed", lambda f: Replayed(f, capture=capture))
+    monkeypatch.setattr(DistillConfig, "__post_init__", lambda _: None)
+    return count
+
+
+@pytest.mark.parametrize(
+    ("estimator", "code", "parts"),
+    [
+        ("soft", ("gaussian", 6), ("latents", "scales", "norms")),
+        ("identity", ("hyb", 10), EVERYTHING),
+    ],
+)
+def test_graphs_change_nothing(
+    setting: Setting,
+    captures: list[int],
+    estimator: str,
+    code: tuple[str, int],
+    parts: tuple[str, ...],
+) -> None:
+    student = setting.student(*code)
+    change: dict[str, Any] = {"estimator": estimator, "train": parts, "micro_batch": 3}
+    change |= {"steps": 6, "evaluate_every": 2, "held_out": 4}
+    plain = setting.train(student, **change)
+    assert captures == [0]
+    found = setting.train(student, cuda_graphs=True, **change)
+    assert captures == [4]  # passes of 3 windows and of 1, and the teacher on as many
+    assert losses(found) == losses(plain)
+    assert found.kept == plain.kept
+    assert same(found.model, plain.model)
+
+
+def test_graphs_without_a_gpu() -> None:
+    for change in ({"device": "cpu"}, {"checkpoint_layers": True}):
+        with pytest.raises(ValueError, match="cuda_graphs needs a GPU"):
+            DistillConfig(cuda_graphs=True, **change)  # type: ignore[arg-type]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("estimator", ["soft", "identity"])
+def test_graphs_on_a_gpu(setting: Setting, estimator: str, compiled: bool) -> None:
+    student = setting.student("hyb", 10)
+    change: dict[str, Any] = {"estimator": estimator, "train": ("latents", "scales", "norms")}
+    change |= {"steps": 12, "micro_batch": 3, "evaluate_every": 4, "held_out": 4}
+    change |= {"device": "cuda", "dtype": "float32", "compile": compiled}
+    plain = setting.train(student, **change)
+    found = setting.train(student, cuda_graphs=True, **change)
+    assert losses(found) == pytest.approx(losses(plain), rel=1e-4)
