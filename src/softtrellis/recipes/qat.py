@@ -191,7 +191,7 @@ class DistillConfig:
         if self.viterbi_every > 1 and "identity" not in (self.estimator, self.finish):
             raise ValueError("viterbi_every is for estimator 'identity'; leave it out")
         if self.cuda_graphs and (self.checkpoint_layers or not self.device.startswith("cuda")):
-            raise ValueError("cuda_graphs needs a GPU, and no checkpoint_layers")
+            raise ValueError("cuda_graphs must be left out on a CPU, and with checkpoint_layers")
         if self.steps is None and self.minutes is None:
             raise ValueError("a run needs an end: give steps or minutes")
         for name, least in (

@@ -188,7 +188,9 @@ class Run:
         self.log.append(record)
         if self.board is not None:
             self.board.append(record)
-        shown = {"loss": f"{record['loss']:.4f}", "T": f"{record['temperature']:.3f}"}
+        shown = {"loss": f"{record['loss']:.4f}"}
+        if {self.config.estimator, self.config.finish} - {"identity", None}:
+            shown["T"] = f"{record['temperature']:.3f}"
         for key, name in (("soft_hard_gap", "gap"), ("changed_codes", "changed")):
             if key in record:
                 shown[name] = f"{record[key]:.3f}"
