@@ -78,7 +78,8 @@ class LoraQuantizedLinear(nn.Module, LoraLayer):
 
         ``adapter_names`` gives every row of a batch its own adapter, as in peft.
         """
-        LoraLayer._check_forward_args(self, x, adapter_names=adapter_names)
+        check: Any = LoraLayer._check_forward_args
+        check(self, x, adapter_names=adapter_names)
         if adapter_names is not None:
             mixed: Tensor = LoraLayer._mixed_batch_forward(self, x, adapter_names=adapter_names)
             return mixed
@@ -134,9 +135,9 @@ def add_lora(
     if not layers:
         raise ValueError("the model has no quantized layer; use peft's get_peft_model")
     if config.target_modules is None:
-        config.target_modules = set(layers)
+        config.target_modules = list(layers)
     elif config.target_modules == "all-linear":  # peft itself would look for nn.Linear only
-        config.target_modules = set(linear_names(model))
+        config.target_modules = linear_names(model)
     return _cast(get_peft_model(model, register(config), autocast_adapter_dtype=False), dtype)
 
 
