@@ -9,13 +9,14 @@ import pytest
 import torch
 from recipes.support import EVERYTHING, Setting, losses, same
 from torch import Tensor
+from transformers import masking_utils
 
 from softtrellis.recipes import objective, replay
 from softtrellis.recipes.qat import DistillConfig
 from softtrellis.recipes.replay import WARM_UP, Replayed
 
 
-def run_again(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+def run_again(function: Callable[[], Tensor], _: torch.device) -> tuple[Callable[[], None], Tensor]:
     """In the place of ``cuda_graph``: the result stays where the first one was."""
     result = function().clone()
 
@@ -34,23 +35,41 @@ def test_inputs_are_copied_and_results_are_the_callers() -> None:
 
 @pytest.fixture
 def captures(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Graphs on a CPU; counts them. A capture runs the function, so it takes gradients back."""
+    """Graphs on a CPU; counts them.
+
+    A capture runs the function, so it takes gradients back. Transformers believes that it is one.
+    What is repeated has to find weights and gradients where they were.
+    """
     monkeypatch.setattr(replay, "WARM_UP", 1)
-    count = [0]
-    taken: list[Tensor] = []
+    count, leaves = [0], list[Tensor]()
     original = replay.FixedPlaces.reset
 
     def reset(self: Any) -> None:
         original(self)
-        taken[:] = self._gradients
+        leaves[:] = self._leaves
 
-    def capture(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    def places() -> list[int]:
+        gradients = [leaf.grad for leaf in leaves]
+        return [t.data_ptr() for t in (*leaves, *gradients) if t is not None]
+
+    def capture(
+        function: Callable[[], Tensor], device: torch.device
+    ) -> tuple[Callable[[], None], Tensor]:
         count[0] += 1
-        before = [gradient.clone() for gradient in taken]
-        found = run_again(function)
-        for gradient, old in zip(taken, before, strict=True):
-            gradient.copy_(old)
-        return found
+        before = [None if leaf.grad is None else leaf.grad.clone() for leaf in leaves]
+        with monkeypatch.context() as patch:
+            patch.setattr(masking_utils, "is_tracing", lambda *_: True)
+            again, result = run_again(function, device)
+        for leaf, old in zip(leaves, before, strict=True):
+            if leaf.grad is not None and old is not None:
+                leaf.grad.copy_(old)
+        where = places()
+
+        def repeat() -> None:
+            assert places() == where
+            again()
+
+        return repeat, result
 
     monkeypatch.setattr(replay.FixedPlaces, "reset", reset)
     monkeypatch.setattr(objective, "Replayed", lambda f: Replayed(f, capture=capture))
@@ -77,7 +96,16 @@ def test_graphs_change_nothing(
     change |= {"steps": 6, "evaluate_every": 2, "held_out": 4}
     plain = setting.train(student, **change)
     assert captures == [0]
+    masks = set[bool]()
+    attention = setting.teacher.model.layers[0].self_attn
+
+    def look(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        masks.add(kwargs["attention_mask"] is None)
+
+    hook = attention.register_forward_pre_hook(look, with_kwargs=True)
     found = setting.train(student, cuda_graphs=True, **change)
+    hook.remove()
+    assert masks == {True}, "captured with another mask than warmed up with"
     assert captures == [4]  # passes of 3 windows and of 1, and the teacher on as many
     assert losses(found) == losses(plain)
     assert found.kept == plain.kept

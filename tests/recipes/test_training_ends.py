@@ -185,7 +185,7 @@ def test_the_learning_rate_of_a_run_by_the_clock(
     peak = rate_of_walk(58)  # the first step takes 25 seconds, the others 10
     assert rate_of_walk(1000) < peak < rate_of_walk(20)
     for step, record in enumerate(whole.history):
-        lr = peak if step >= stages.TIMED_STEPS else rate_of_walk(1000)
+        lr = peak if step > stages.TIMED_STEPS else rate_of_walk(1000)
         assert record["lr"] == schedules.learning_rate_at(record["share"], step, lr=lr, warmup=5)
     original = trainer.Trainer.step
 
@@ -212,7 +212,7 @@ def test_a_warning_changes_nothing_in_what_is_trained(
     student, change = setting.student(), {"steps": None, "minutes": 2.0, "lr": 3e-3}
     warned = setting.train(student, **change)
     assert len(warnings_of(caplog)) == 1
-    monkeypatch.setattr(stages, "TIMED_STEPS", 0)
+    monkeypatch.setattr(stages.Run, "_warn", lambda *_: False)
     quiet = setting.train(student, **change)
     assert len(warnings_of(caplog)) == 1
     assert losses(warned) == losses(quiet)
@@ -223,4 +223,7 @@ def test_how_many_steps_fit() -> None:
     assert schedules.reckoned_steps([30.0, 32.0, 34.0, 36.0], 60.0) == 16
     assert schedules.reckoned_steps([30.0], 60.0) == 1
     assert schedules.reckoned_steps([70.0, 80.0], 60.0) == 2
+    slow = [30.0, 40.0, 50.0, 52.0, 54.0]
+    assert schedules.reckoned_steps(slow, 60.0, settled=3) == 8
+    assert schedules.reckoned_steps(slow[:2], 60.0, settled=3) == 4
     assert schedules.reckoned_steps([1.0, 1.0], 60.0) == 2

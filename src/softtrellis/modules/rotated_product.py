@@ -19,9 +19,6 @@ if TYPE_CHECKING:
 FUSED_ROWS = 16
 """Most rows of x that the fused kernel takes; for more, the matrix is decoded to memory first."""
 
-COLUMN_ROWS = 8
-"""Most rows whose outputs' rotation products begin and columns end; 16 take 8 us longer so."""
-
 Output = tuple[Tensor, Tensor, Tensor | None, Tensor | None, int]
 """Of a layer: signs, scale, scales, bias and features."""
 
@@ -96,7 +93,7 @@ def rotated_product(
     from softtrellis.transforms import rotation_cuda
 
     there, cuda = codes.is_contiguous(), backend == "cuda" and decode_cuda.runs(code)
-    by_strips = cuda and x.shape[0] <= COLUMN_ROWS
+    by_strips = cuda and x.shape[0] <= FUSED_ROWS
     by_strips = by_strips and all(rotation_cuda.by_strips(out, block) for out in outs)
     itself = cuda and there and decode_cuda.rotates(code, x, scales, multiple, block)
     if itself and decode_cuda.rotates_fast(x.shape[1], sum(outs)):

@@ -104,15 +104,11 @@ class Objective:
         """Adds the gradients of ``weight`` times ``loss``; float32 [], that."""
         states, targets = self._stacked(rows or (0,), held_out=False)
         if not self._graphs:
-            return self._pass(weight, states, targets)
+            return _gradients(self._divergence, weight, states, targets)
         if weight not in self._passes:
-            self._passes[weight] = Replayed(partial(self._pass, weight))
+            run = partial(_divergence, self._student, self._teacher)
+            self._passes[weight] = Replayed(partial(_gradients, run, weight))
         return self._passes[weight](states, targets)
-
-    def _pass(self, weight: float, states: Tensor, targets: Tensor) -> Tensor:
-        loss = self._divergence(states, targets) * weight
-        loss.backward()
-        return loss.detach()
 
     def _stacked(self, rows: Sequence[int], *, held_out: bool) -> tuple[Tensor, Tensor]:
         pairs = self._inputs(rows, held_out=held_out)
@@ -120,6 +116,20 @@ class Objective:
         return states, torch.cat([target for _, target in pairs])
 
     def _divergence(self, states: Tensor, targets: Tensor) -> Tensor:
-        run, sharded = self._student.features, self._sharded
-        features = run(states) if sharded is None else sharded(run, states)
+        if self._sharded is None:
+            return _divergence(self._student, self._teacher, states, targets)
+        features = self._sharded(self._student.features, states)
         return divergence(self._student, features, self._teacher, targets)
+
+
+def _divergence(student: Network, teacher: Network, states: Tensor, targets: Tensor) -> Tensor:
+    return divergence(student, student.features(states), teacher, targets)
+
+
+def _gradients(
+    loss_of: Callable[[Tensor, Tensor], Tensor], weight: float, states: Tensor, targets: Tensor
+) -> Tensor:
+    """Adds the gradients of a weighted loss; its value."""
+    loss = loss_of(states, targets) * weight
+    loss.backward()
+    return loss.detach()

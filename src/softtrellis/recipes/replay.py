@@ -7,38 +7,70 @@ and the weights that a pass takes, and all gradients that it adds to, stay in on
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import masking_utils
 
 from softtrellis.modules.latent_linear import LatentLinear
 
 WARM_UP = 3
 """Calls of every shape that run as they are, in which PyTorch compiles and sets itself up."""
 
-Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
-"""Captures a function: what repeats it, and where its result then is."""
+Capture = Callable[[Callable[[], Tensor], torch.device], tuple[Callable[[], None], Tensor]]
+"""Captures a function on a device: what repeats it, and where its result then is."""
 
 
-def cuda_graph(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+@cache
+def _side(device: torch.device) -> torch.cuda.Stream:
+    """The stream of warm-up and capture: autograd adds gradients up on the stream of the first."""
+    return torch.cuda.Stream(device)
+
+
+@cache
+def _pool(device: torch.device) -> Any:
+    """Memory of all graphs: none keeps anything in it but its result, which is copied at once."""
+    with torch.cuda.device(device):
+        return torch.cuda.graph_pool_handle()
+
+
+def cuda_graph(
+    function: Callable[[], Tensor], device: torch.device
+) -> tuple[Callable[[], None], Tensor]:
     """Captures a function's launches, without running them."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=_side()):
-        result = function()
+    gc.collect()  # a graph that is freed during a capture would spoil it
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        with torch.cuda.device(device):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=_pool(device), stream=_side(device)):
+                result = function()
+    finally:
+        if collecting:
+            gc.enable()
     return graph.replay, result
 
 
-def _side() -> torch.cuda.Stream:
-    """The stream of warm-up and capture: autograd adds gradients up on the stream of the first."""
-    device = torch.cuda.current_device()
-    if device not in _streams:
-        _streams[device] = torch.cuda.Stream()
-    return _streams[device]
+@contextmanager
+def one_sequence_a_window() -> Iterator[None]:
+    """Lets transformers take a window for one sequence, as ours are.
 
-
-_streams: dict[int, torch.cuda.Stream] = {}
+    It looks for several, which waits for the GPU, and assumes them where it cannot look, as in a
+    capture: that would be another mask, and other kernels, than those that were warmed up.
+    """
+    original = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = original
 
 
 class Replayed:
@@ -54,22 +86,25 @@ class Replayed:
         """What the function returns; from the fourth call of a shape on by its graph."""
         key = tuple((x.shape, x.dtype) for x in inputs)
         self._calls[key] += 1
-        if self._calls[key] <= WARM_UP:
-            return self._warm_up(*inputs)
-        if key not in self._made:
-            places = [x.clone() for x in inputs]
-            replay, result = self._capture(lambda: self._function(*places))
-            self._made[key] = places, replay, result
-        places, replay, result = self._made[key]
-        for place, x in zip(places, inputs, strict=True):
-            place.copy_(x)
-        replay()
+        with one_sequence_a_window():
+            if self._calls[key] <= WARM_UP:
+                return self._warm_up(*inputs)
+            if key not in self._made:
+                places = [x.clone() for x in inputs]
+                device = inputs[0].device
+                replay, result = self._capture(lambda: self._function(*places), device)
+                self._made[key] = places, replay, result
+            places, replay, result = self._made[key]
+            for place, x in zip(places, inputs, strict=True):
+                place.copy_(x)
+            replay()
         return result.clone()
 
     def _warm_up(self, *inputs: Tensor) -> Tensor:
         if not inputs[0].is_cuda:
             return self._function(*inputs)
-        side, here = _side(), torch.cuda.current_stream()
+        side = _side(inputs[0].device)
+        here = torch.cuda.current_stream(inputs[0].device)
         side.wait_stream(here)
         with torch.cuda.stream(side):
             result = self._function(*inputs)

@@ -49,17 +49,18 @@ class Pace:
         return min(1.0, max(shares))
 
 
-def reckoned_steps(ends: Sequence[float], seconds: float) -> int:
+def reckoned_steps(ends: Sequence[float], seconds: float, *, settled: int = 1) -> int:
     """How many steps fit into a run of so many seconds, from when its first steps ended.
-
-    The first one does not count for their length: it compiles and fills caches.
 
     Args:
         ends: of all steps so far, in seconds since the start, one at least.
         seconds: of the whole run.
+        settled: first steps that do not count for the length of others where there are more: they
+            compile and fill caches.
     """
     done = len(ends)
-    length = (ends[-1] - ends[0]) / (done - 1) if done > 1 else ends[0]
+    first = min(settled, done - 1)
+    length = (ends[-1] - ends[first - 1]) / (done - first) if first else ends[0]
     left = seconds - ends[-1]
     return done + int(left / length) if left > length > 0 else done
 

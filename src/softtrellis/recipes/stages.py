@@ -17,6 +17,7 @@ from softtrellis.io.progress import progress
 from softtrellis.recipes.drift import rate_of_walk
 from softtrellis.recipes.plan import run_warning
 from softtrellis.recipes.ranks import ONE, Ranks
+from softtrellis.recipes.replay import WARM_UP
 from softtrellis.recipes.run_state import RunLog, SavedState, load_state, save_state
 from softtrellis.recipes.schedules import Pace, reckoned_steps
 from softtrellis.recipes.trainables import LATENTS
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-TIMED_STEPS = 4
-"""Steps after which a run that the clock ends reckons how many it will take."""
+TIMED_STEPS = 3
+"""Steps by which a run that the clock ends reckons how many it will take, at least."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,8 +126,10 @@ class Run:
         seconds = None if config.minutes is None else 60 * config.minutes / stages
         pace = Pace(config.steps, seconds, step=step, elapsed=spent)
         ends = [record["seconds"] - start for record in own]
-        if own and seconds is not None and step >= TIMED_STEPS:
-            self._reckon(trainer, ends[:TIMED_STEPS], seconds)
+        settled = 1 + (WARM_UP + 1 if config.cuda_graphs else 0)
+        reckoning = settled + max(TIMED_STEPS, config.viterbi_every)
+        if own and seconds is not None and step >= reckoning:
+            self._reckon(trainer, ends[:reckoning], seconds, settled)
         finished = bool(own) and own[-1]["share"] >= 1
         with StopRequest() as stop:
             while not finished:
@@ -139,9 +142,9 @@ class Run:
                 self._append(record, bar)
                 step, finished = step + 1, share >= 1
                 ends.append(record["seconds"] - start)
-                timed = step == TIMED_STEPS or (finished and step < TIMED_STEPS)
+                timed = step == reckoning or (finished and step < reckoning)
                 if timed and seconds is not None:
-                    steps = self._reckon(trainer, ends, seconds)
+                    steps = self._reckon(trainer, ends, seconds, settled)
                     if index == 0 and not warned and steps != config.steps:
                         fit = f"about {steps} steps fit into {seconds / 60:.3g} minutes, and with"
                         self._warn(trainer, steps, f"{fit} so many ")
@@ -171,13 +174,14 @@ class Run:
             _log.warning(when + warning)
         return warning is not None
 
-    def _reckon(self, trainer: Trainer, ends: Sequence[float], seconds: float) -> int:
+    def _reckon(self, trainer: Trainer, ends: Sequence[float], seconds: float, settled: int) -> int:
         """How many steps a stage of so many seconds will take; sets the learning rate "auto".
 
+        See ``reckoned_steps``; with ``viterbi_every`` the timed steps hold a search, at least.
         The radii that a warning then measures are from where the first steps have led, which lowers
         them by no more than these steps' travel.
         """
-        steps = self.ranks.agree(reckoned_steps(ends, seconds))
+        steps = self.ranks.agree(reckoned_steps(ends, seconds, settled=settled))
         if self.config.steps is not None:
             steps = min(steps, self.config.steps)
         if self.config.lr == "auto":
