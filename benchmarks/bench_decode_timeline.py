@@ -62,8 +62,7 @@ PRODUCT_POINTS: list[tuple[str, str]] = [
     ("begins", "    const u32 bank = 4 * lane;\n"),
     ("asks for codes", "    const Row row{"),
     ("let go", LET_GO),
-    ("has x", "    const auto read_quarters = [&] {\n"),
-    ("has codes", "    const int lane_after = "),
+    ("has x", "    const int lane_after = "),
     ("has multiplied", "    int column = warp;  // of the sums"),
     ("adds up", "    const int width = p.out_blocks * SIDE;\n"),
 ]
@@ -111,7 +110,7 @@ def timed(folder: Path, times: Tensor) -> Sources:
     return Sources(
         with_clock(
             folder, times, "decode.cu", marks(PRODUCT_POINTS, str(POINTS)),
-            {"multiply<CODE, ROWS8, WARPS, STAGES, INPUTS>(p); ": str(POINTS + last)},
+            {"multiply<CODE, ROWS8, WARPS, INPUTS>(p); ": str(POINTS + last)},
         ),
         with_clock(
             folder, times, "rotation.cu", marks(ROTATION_POINTS, f"(INPUT ? 0 : {2 * POINTS})"),

@@ -3,7 +3,7 @@
 source "$(dirname "$0")/runs.sh"
 common="--compile --evaluate-every 0 --measure-every 0 --train latents,scales,norms --scale-lr 5e-3"
 tokens="--batch 16 --steps 240" minutes="--minutes 2"
-# The best of the search.
+# Tokens: the best of the search, which did not come to its minutes.
 soft="$common --estimator soft $cooling $tokens --lr 1.5e-2 --start 0.5"
 identity="$common --estimator identity $tokens --lr 1.5e-2 --start 0.5"
 soft_minutes="$common --estimator soft $cooling $minutes --batch 32 --lr 5e-2 --start 0"

@@ -26,13 +26,13 @@ def add_parser(commands: Commands) -> None:
         "plan",
         "say before a training run whether it can change codes at all",
         "softtrellis plan smollm2-2bit --teacher smollm2-135m-instruct --lr 0.01 --steps 100",
-        "Compares how far AdamW can carry the latent weights with how far they are from where "
+        "Compares how far AdamW can carry the latent weights with how far codewords are from where "
         "their codes change, measured on some tiles. Learning rates and radii are in units of the "
         "weights' standard deviation (sigma), radii as root mean squares over a tile's weights.",
     )
     parser.add_argument("checkpoint", help="directory that 'softtrellis quantize' made")
     parser.add_argument(
-        "--lr", type=number, default="auto", help="peak learning rate of AdamW; see train"
+        "--lr", type=number, default="auto", help="peak learning rate of AdamW; auto as in train"
     )
     parser.add_argument("--steps", type=int, default=100, help="optimizer steps (per stage)")
     parser.add_argument("--warmup", type=int, default=5, help="steps of linear warm-up")
@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
     with usage_errors(options):
         lr = options.lr
         if lr == "auto":
-            lr = rate_of_walk(options.steps, warmup=options.warmup)
+            lr = rate_of_walk(options.steps, warmup=options.warmup, schedule=options.schedule)
         config = PlanConfig(
             lr=lr,
             steps=options.steps,

@@ -32,7 +32,7 @@ def add_parser(commands: Commands) -> None:
     parser = command(
         commands,
         "train",
-        "train a quantized model towards its teacher, through the trellis (BCJR-QAT)",
+        "train a quantized model towards its teacher, through the trellis",
         "softtrellis train smollm2-2bit --teacher smollm2-135m-instruct -o smollm2-2bit-qat",
         "Temperatures are in units of the weights' variance, the learning rate in units of their "
         "standard deviation.",

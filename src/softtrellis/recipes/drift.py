@@ -21,18 +21,14 @@ from softtrellis.trellis.viterbi import viterbi
 SAMPLED_TILES = 256
 """Tiles per layer on which codes and entropies are measured during training."""
 
-
 WALK = 0.1
-"""Sigma that gradients of random sign alone may move latents by (docs/results.md).
-
-The best runs had 0.14 at L = 10 and 12; at L = 16 one with 0.17 came apart.
-"""
+"""Sigma that gradients of random sign alone may move latents by (docs/drift.md, section 9)."""
 
 LOUD = 0.15
-"""The same, from where on runs lost."""
+"""The same, from where on most runs lost."""
 
 MOST_LR = 3e-2
-"""The largest learning rate of latents that gained."""
+"""The largest learning rate with which the identity gained."""
 
 
 def predicted_radius(num_states: int) -> float:
@@ -116,20 +112,27 @@ def drift_budget(rates: list[float], betas: tuple[float, float] = BETAS) -> Budg
     return Budget(random, consistent, max(1.0, adam_bound(betas)) * consistent)
 
 
-def rate_of_walk(steps: int, *, warmup: int = 5, walk: float = WALK) -> float:
+def rate_of_walk(
+    steps: int,
+    *,
+    warmup: int = 5,
+    schedule: LearningRateSchedule = "cosine",
+    walk: float = WALK,
+) -> float:
     """The peak learning rate with which gradients of random sign move weights by ``walk`` sigma.
 
-    No more than ``MOST_LR``, which so few steps ask for that gradients cannot agree in.
+    It is ``MOST_LR`` at most: in very few steps no gradients agree, whatever the rate.
 
     Args:
         steps: of the run.
-        warmup: steps of linear warm-up.
+        warmup, schedule: see ``learning_rates``.
         walk: root mean square travel.
 
     Raises:
-        ValueError: steps or warmup out of range.
+        ValueError: what ``learning_rates`` raises.
     """
-    return min(MOST_LR, walk / drift_budget(learning_rates(1.0, steps, warmup=warmup)).random)
+    rates = learning_rates(1.0, steps, warmup=warmup, schedule=schedule)
+    return min(MOST_LR, walk / drift_budget(rates).random)
 
 
 def verdict(budget: Budget, radius: float) -> Verdict:

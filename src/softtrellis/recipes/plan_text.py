@@ -49,7 +49,7 @@ def warning_for(plan: Plan) -> str | None:
 
 
 def noise_warning(plan: Plan) -> str | None:
-    """A sentence if gradients of random sign alone carry latents further than any good run did.
+    """A sentence if gradients of random sign alone carry latents further than most good runs did.
 
     That is how latents move under ``--estimator identity`` where a step has too few tokens for
     gradients to agree, and codes that noise changes are worse ones (docs/results.md).
@@ -61,8 +61,8 @@ def noise_warning(plan: Plan) -> str | None:
     safe = plan.config.lr * WALK / budget.random
     return (
         f"gradients of random sign alone move weights by {budget.random:.3g} sigma, and that takes "
-        f"{share:.0%} of {radii.numel()} sampled tiles out of their cells: runs with more than "
-        f"{LOUD} got worse; with lr {safe:.2g} it is {WALK}"
+        f"{share:.0%} of {radii.numel()} sampled tiles out of their cells: most runs with more "
+        f"than {LOUD} got worse; with lr {safe:.2g} it is {WALK}"
     )
 
 
@@ -75,15 +75,17 @@ def verdict_in_words(plan: Plan) -> str:
     agreeing = escape_share(radii["soft"], budget.consistent)
     random = escape_share(radii["random"], budget.random)
     if random < HARDLY_ANY:
-        return (
+        found = (
             f"Codes change only where gradients agree over the run: in {agreeing:.0%} of the tiles "
             f"if all of them do, in {random:.1%} with gradients of random sign."
         )
+    else:
+        found = (
+            f"Codes will change: in {random:.0%} of the tiles with gradients of random sign, in "
+            f"{agreeing:.0%} with gradients that agree at every step."
+        )
     noise = noise_warning(plan)
-    return (
-        f"Codes will change: in {random:.0%} of the tiles with gradients of random sign, in "
-        f"{agreeing:.0%} with gradients that agree at every step."
-    ) + (f" With --estimator identity, {noise}." if noise else "")
+    return f"{found} With --estimator identity, {noise}." if noise else found
 
 
 _ROWS = {

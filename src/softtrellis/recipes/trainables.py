@@ -124,7 +124,7 @@ class LearningRates:
         layers: Mapping[str, LatentLinear],
         config: DistillConfig,
     ) -> None:
-        """Takes ``config.lr``; for "auto" see ``reckon``."""
+        """Takes ``config.lr``; "auto" is ``rate_of_walk`` of the steps, or of ``UNKNOWN_STEPS``."""
         self._warmup = config.warmup
         self.lr = rate_of_walk(config.steps or UNKNOWN_STEPS, warmup=config.warmup)
         if config.lr != "auto":

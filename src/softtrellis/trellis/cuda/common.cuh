@@ -84,15 +84,9 @@ __device__ __forceinline__ void let_the_next_kernel_begin() {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 
-// Ends a group of copies, which may be empty.
-__device__ __forceinline__ void end_copies() {
-    asm volatile("cp.async.commit_group;" ::: "memory");
-}
-
-// Until no more than the last AHEAD groups of this thread are under way.
-template <int AHEAD>
-__device__ __forceinline__ void wait_for_copies() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(AHEAD) : "memory");
+// Until this thread's copies are there.
+__device__ __forceinline__ void wait_for_own_copies() {
+    asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
 // 16 bytes on their way from global to shared memory, or zeros; a thread waits for its own.

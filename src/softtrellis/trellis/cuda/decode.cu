@@ -147,7 +147,6 @@ __device__ __forceinline__ void copy_x(const Parameters &p, u32 to, int row_unit
     for (int row = 0; row < p.batch; ++row, to += row_bytes)
         for (int i = threadIdx.x; i < row_units * UNIT_BLOCKS * 2; i += THREADS)
             copy_16_bytes_or_0(to + 16 * i, &p.x[row * p.in_blocks][0] + i, i < p.in_blocks * 2);
-    end_copies();
 }
 
 template <Code CODE, int ROWS8, int WARPS, Inputs INPUTS>
@@ -244,7 +243,7 @@ __device__ __forceinline__ void multiply(const Parameters &p) {
         load_x(0);
     } else if (INPUTS == SHARED) {
         copy_x<WARPS * LANES>(p, address(shared_x), row_units, x_row_bytes);
-        wait_for_copies<0>();
+        wait_for_own_copies();
         __syncthreads();
         load_x(0);
     } else {
