@@ -1,6 +1,6 @@
 """The tables of the very small model in docs/ptq.md and docs/results.md, on a CPU.
 
-python benchmarks/smallest.py ptq|tokens|starts|steps stories260k tinystories.txt [--seeds 0 1 2]
+python benchmarks/smallest.py ptq|tokens|starts|long|steps stories260k tinystories.txt [--seeds 0 1]
 """
 
 from __future__ import annotations
@@ -60,6 +60,19 @@ STARTS: list[dict[str, Any]] = [
     *(
         {**SOFT, **LITTLE, "lr": lr, "start": x}
         for lr, x in ((2e-2, 0.0), (2e-2, 0.25), (1e-2, 0.5))
+    ),
+]
+HALF = {**IDENTITY, **LITTLE, "lr": 1e-2, "start": 0.5}
+LONG: list[dict[str, Any]] = [
+    *({**HALF, "viterbi_every": every, "reencode_every": 32} for every in (1, 2, 4, 8, 16, 32)),
+    {**HALF, "viterbi_every": 1, "finish": "soft", "t_init": 0.05, "t_min": 0.03},
+    *(
+        {**HALF, "viterbi_every": 1, "steps": 1200, "lr": lr, "start": start}
+        for lr, start in ((4.5e-3, 0.5), (6.5e-3, 0.5), (9e-3, 0.5), (6.5e-3, 0.75))
+    ),
+    *(
+        {**HALF, "viterbi_every": 8, "steps": 3200, "reencode_every": 100, "lr": lr, "start": start}
+        for lr, start in ((4e-3, 0.5), (7e-3, 0.5), (5e-3, 0.75), (5e-3, 1.0))
     ),
 ]
 TUNED: list[dict[str, Any]] = [
@@ -167,6 +180,11 @@ def starts(source: Source, text: Path, test: Tensor) -> None:
     trained(source, tuned(source, text, windows), windows, test, runs)
 
 
+def long(source: Source, text: Path, test: Tensor) -> None:
+    """Steps between searches, soft steps at the end, and more steps, from LDLQ."""
+    trained(source, quantized(source, str(text), 64), written(source, 4096), test, LONG)
+
+
 def steps(source: Source, text: Path, test: Tensor) -> None:
     """As many tokens behind every decoder layer in more and smaller steps."""
     windows = written(source, 4096)
@@ -177,7 +195,7 @@ def steps(source: Source, text: Path, test: Tensor) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("table", choices=["ptq", "tokens", "starts", "steps"])
+    parser.add_argument("table", choices=["ptq", "tokens", "starts", "long", "steps"])
     parser.add_argument("model")
     parser.add_argument("stories", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -193,7 +211,7 @@ def main() -> None:
             start = quantized(source, str(text), 64)
             trained(source, start, written(source, 16384), test, RUNS)
         else:
-            {"starts": starts, "steps": steps}[options.table](source, text, test)
+            {"starts": starts, "long": long, "steps": steps}[options.table](source, text, test)
 
 
 if __name__ == "__main__":
