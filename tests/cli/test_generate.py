@@ -27,6 +27,8 @@ def test_generate_prints_what_follows_the_prompt(softtrellis: Command, checkpoin
     packed = softtrellis("generate", checkpoint, "--prompt", "abc", *SHORT, "--weights", "packed")
     assert "weights: packed, 2 layers decoded at every token" in packed.err
     assert packed.out == greedy.out
+    half = softtrellis("generate", checkpoint, "--prompt", "abc", *SHORT, "--dtype", "bfloat16")
+    assert "weights: dense, 2 layers decoded once, 8,192 bytes" in half.err
 
 
 def test_a_full_precision_model_generates_too(softtrellis: Command, model: Path) -> None:

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 import torch
@@ -31,6 +31,7 @@ from softtrellis.modules.replace import (
     quantized_layers,
     release_weights_,
 )
+from softtrellis.recipes.generation import load_for_generation
 from softtrellis.recipes.ptq import QuantizeConfig, quantize_model
 
 if TYPE_CHECKING:
@@ -160,6 +161,18 @@ def test_other_dtypes_leave_the_weights_as_they_are(checkpoint: Path) -> None:
         assert model(IDS).logits.dtype == torch.bfloat16
         for name, layer in quantized_layers(model).items():
             assert torch.equal(layer.weight(), exact[name].weight())
+
+
+@pytest.mark.parametrize("weights", ["packed", "dense"])
+def test_generation_in_bfloat16(checkpoint: Path, weights: Literal["packed", "dense"]) -> None:
+    source = load_for_generation(str(checkpoint), weights=weights, dtype="bfloat16")
+    expected = load(checkpoint, dtype=torch.bfloat16)
+    assert {p.dtype for p in source.model.parameters()} == {torch.bfloat16}
+    frequencies = {n: b for n, b in source.model.named_buffers() if "inv_freq" in n}
+    assert frequencies
+    for name, buffer in frequencies.items():
+        assert torch.equal(buffer, expected.get_buffer(name))
+    assert torch.equal(source.model(IDS).logits, expected(IDS).logits)
 
 
 def generate(model: PreTrainedModel, ids: torch.Tensor = IDS, **options: Any) -> list[list[int]]:

@@ -67,10 +67,18 @@ def _add_options(
         "--weights",
         choices=["auto", "packed", "dense"],
         default="auto",
-        help="packed: decode the layers at every token, small and slow; dense: decode them once, "
-        "with the memory of the dense model; auto: dense on the CPU, packed on a GPU",
+        help="packed: decode the layers at every token, small, and slow but in bfloat16 on a GPU; "
+        "dense: decode them once, with the memory of the dense model; auto: dense on the CPU, "
+        "packed on a GPU",
     )
     add_device(parser, "what runs the model")
+    parser.add_argument(
+        "--dtype",
+        choices=["auto", "bfloat16", "float32"],
+        default="auto",
+        help="of activations and all that is not packed; auto is bfloat16 on a GPU, where fused "
+        "kernels then multiply with the codes, float32 on a CPU",
+    )
 
 
 def run_generate(options: argparse.Namespace) -> int:
@@ -129,7 +137,9 @@ def _load(options: argparse.Namespace) -> Source:
     from softtrellis.modules.replace import quantized_layers
     from softtrellis.recipes.generation import load_for_generation
 
-    source = load_for_generation(options.model, weights=options.weights, device=options.device)
+    source = load_for_generation(
+        options.model, weights=options.weights, device=options.device, dtype=options.dtype
+    )
     held = [layer.held_weight for layer in quantized_layers(source.model).values()]
     size = sum(weight.nbytes for weight in held if weight is not None)
     if size:

@@ -200,6 +200,19 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
 
 
+def cast_(model: nn.Module, dtype: torch.dtype) -> None:
+    """Parameters and biases to a dtype; codes, scales and other buffers stay as they are.
+
+    So do the frequencies of rotary positions, which ``model.to(dtype)`` rounds.
+    """
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.to(dtype)
+        for parameter in module.parameters(recurse=False):
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+
+
 def hold_weights_(model: nn.Module, dtype: torch.dtype) -> None:
     """Decodes every quantized layer once: as much memory as the dense model, and its speed."""
     for layer in quantized_layers(model).values():
