@@ -69,6 +69,14 @@ LONG: list[dict[str, Any]] = [
         {**HALF, "viterbi_every": 1, "finish": finish, "t_init": 0.05, "t_min": 0.03}
         for finish in (None, "straight_through", "soft")
     ),
+    {
+        **HALF,
+        "viterbi_every": 1,
+        "finish": "soft",
+        "finish_share": 0.4,
+        "t_init": 0.05,
+        "t_min": 0.03,
+    },
     *(
         {**HALF, "viterbi_every": 1, "steps": 1200, "lr": lr, "start": start}
         for lr, start in ((4.5e-3, 0.5), (6.5e-3, 0.5), (9e-3, 0.5), (6.5e-3, 0.75))
