@@ -13,7 +13,10 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from softtrellis.io.checkpoint import WEIGHTS
 
 MOST_SECONDS = 30
 FIXED_BYTES, MULTIPLE = 128 << 20, 64
@@ -128,6 +131,24 @@ def bounded(place: Path) -> Iterator[None]:
     assert taken <= allowed, f"{taken:,} bytes for files of {size:,}"
     assert seconds < MOST_SECONDS
     assert sorted(place.rglob("*")) == before, "a reader wrote something"
+
+
+@contextmanager
+def with_damaged_bytes(whole: Path, file: str, data: st.DataObject) -> Iterator[Path]:
+    """A copy in which one file's bytes are damaged."""
+    with copy_of(whole) as directory:
+        path = directory / file
+        path.write_bytes(data.draw(damaged(path.read_bytes())))
+        yield directory
+
+
+@contextmanager
+def with_damaged_tensors(whole: Path, data: st.DataObject) -> Iterator[Path]:
+    """A copy whose weights are other tensors, in a file that is well-formed."""
+    tensors = data.draw(damaged_tensors(load_file(whole / WEIGHTS)))
+    with copy_of(whole) as directory:
+        save_file(tensors, directory / WEIGHTS)
+        yield directory
 
 
 @contextmanager

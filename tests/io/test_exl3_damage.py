@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from untrusted import ODD, bounded, copy_of, damaged, damaged_tensors
+from untrusted import ODD, bounded, copy_of, with_damaged_bytes, with_damaged_tensors
 
 from softtrellis.io.checkpoint import WEIGHTS, base_of
 from softtrellis.io.exl3 import exl3_code, exl3_layer_format
@@ -65,17 +65,13 @@ def edit(path: Path, **changes: Any) -> None:
 
 @given(file=st.sampled_from(FILES), data=st.data())
 def test_bytes(whole: Path, file: str, data: st.DataObject) -> None:
-    with copy_of(whole) as directory:
-        path = directory / file
-        path.write_bytes(data.draw(damaged(path.read_bytes())))
+    with with_damaged_bytes(whole, file, data) as directory:
         loads_or_says_why(directory)
 
 
 @given(data=st.data())
 def test_tensors(whole: Path, data: st.DataObject) -> None:
-    tensors = data.draw(damaged_tensors(load_file(whole / WEIGHTS)))
-    with copy_of(whole) as directory:
-        save_file(tensors, directory / WEIGHTS)
+    with with_damaged_tensors(whole, data) as directory:
         loads_or_says_why(directory)
 
 

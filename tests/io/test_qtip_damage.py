@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from qtip_files import write
-from safetensors.torch import load_file, save_file
-from untrusted import altered, bounded, copy_of, damaged, damaged_tensors
+from untrusted import altered, bounded, copy_of, with_damaged_bytes, with_damaged_tensors
 
 from softtrellis.io.checkpoint import WEIGHTS
 from softtrellis.io.manifest import CheckpointError
@@ -41,17 +40,13 @@ def loads_or_says_why(directory: Path) -> None:
 
 @given(file=st.sampled_from(FILES), data=st.data())
 def test_bytes(whole: Path, file: str, data: st.DataObject) -> None:
-    with copy_of(whole) as directory:
-        path = directory / file
-        path.write_bytes(data.draw(damaged(path.read_bytes())))
+    with with_damaged_bytes(whole, file, data) as directory:
         loads_or_says_why(directory)
 
 
 @given(data=st.data())
 def test_tensors(whole: Path, data: st.DataObject) -> None:
-    tensors = data.draw(damaged_tensors(load_file(whole / WEIGHTS)))
-    with copy_of(whole) as directory:
-        save_file(tensors, directory / WEIGHTS)
+    with with_damaged_tensors(whole, data) as directory:
         loads_or_says_why(directory)
 
 
