@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from softtrellis.modules.blocks import Blocks
 from softtrellis.modules.scaled_linear import scale_, unscale_
-from softtrellis.recipes.optimizer import BETAS
+from softtrellis.recipes.optimizer import BETAS, size_of
 from softtrellis.recipes.schedules import cosine_to_zero
 
 
@@ -156,8 +156,7 @@ def tune_block(
 
 def relative_rate(parameter: Tensor, lr: float, scale_lr: float) -> float:
     """A rate over the parameter's root mean square: ``lr`` of matrices, ``scale_lr`` of vectors."""
-    rms = float(parameter.detach().float().square().mean().sqrt())
-    return (lr if parameter.ndim > 1 else scale_lr) * (rms or 1.0)
+    return (lr if parameter.ndim > 1 else scale_lr) * size_of(parameter)
 
 
 def _batches(count: int, config: FineTuneConfig) -> Iterator[tuple[Tensor, ...]]:

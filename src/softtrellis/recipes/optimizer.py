@@ -45,6 +45,11 @@ def make_optimizer(
     return optimizer
 
 
+def size_of(parameter: Tensor) -> float:
+    """The root mean square that rates are over; 1 of a parameter of zeros."""
+    return float(parameter.detach().float().square().mean().sqrt()) or 1.0
+
+
 def set_learning_rates(optimizer: torch.optim.Optimizer, rates: Sequence[float]) -> None:
     """Gives every group its learning rate."""
     for group, rate in zip(optimizer.param_groups, rates, strict=True):

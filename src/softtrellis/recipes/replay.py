@@ -101,8 +101,6 @@ class Replayed:
         return result.clone()
 
     def _warm_up(self, *inputs: Tensor) -> Tensor:
-        if not inputs[0].is_cuda:
-            return self._function(*inputs)
         side = _side(inputs[0].device)
         here = torch.cuda.current_stream(inputs[0].device)
         side.wait_stream(here)

@@ -12,6 +12,7 @@ from softtrellis.modules.latent_linear import LatentLinear
 from softtrellis.modules.learned_table import LearnedTable
 from softtrellis.modules.replace import decoder_index, decoder_layers, output_layer
 from softtrellis.recipes.drift import rate_of_walk
+from softtrellis.recipes.optimizer import size_of
 from softtrellis.recipes.schedules import learning_rate_at
 
 if TYPE_CHECKING:
@@ -126,18 +127,17 @@ class LearningRates:
     ) -> None:
         """Takes ``config.lr``; "auto" is ``rate_of_walk`` of the steps, or of ``UNKNOWN_STEPS``."""
         self._warmup = config.warmup
-        self.lr = rate_of_walk(config.steps or UNKNOWN_STEPS, warmup=config.warmup)
-        if config.lr != "auto":
-            self.lr = config.lr
+        steps = config.steps or UNKNOWN_STEPS
+        auto = config.lr == "auto"
+        self.lr = rate_of_walk(steps, warmup=config.warmup) if auto else float(config.lr)
         found: dict[tuple[float, bool], list[nn.Parameter]] = {}
         for name, parameter in parameters.items():
             layer = layers.get(name.removesuffix(".latent"))
             if layer is not None and parameter is layer.latent:
                 key = math.sqrt(layer.variance), True
             else:
-                rms = float(parameter.detach().float().square().mean().sqrt())
                 rate = config.table_lr if name.startswith("table.") else config.scale_lr
-                key = rate * 2.0 ** round(math.log2(rms or 1.0)), False
+                key = rate * 2.0 ** round(math.log2(size_of(parameter))), False
             found.setdefault(key, []).append(parameter)
         self.groups = [{"params": members} for members in found.values()]
         self._peaks = list(found)
