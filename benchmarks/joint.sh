@@ -3,11 +3,10 @@
 source "$(dirname "$0")/runs.sh"
 common="--compile --evaluate-every 0 --measure-every 0 --train latents,scales,norms --scale-lr 5e-3"
 tokens="--batch 16 --steps 240" minutes="--minutes 2"
-# Tokens: the best of the search, which did not come to its minutes.
 soft="$common --estimator soft $cooling $tokens --lr 1.5e-2 --start 0.5"
 identity="$common --estimator identity $tokens --lr 1.5e-2 --start 0.5"
-soft_minutes="$common --estimator soft $cooling $minutes --batch 32 --lr 5e-2 --start 0"
-identity_minutes="$common --estimator identity --viterbi-every 4 $minutes --batch 8 --lr 6e-3 --start 0"
+soft_minutes="$common --estimator soft $cooling $minutes --batch 32 --lr 2.5e-2 --start 0.5"
+identity_minutes="$common --estimator identity --viterbi-every 4 $minutes --batch 8 --lr 4e-3 --start 0.5"
 through="$common --estimator straight_through $cooling $tokens --lr 1.5e-2 --start 0.5"
 native="--batch 16 --scale-lr 5e-3 --lr 3e-3"
 run experiment "--L 12" "tokens/identity=$identity" "tokens/soft=$soft" --seeds 1 2

@@ -12,7 +12,7 @@ run experiment "--L 12" \
     "tokens/soft-4e-2=$soft $tokens --lr 4e-2 --start 0" \
     "tokens/soft-3e-2-start-0.5=$soft $tokens --lr 3e-2 --start 0.5" \
     "tokens/soft-1.5e-2-start-0.5=$soft $tokens --lr 1.5e-2 --start 0.5" \
-    "minutes/identity-8-6e-3=$identity --viterbi-every 4 --batch 8 $minutes --lr 6e-3 --start 0" \
     "minutes/identity-8-4e-3-start-0.5=$identity --viterbi-every 4 --batch 8 $minutes --lr 4e-3 --start 0.5" \
-    "minutes/soft-32-5e-2=$soft --batch 32 $minutes --lr 5e-2 --start 0" \
-    "minutes/soft-32-2.5e-2-start-0.5=$soft --batch 32 $minutes --lr 2.5e-2 --start 0.5"
+    "minutes/soft-32-2.5e-2-start-0.5=$soft --batch 32 $minutes --lr 2.5e-2 --start 0.5" \
+    "minutes/identity-16-7e-3-start-0.5=$identity --viterbi-every 2 --batch 16 $minutes --lr 7e-3 --start 0.5" \
+    "minutes/soft-16-1.5e-2-start-0.5=$soft --batch 16 $minutes --lr 1.5e-2 --start 0.5"
