@@ -23,6 +23,11 @@ from softtrellis.modules.latent_linear import LatentLinear
 WARM_UP = 3
 """Calls of every shape that run as they are, in which PyTorch compiles and sets itself up."""
 
+_OUTSIDE_CAPTURES: dict[str, Callable[..., Any]] = {
+    "find_packed_sequence_indices": lambda position_ids: None,
+    "is_tracing": lambda tensor=None: False,
+}
+
 Capture = Callable[[Callable[[], Tensor], torch.device], tuple[Callable[[], None], Tensor]]
 """Captures a function on a device: what repeats it, and where its result then is."""
 
@@ -59,18 +64,21 @@ def cuda_graph(
 
 
 @contextmanager
-def one_sequence_a_window() -> Iterator[None]:
-    """Lets transformers take a window for one sequence, as ours are.
+def masks_as_outside_captures() -> Iterator[None]:
+    """Lets transformers make the masks that it makes where nothing is captured, for whole windows.
 
-    It looks for several, which waits for the GPU, and assumes them where it cannot look, as in a
-    capture: that would be another mask, and other kernels, than those that were warmed up.
+    In a capture it cannot look whether a window holds several sequences, and assumes so; 5.17 also
+    writes causal masks out. That would be other kernels than those that were warmed up, and
+    compiled layers would be compiled anew, which a capture forbids.
     """
-    original = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    before = {name: getattr(masking_utils, name) for name in _OUTSIDE_CAPTURES}
+    for name, function in _OUTSIDE_CAPTURES.items():
+        setattr(masking_utils, name, function)
     try:
         yield
     finally:
-        masking_utils.find_packed_sequence_indices = original
+        for name, function in before.items():
+            setattr(masking_utils, name, function)
 
 
 class Replayed:
@@ -86,7 +94,7 @@ class Replayed:
         """What the function returns; from the fourth call of a shape on by its graph."""
         key = tuple((x.shape, x.dtype) for x in inputs)
         self._calls[key] += 1
-        with one_sequence_a_window():
+        with masks_as_outside_captures():
             if self._calls[key] <= WARM_UP:
                 return self._warm_up(*inputs)
             if key not in self._made:
