@@ -33,6 +33,22 @@ def test_values_and_gradients(estimator: str) -> None:
     torch.testing.assert_close(gradient, g if estimator == "identity" else exact)
 
 
+@pytest.mark.parametrize("estimator", ["soft", "straight_through", "identity"])
+def test_gradient_of_the_codebook(estimator: str) -> None:
+    w, C, pins = setting()
+    w, C = w.detach(), C.requires_grad_()
+    g = torch.randn(w.shape, dtype=w.dtype, generator=torch.Generator().manual_seed(1))
+    found = estimate(w, C, SPEC, estimator=estimator, temperature=0.2, pins=pins)  # type: ignore[arg-type]
+    (gradient,) = torch.autograd.grad((found * g).sum(), C)
+    if estimator == "identity":
+        states = viterbi(w, C, SPEC, ends=pins).states.to(torch.int64)
+        exact = torch.zeros_like(C).index_add(0, states.flatten(), g.flatten(0, 1))
+    else:
+        soft = bcjr(w, C, SPEC, temperature=0.2, ends=pins).values
+        (exact,) = torch.autograd.grad((soft * g).sum(), C)
+    torch.testing.assert_close(gradient, exact)
+
+
 def test_unknown_estimator() -> None:
     w, C, pins = setting()
     with pytest.raises(ValueError, match="unknown estimator"):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from softtrellis.quantizers.basis import to_weights
-from softtrellis.quantizers.soft import estimate
+from softtrellis.quantizers.soft import estimate, identity
 from softtrellis.quantizers.tiling import from_tiles, to_tiles
 from softtrellis.trellis.viterbi import best_states
 
@@ -90,8 +90,7 @@ def codewords_of(layers: Sequence[LatentLinear]) -> Tensor:
     first, tiles = layers[0], _tiles(layers)
     codes = [layer.codes for layer in layers if layer.codes is not None]
     if first.estimator == "identity" and len(codes) == len(layers):
-        hard = first.codebook.index_select(0, torch.cat(codes).flatten()).view_as(tiles)
-        return tiles + (hard - tiles).detach()
+        return identity(tiles, first.codebook, torch.cat(codes))
     return estimate(
         tiles,
         first.codebook,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 from softtrellis.backend import Backend
 from softtrellis.spec import TrellisSpec
 from softtrellis.trellis.bcjr import bcjr
-from softtrellis.trellis.viterbi import viterbi
+from softtrellis.trellis.viterbi import best_states
 
 Estimator = Literal["soft", "straight_through", "identity"]
 _ESTIMATORS: tuple[str, ...] = get_args(Estimator)
@@ -19,6 +20,21 @@ def check_estimator(estimator: str) -> None:
     """ValueError if the estimator is unknown."""
     if estimator not in _ESTIMATORS:
         raise ValueError(f"unknown estimator {estimator!r}; use one of {', '.join(_ESTIMATORS)}")
+
+
+def identity(tiles: Tensor, codebook: Tensor, states: Tensor) -> Tensor:
+    """The codewords of states, with the gradient of the identity for tiles, and their own.
+
+    Args:
+        tiles: float [B, N, V], latent weights.
+        codebook: float [S, V].
+        states: int [B, N], the hard code.
+
+    Returns:
+        [B, N, V], in the dtype of the tiles.
+    """
+    hard = codebook.index_select(0, states.flatten()).view_as(tiles).to(tiles.dtype)
+    return hard + (tiles - tiles.detach())
 
 
 def estimate(
@@ -35,7 +51,8 @@ def estimate(
 
     - "soft": the Boltzmann average, with its exact gradient (BCJR-QAT).
     - "straight_through": the hard codeword, with the gradient of the Boltzmann average.
-    - "identity": the hard codeword, with the gradient of the identity (plain STE).
+    - "identity": the hard codeword, with the gradient of the identity (plain STE), and for the
+      codebook that of its own codewords.
 
     Args:
         tiles: float [B, N, V], latent weights.
@@ -55,8 +72,9 @@ def estimate(
         return bcjr(
             tiles, codebook, spec, temperature=temperature, ends=pins, backend=backend
         ).values
-    hard = viterbi(tiles, codebook, spec, ends=pins, backend=backend).values
+    states = best_states(tiles, codebook, spec, ends=pins, backend=backend)
     if estimator == "identity":
-        return tiles + (hard - tiles).detach()
+        return identity(tiles, codebook, states)
+    hard = codebook.detach()[states.to(torch.int64)].to(tiles.dtype)
     soft = bcjr(tiles, codebook, spec, temperature=temperature, ends=pins, backend=backend).values
     return soft + (hard - soft).detach()
