@@ -1,13 +1,14 @@
 """Products with packed weights on one GPU: correctness first, then times with a cold L2 cache.
 
-    python benchmarks/bench_decode.py [check | table | variants | rows | rotations | all]
+    python benchmarks/bench_decode.py [check | table | codes | variants | rows | rotations | all]
 
 ``table`` compares whole layers (rotations of the activations included) and bare products with
-bf16 ``F.linear``; ``variants`` ranks launches of the Triton kernels (those in CUDA C++ have
-``bench_decode_kernels.py``); ``rows`` finds how many rows the fused kernel should take;
-``rotations`` times those alone (bench_rotations.py). A time is that of a CUDA graph of calls, each
-with weights of its own, over their number: the weights together are larger than the L2 cache, so
-they come from memory, as in a model; the kernels' instructions stay where they are, likewise.
+bf16 ``F.linear``; ``codes`` does so for what the Triton kernels run; ``variants`` ranks launches of
+these (those in CUDA C++ have ``bench_decode_kernels.py``); ``rows`` finds how many rows the fused
+kernel should take; ``rotations`` times those alone (bench_rotations.py). A time is that of a CUDA
+graph of calls, each with weights of its own, over their number: the weights together are larger
+than the L2 cache, so they come from memory, as in a model; the kernels' instructions stay where
+they are, likewise.
 """
 
 from __future__ import annotations
@@ -39,6 +40,15 @@ SHAPES = ((4096, 11008), (11008, 4096), (2048, 8192), (576, 1536), (28672, 4096)
 BATCHES = (1, 2, 4, 8, 16)
 HYB = TrellisCode(TrellisSpec(16, 2, 2), "hyb")
 MUL1 = TrellisCode(TrellisSpec(16, 2, 1), "mul1", normalize=False, order="exl3")
+OTHERS = [
+    *(
+        TrellisCode(TrellisSpec(16, k, 2 if name == "hyb" else 1), name)
+        for name in ("hyb", "1mad", "3inst", "mul1", "mcg")
+        for k in (1, 2, 3, 4)
+    ),
+    TrellisCode(TrellisSpec(12, 2, 2), "hyb"),
+]
+"""What the Triton kernels run; HYB at L = 16 and k = 2 where there are no CUDA kernels."""
 REPLAYS = 9
 LEAST_CALLS = 64  # of a graph, so that its own launch is hardly a part of a call's time
 COLD_BYTES = 192 << 20  # a multiple of the L2 cache, which has 50 or 60 MB
@@ -177,7 +187,29 @@ def product_time(x: Tensor, codes: Tensor, table: Tensor, code: TrellisCode, out
     return cold(lambda i: decode_cuda.multiply(x, codes[i], table, code, out), len(codes))
 
 
-def _compile(case: tuple[TrellisCode, Launch]) -> None:
+@torch.no_grad()
+def codes() -> None:
+    """Whole layers of 4096 x 11008 by the Triton kernels, correctness first."""
+    with multiprocessing.get_context("spawn").Pool(12) as pool:
+        pool.map(_compile, [(code, None) for code in OTHERS])
+    (out, inputs), dense = SHAPES[0], {}
+    for code in OTHERS:
+        layer = random_layer(out, inputs, code, "torch")
+        x = torch.randn(16, inputs, device="cuda", dtype=torch.bfloat16)
+        exact = layer(x.float())
+        layer.backend = "triton"
+        wrong = relative(layer(x), exact)
+        weights, cells = many_codes(out, inputs, code.spec.k), []
+        for rows in (1, 16):
+            if rows not in dense:
+                dense[rows] = dense_time(x[:rows], out)
+            time = layer_time(layer, weights, x[:rows])
+            cells.append(f"{time:.2f} ({dense[rows] / time:.2f}x)")
+        name = f"{code.name}, L = {code.spec.L}, k = {code.spec.k}"
+        print(f"| {name} | {' | '.join(cells)} | error {wrong:.1e}", flush=True)
+
+
+def _compile(case: tuple[TrellisCode, Launch | None]) -> None:
     code, launch = case
     codes = random_codes(256, 256, code.spec.k)
     x = torch.randn(1, 256, device="cuda").half()
@@ -248,7 +280,8 @@ def main() -> None:
         return
     if wanted in ("check", "all") and not check():
         sys.exit(1)
-    for name, part in (("table", table), ("variants", variants), ("rows", rows)):
+    parts = {"table": table, "codes": codes, "variants": variants, "rows": rows}
+    for name, part in parts.items():
         if wanted in (name, "all"):
             part()
 

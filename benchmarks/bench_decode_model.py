@@ -7,7 +7,8 @@ Embeddings, norms and the output layer are bf16 in both, and all that is not a l
 same code, compiled by ``torch.compile``: sums and norms are one kernel, rotary positions and the
 cache another, attention over the whole cache a few. In bf16, layers of the same inputs (q, k, v;
 gate, up) are one matrix, as inference engines have them; packed, they share the rotation of their
-inputs and are one product (``JointLinear``; PTQ gives them the same signs), or not ("separate").
+inputs and are one product (``JointLinear``; PTQ gives them the same signs), or not ("separate"),
+as they are where every layer has scales of its own inputs and outputs ("trained").
 The line "nothing" has no linear layers but the last: what the rest of a token takes.
 ``--early`` lets the glue's kernels, too, begin while the one before ends (torch's ``enable_pdl``).
 ``--device cpu`` is a trial of the script with small shapes, in which nothing is compiled.
@@ -201,19 +202,24 @@ def stored_bytes(module: nn.Module) -> float:
     return 2.0 * module.weight.numel() if isinstance(module, Dense) else 0.0
 
 
-def packed(device: str, code: TrellisCode, backend: DecodeBackend, *, joint: bool) -> Make:
+def packed(
+    device: str, code: TrellisCode, backend: DecodeBackend, *, joint: bool, scales: bool
+) -> Make:
     values = code.codebook()
     exl3 = code.order == "exl3"
 
     def layer(inputs: int, outputs: int, in_signs: Tensor) -> QuantizedLinear:
         form = LayerFormat(
-            inputs, outputs, code, multiple=128 if exl3 else 16, block=128 if exl3 else None
-        )
+            inputs, outputs, code, multiple=128 if exl3 else 16, block=128 if exl3 else None,
+            in_scales=scales, channel_scales=scales,
+        )  # fmt: skip
         layer = QuantizedLinear(form, values, backend).to(device)
         layer.codes.random_(-(1 << 15), 1 << 15)
         layer.in_signs.copy_(in_signs)
         layer.out_signs.random_(256)
         layer.scale.fill_(inputs**-0.5)
+        if scales:
+            layer.set_scales(layer.scale.new_ones(inputs), layer.scale.new_ones(outputs))
         if backend != "torch":
             layer.codebook = layer.codebook.new_empty(0)  # the kernels read the table only
         return layer
@@ -271,16 +277,13 @@ def main() -> None:
         "bf16": partial(Dense, device=device),
         "nothing": partial(Nothing, device=device),
     }
-    kinds: list[tuple[str, DecodeBackend, bool]] = [
-        ("hyb", "cuda", True),
-        ("mul1", "cuda", True),
-        ("hyb", "cuda", False),
-    ]
-    if device == "cpu":
-        kinds = [("hyb", "torch", True)]
-    for name, backend, joint in kinds:
-        label = f"{name}, {backend}{'' if joint else ', separate'}"
-        ways[label] = packed(device, CODES[name], backend, joint=joint)
+    if device == "cuda":
+        for name in CODES:
+            ways[f"{name}, cuda"] = packed(device, CODES[name], "cuda", joint=True, scales=False)
+    for label, scales in (("separate", False), ("trained", True)):
+        backend: DecodeBackend = "cuda" if device == "cuda" else "torch"
+        make = packed(device, CODES["hyb"], backend, joint=False, scales=scales)
+        ways[f"hyb, {backend}, {label}"] = make
     first = 0.0
     for name in arguments.ways or ways:
         make = ways[name]

@@ -18,8 +18,11 @@ tests="tests/transforms/test_rotation.py tests/modules/test_joint_linear.py test
 step tests 50 python3 -m pytest -q -m gpu -p no:cacheprovider $tests -k "not triton and not product_at_full_size"
 step layers 80 python3 benchmarks/bench_decode_layers.py
 step timeline 35 python3 benchmarks/bench_decode_timeline.py
+step integrations 60 python3 -m pytest -q -m gpu -p no:cacheprovider tests/integrations tests/cli/test_generate.py
 step table 25 python3 benchmarks/bench_decode.py table
-step model 40 python3 benchmarks/bench_decode_model.py --ways bf16 nothing "hyb, cuda" "mul1, cuda"
+step rows 30 python3 benchmarks/bench_decode.py rows
+step codes 90 python3 benchmarks/bench_decode.py codes
+step model 40 python3 benchmarks/bench_decode_model.py --ways bf16 nothing "hyb, cuda" "mul1, cuda" "hyb, cuda, separate" "hyb, cuda, trained"
 step early 40 python3 benchmarks/bench_decode_model.py --early --ways bf16 nothing "hyb, cuda"
 step products 80 python3 benchmarks/bench_decode_kernels.py rank
 step rotations 25 python3 benchmarks/bench_decode.py rotations

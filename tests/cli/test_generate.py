@@ -31,6 +31,19 @@ def test_generate_prints_what_follows_the_prompt(softtrellis: Command, checkpoin
     assert "weights: dense, 2 layers decoded once, 8,192 bytes" in half.err
 
 
+@pytest.mark.gpu
+def test_a_gpu_generates_with_the_codes(softtrellis: Command, checkpoint: Path) -> None:
+    packed = softtrellis(
+        "generate", checkpoint, "--prompt", "abc", *SHORT, "--device", "cuda", "--dtype", "float32"
+    )
+    assert packed.code == 0, packed.err
+    assert packed.out == softtrellis("generate", checkpoint, "--prompt", "abc", *SHORT).out
+    half = softtrellis("generate", checkpoint, "--prompt", "abc", *SHORT, "--device", "cuda")
+    assert half.code == 0, half.err
+    assert "weights: packed, 2 layers" in half.err
+    assert half.out.strip()
+
+
 def test_a_full_precision_model_generates_too(softtrellis: Command, model: Path) -> None:
     result = softtrellis("generate", model, "--prompt", "abc", *SHORT)
     assert result.code == 0, result.err
