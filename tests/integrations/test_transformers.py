@@ -140,6 +140,8 @@ def test_what_bfloat16_holds_is_saved_in_it(
             parameter.copy_(parameter.bfloat16())
     config = QuantizeConfig(L=10, layers=("*.1.mlp.*",), error_feedback=False)
     expected = quantize_model(tiny_llama, config)
+    scale = "model.layers.1.mlp.up_proj.scale"
+    expected.get_buffer(scale).fill_(0.5)
     model = load(save(expected, tiny_tokenizer, tmp_path / "checkpoint"))
     assert_same(model, expected)
     model.save_pretrained(tmp_path / "again", max_shard_size=size)
@@ -148,6 +150,7 @@ def test_what_bfloat16_holds_is_saved_in_it(
         stored |= load_file(file)
     packed = packed_names(quantized_layers(model)) | {"softtrellis.table"}
     assert {stored[name].dtype for name in stored.keys() - packed} == {torch.bfloat16}
+    assert stored[scale].dtype == torch.float32
     assert "lm_head.weight" not in stored, "tied"
     again = load(tmp_path / "again")
     assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
