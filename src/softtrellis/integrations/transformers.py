@@ -178,7 +178,10 @@ class SofttrellisQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(
         self, model: PreTrainedModel
     ) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
-        """All tensors and the codes' tables; of a model with adapters, what transformers takes."""
+        """All tensors, narrowed where nothing is lost, and the codes' tables.
+
+        Of a model with adapters, what transformers takes.
+        """
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}
         layers = quantized_layers(model)

@@ -53,7 +53,9 @@ def narrow_(tensors: dict[str, Tensor], packed: Collection[str]) -> list[str]:
     for name, place in places.items():
         if place not in smaller:
             smaller[place] = narrowed(tensors[name])
-        tensors[name] = tensors[name] if (found := smaller[place]) is None else found
+        half = smaller[place]
+        if half is not None:
+            tensors[name] = half
     return sorted(name for name, place in places.items() if smaller[place] is not None)
 
 
