@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from evaluation.support import results, write_run
+from safetensors.torch import load_file
 
 from softtrellis.cli.main import build_parser
 from softtrellis.io.checkpoint import BaseModel, load_quantized, save_quantized
@@ -105,6 +106,21 @@ def test_the_documented_reader_reads_checkpoints(
     for layer, module in expected.items():
         weight = module.weight().numpy()
         np.testing.assert_allclose(found[layer], weight, rtol=0, atol=3e-6 * np.abs(weight).max())
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_the_documented_reader_reads_dense_tensors(version: int, reader: dict[str, Any]) -> None:
+    folder = ROOT / f"tests/io/checkpoint_v{version}"
+    dtypes = {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()}
+    assert (torch.bfloat16 in dtypes) == (version > 2)
+    found = reader["read_tensors"](folder)
+    expected = load_quantized(folder).state_dict()
+    assert expected.keys() - found.keys() == {"lm_head.weight"}, "tied"
+    for name in expected.keys() & found.keys():
+        tensor = expected[name].numpy()
+        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape), name
+        assert found[name].tobytes() == tensor.tobytes(), name
+    assert reader["read_weights"](folder).keys() == quantized_layers(load_quantized(folder)).keys()
 
 
 @pytest.mark.parametrize("n", [1, 4, 16, 28, 36, 76, 100, 176, 344, 576, 600, 944])

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import pytest
 import torch
 from architectures import MOE, tiny_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from softtrellis.integrations.transformers import SofttrellisConfig
@@ -24,6 +25,7 @@ from softtrellis.io.checkpoint import (
     save_quantized,
 )
 from softtrellis.io.manifest import formats_json
+from softtrellis.io.narrow import packed_names
 from softtrellis.modules.quantized_linear import QuantizedLinear
 from softtrellis.modules.replace import (
     dequantize_,
@@ -98,17 +100,18 @@ def test_checkpoints_of_before_are_loaded_by_their_manifest(version: int, tmp_pa
     assert_same(load(tmp_path / "again"), model)
 
 
-def test_what_save_pretrained_wrote_before_is_loaded_by_its_config() -> None:
+@pytest.mark.parametrize("version", [2, 3])
+def test_what_save_pretrained_wrote_before_is_loaded_by_its_config(version: int) -> None:
     """Version 2 as it is since config.json describes the layers, without a manifest."""
-    folder = FIXTURES / "checkpoint_v2_saved"
+    folder = FIXTURES / f"checkpoint_v{version}_saved"
     assert not (folder / MANIFEST).exists()
-    assert_same(load(folder), load_quantized(FIXTURES / "checkpoint_v2"))
+    assert_same(load(folder), load_quantized(FIXTURES / f"checkpoint_v{version}"))
 
 
 def test_config_says_what_the_manifest_says(checkpoint: Path) -> None:
     config = AutoConfig.from_pretrained(checkpoint).quantization_config
     layers = read_manifest(checkpoint).layers
-    expected = {"quant_method": "softtrellis", "format_version": 2, **formats_json(layers)}
+    expected = {"quant_method": "softtrellis", "format_version": 3, **formats_json(layers)}
     assert config == expected
     assert SofttrellisConfig.from_dict(config).formats == dict(layers)
     (checkpoint / MANIFEST).unlink()
@@ -123,6 +126,36 @@ def test_save_pretrained_and_load_again(checkpoint: Path, tmp_path: Path) -> Non
     assert_same(again, model)
     again.save_pretrained(tmp_path / "third")
     assert_same(load(tmp_path / "third"), model)
+
+
+@pytest.mark.parametrize("size", ["20KB", "1GB"])
+def test_what_bfloat16_holds_is_saved_in_it(
+    tiny_llama: LlamaForCausalLM,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    size: str,
+) -> None:
+    with torch.no_grad():
+        for parameter in tiny_llama.parameters():
+            parameter.copy_(parameter.bfloat16())
+    config = QuantizeConfig(L=10, layers=("*.1.mlp.*",), error_feedback=False)
+    expected = quantize_model(tiny_llama, config)
+    scale = "model.layers.1.mlp.up_proj.scale"
+    expected.get_buffer(scale).fill_(0.5)
+    model = load(save(expected, tiny_tokenizer, tmp_path / "checkpoint"))
+    assert_same(model, expected)
+    model.save_pretrained(tmp_path / "again", max_shard_size=size)
+    stored: dict[str, torch.Tensor] = {}
+    for file in (tmp_path / "again").glob("*.safetensors"):
+        stored |= load_file(file)
+    packed = packed_names(quantized_layers(model)) | {"softtrellis.table"}
+    assert {stored[name].dtype for name in stored.keys() - packed} == {torch.bfloat16}
+    assert stored[scale].dtype == torch.float32
+    assert "lm_head.weight" not in stored, "tied"
+    again = load(tmp_path / "again")
+    assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
+    assert_same(again, model)
+    assert load(tmp_path / "again", dtype=torch.float16).dtype == torch.float16
 
 
 def test_our_own_format_can_be_written_again(
@@ -269,8 +302,6 @@ def test_another_version_is_refused(checkpoint: Path) -> None:
 
 
 def test_damage_is_named(checkpoint: Path, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     copy = shutil.copytree(checkpoint, tmp_path / "copy")
     change_config(copy, codes=[])
     with pytest.raises(CheckpointError, match=r"config\.json is damaged"):

@@ -77,9 +77,13 @@ def test_reload_gives_the_same_bits(tiny_directory: Path, tmp_path: Path, name: 
 
 @pytest.mark.parametrize(
     ("version", "expected"),
-    [(1, [0.744292, 0.801097, 1.420848, 0.761336]), (2, [-0.312585, 0.3794, -0.27607, 0.197022])],
+    [
+        (1, [0.744292, 0.801097, 1.420848, 0.761336]),
+        (2, [-0.312585, 0.3794, -0.27607, 0.197022]),
+        (3, [-0.312713, 0.379828, -0.276204, 0.196633]),
+    ],
 )
-def test_checkpoints_of_before_still_load(version: int, expected: list[float]) -> None:
+def test_checkpoints_of_every_version_load(version: int, expected: list[float]) -> None:
     """Version 2 as it was before config.json described the layers."""
     folder = Path(__file__).parent / f"checkpoint_v{version}"
     assert read_manifest(folder).version == version

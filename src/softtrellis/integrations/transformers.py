@@ -32,6 +32,7 @@ from softtrellis.io.manifest import (
     quantization_config,
     read_manifest,
 )
+from softtrellis.io.narrow import narrow_, packed_names
 from softtrellis.io.tables import TABLE, codebooks_of, read_tables, stored_tables
 from softtrellis.modules.experts import UnfusedExperts
 from softtrellis.modules.quantized_linear import LayerFormat, QuantizedLinear, meta_layer
@@ -177,13 +178,18 @@ class SofttrellisQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(
         self, model: PreTrainedModel
     ) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
-        """All tensors and the codes' tables; of a model with adapters, what transformers takes."""
+        """All tensors, narrowed where nothing is lost, and the codes' tables.
+
+        Of a model with adapters, what transformers takes.
+        """
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}
         layers = quantized_layers(model)
         self.quantization_config.describe({name: layer.layer for name, layer in layers.items()})
         model.config.quantization_config = self.quantization_config
-        return model.state_dict() | stored_tables(layers), {}
+        tensors = model.state_dict()
+        narrow_(tensors, packed_names(layers))
+        return tensors | stored_tables(layers), {}
 
     def _dequantize(
         self, model: PreTrainedModel, dtype: torch.dtype | None = None

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from softtrellis.io.claims import check_buffers, check_layer_count
+from softtrellis.io.claims import check_buffers, check_dtype, check_layer_count
 from softtrellis.io.errors import first_line
 from softtrellis.io.files import sha256_of, write_json
 from softtrellis.io.manifest import (
@@ -39,6 +39,7 @@ from softtrellis.io.model_files import (
     stored_tensors,
     write_companions,
 )
+from softtrellis.io.narrow import narrow_, packed_names, widened
 from softtrellis.io.sources import Source, fingerprint, load_source, quiet, tokenizer_expected
 from softtrellis.io.tables import TABLE, codebooks_of, stored_tables
 from softtrellis.io.tensor_files import TensorFiles, read_json
@@ -123,8 +124,9 @@ def save_quantized(
     if not layers:
         raise ValueError("the model has no quantized layer to save")
     formats = {name: layer.layer for name, layer in layers.items()}
-    tensors = stored_tensors(model) | stored_tables(layers)
-    save_file(tensors, str(directory / WEIGHTS), metadata={"format": "pt"})
+    tensors = stored_tensors(model)
+    narrowed = narrow_(tensors, packed_names(layers))
+    save_file(tensors | stored_tables(layers), str(directory / WEIGHTS), metadata={"format": "pt"})
     (directory / WEIGHTS).chmod(0o644)
     config = config_of(model)
     config["quantization_config"] = quantization_config(formats)
@@ -137,7 +139,7 @@ def save_quantized(
         for path in sorted(directory.iterdir())
         if path.is_file() and path.name != MANIFEST and not path.name.startswith(_NOT_LISTED)
     }
-    manifest = Manifest(base, formats, files, provenance or {})
+    manifest = Manifest(base, formats, files, narrowed, provenance or {})
     write_json(directory / MANIFEST, manifest_json(manifest))
     return manifest
 
@@ -176,9 +178,10 @@ def load_quantized(path: str | Path, config: LoadConfig | None = None) -> PreTra
         verify_files(directory, manifest)
     settings, layers = read_json(directory / "config.json"), manifest.layers
     with TensorFiles(directory, index=False) as files:
-        _check_claims(settings, manifest, directory, files.shapes)
         tensors = {name: files.get(name) for name in files.shapes}
+    _check_claims(settings, manifest, directory, tensors)
     tables = {name: tensors.pop(name) for name in list(tensors) if name.startswith(TABLE)}
+    tensors = widened(tensors, manifest.narrowed)
     codebooks = codebooks_of(codes_of(layers), tables)
     with _fitting(directory):
         model = empty_model(settings)
@@ -203,13 +206,13 @@ def _check_claims(
     settings: Mapping[str, Any],
     manifest: Manifest,
     directory: Path,
-    shapes: Mapping[str, tuple[int, ...]],
+    tensors: Mapping[str, Tensor],
 ) -> None:
     """CheckpointError if the tensors are not those of the model that the JSON files describe.
 
     It is built on the device "meta", so that nothing takes more memory than the files' tensors.
     """
-    check_layer_count(settings, len(shapes))
+    check_layer_count(settings, len(tensors))
     with _fitting(directory), torch.device("meta"):
         skeleton = empty_model(settings, device="meta")
         prepare_for_layers_(skeleton, manifest.layers)
@@ -223,13 +226,17 @@ def _check_claims(
         replace_modules(
             skeleton, manifest.layers, lambda name, _: meta_layer(manifest.layers[name])
         )
-        wanted = {key: tuple(tensor.shape) for key, tensor in skeleton.state_dict().items()}
-        for key, shape in wanted.items():
-            if shapes.get(key, shape) != shape:
-                raise AttributeError(f"{key} is {list(shapes[key])} and must be {list(shape)}")
+        wanted, packed = skeleton.state_dict(), packed_names(quantized_layers(skeleton))
+        for key, tensor in wanted.items():
+            found = tensors.get(key, tensor)
+            if found.shape != tensor.shape:
+                raise AttributeError(
+                    f"{key} is {list(found.shape)} and must be {list(tensor.shape)}"
+                )
+            check_dtype(key, found.dtype, tensor.dtype, exactly=key in packed)
         check_buffers(skeleton)
     tied = set(getattr(skeleton, "all_tied_weights_keys", None) or {})
-    if missing := sorted(wanted.keys() - shapes.keys() - tied):
+    if missing := sorted(wanted.keys() - tensors.keys() - tied):
         raise CheckpointError(
             f"{directory / WEIGHTS} lacks {missing[0]}; copy the checkpoint again"
         )

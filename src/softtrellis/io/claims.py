@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from softtrellis.io.manifest import CheckpointError
 
 if TYPE_CHECKING:
@@ -14,6 +16,8 @@ MOST_BUFFERS = 1 << 26
 """Numbers in tables that a small model computes for itself, of positions for instance."""
 
 _COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_layer_count(settings: Mapping[str, Any], tensors: int) -> None:
@@ -38,3 +42,10 @@ def check_buffers(skeleton: PreTrainedModel) -> None:
             f"config.json asks for tables of {buffers:,} numbers beside {parameters:,} "
             "weights; do not use this model"
         )
+
+
+def check_dtype(name: str, found: torch.dtype, wanted: torch.dtype, *, exactly: bool) -> None:
+    """CheckpointError for a tensor of another dtype; without ``exactly`` floats are all alike."""
+    if found == wanted or (not exactly and found in _FLOATS and wanted in _FLOATS):
+        return
+    raise CheckpointError(f"{name} is {found} and must be {wanted}; copy the checkpoint again")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -14,8 +14,8 @@ from softtrellis.modules.quantized_linear import LayerFormat
 from softtrellis.quantizers.hard import TrellisCode
 from softtrellis.spec import TrellisSpec
 
-FORMAT, FORMAT_VERSION = "softtrellis", 2
-READABLE_VERSIONS = (1, 2)
+FORMAT, FORMAT_VERSION = "softtrellis", 3
+READABLE_VERSIONS = (1, 2, 3)
 MOST_CODES = 32
 """Codes of one checkpoint; every one takes memory for its codebook."""
 
@@ -49,6 +49,7 @@ class Manifest:
         base: the model it was made from.
         layers: the stored shape of every quantized layer.
         files: sha256 and bytes of every other file.
+        narrowed: names of the float32 tensors that are stored as bfloat16.
         provenance: settings and figures of the runs that made it, for people to read.
         version: of the format it was written in.
     """
@@ -56,6 +57,7 @@ class Manifest:
     base: BaseModel
     layers: Mapping[str, LayerFormat]
     files: Mapping[str, Mapping[str, Any]]
+    narrowed: Sequence[str] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
     version: int = FORMAT_VERSION
 
@@ -127,9 +129,9 @@ def check_version(version: object, where: str) -> None:
     """CheckpointError if a checkpoint is of a version that this release cannot read."""
     if version not in READABLE_VERSIONS:
         raise CheckpointError(
-            f"{where} has checkpoint version {version}, this release reads "
-            f"{' and '.join(map(str, READABLE_VERSIONS))}; use the release of softtrellis that "
-            "wrote it"
+            f"{where} has checkpoint version {version}, this release reads versions "
+            f"{READABLE_VERSIONS[0]} to {READABLE_VERSIONS[-1]}; use the release of softtrellis "
+            "that wrote it"
         )
 
 
@@ -140,6 +142,7 @@ def manifest_json(manifest: Manifest) -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         "base": asdict(manifest.base),
         **formats_json(manifest.layers),
+        "narrowed": list(manifest.narrowed),
         "files": dict(manifest.files),
         "provenance": dict(manifest.provenance),
     }
@@ -202,8 +205,11 @@ def read_manifest(directory: Path) -> Manifest:
             raise ValueError("files that it must list are missing")
         if elsewhere := [name for name in files if not is_plain_name(name)]:
             raise ValueError(f"it names {elsewhere[0]!r}, which is no file beside it")
+        narrowed = value["narrowed"] if version > 2 else []
+        if not isinstance(narrowed, list) or not all(isinstance(name, str) for name in narrowed):
+            raise ValueError("narrowed is no list of names")
         base = BaseModel(**value["base"])
-        return Manifest(base, layers, files, dict(value["provenance"]), version)
+        return Manifest(base, layers, files, narrowed, dict(value["provenance"]), version)
     except CheckpointError:
         raise
     except (*DAMAGED, RecursionError) as error:
