@@ -1,15 +1,18 @@
 #!/usr/bin/env bash
-# Checks and times the decoding kernels, on a machine with a GPU: bash benchmarks/decode.sh FOLDER
+# Checks and times the decoding kernels, on a machine with a GPU: bash benchmarks/decode.sh FOLDER [STEP ...]
 # Tests come first, but those that compile many Triton kernels. What fails or hangs ends after its
-# limit, some 230 s are expected in all; everything goes to FOLDER/NAME.txt. Apart from these there
+# limit, some 400 s are expected in all; everything goes to FOLDER/STEP.txt. Apart from these there
 # is bench_decode_kernels.py profile.
 set -u
 out=${1:?a folder for the results}
+shift
+wanted=" $* "
 mkdir -p "$out"
 export PYTHONPATH=src${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 step() {
     local name=$1 limit=$2 start=$SECONDS
     shift 2
+    [[ $wanted == "  " || $wanted == *" $name "* ]] || return 0
     timeout "$limit" "$@" >"$out/$name.txt" 2>&1
     printf '%s: exit %d after %d s\n' "$name" "$?" "$((SECONDS - start))" | tee -a "$out/steps.txt"
 }
