@@ -45,6 +45,7 @@ from softtrellis.io.tables import TABLE, codebooks_of, stored_tables
 from softtrellis.io.tensor_files import TensorFiles, read_json
 from softtrellis.modules.quantized_linear import QuantizedLinear, meta_layer
 from softtrellis.modules.replace import (
+    cast_,
     prepare_for_layers_,
     quantized_layers,
     replace_modules,
@@ -108,7 +109,8 @@ def save_quantized(
     """Writes a quantized model; see docs/checkpoint.md for the format.
 
     Args:
-        model: with ``QuantizedLinear`` layers.
+        model: with ``QuantizedLinear`` layers. config.json gets its configuration's dtype, that of
+            the base model as it was stored; or that of its parameters, if they are not float32.
         tokenizer: saved with its chat template.
         directory: an existing, writable directory; see ``whole_directory``.
         base: the model it was made from.
@@ -130,7 +132,8 @@ def save_quantized(
     (directory / WEIGHTS).chmod(0o644)
     config = config_of(model)
     config["quantization_config"] = quantization_config(formats)
-    config["dtype"] = str(model.dtype).removeprefix("torch.")
+    if config.get("dtype") is None or model.dtype != torch.float32:
+        config["dtype"] = str(model.dtype).removeprefix("torch.")
     write_companions(model, tokenizer, directory, config=config, source_directory=source_directory)
     card = model_card(base.name, base.licence, formats, provenance or {})
     (directory / "README.md").write_text(card, encoding="utf-8")
@@ -151,10 +154,14 @@ class LoadConfig:
     Attributes:
         device: where the model goes.
         verify: compare all files with their checksums first.
+        dtype: of activations and of all that is not packed, bfloat16 on a GPU for the fused
+            kernels; None leaves all tensors in the dtypes they were saved from, which softtrellis
+            makes float32.
     """
 
     device: str = "cpu"
     verify: bool = True
+    dtype: torch.dtype | None = None
 
 
 def load_quantized(path: str | Path, config: LoadConfig | None = None) -> PreTrainedModel:
@@ -197,6 +204,8 @@ def load_quantized(path: str | Path, config: LoadConfig | None = None) -> PreTra
             f"{directory / WEIGHTS} lacks {missing[0]}; copy the checkpoint again"
         )
     freeze_(model)
+    if config.dtype is not None:
+        cast_(model, config.dtype)
     model.to(torch.device(config.device))  # type: ignore[arg-type]
     share_codebooks_(model)
     return model
