@@ -287,6 +287,19 @@ def test_the_loading_in_three_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert torch.equal(model(ids).logits, loaded(ids).logits)
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/huggingface.md"])
+def test_the_loading_on_a_gpu(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(ROOT / "tests/io/checkpoint_v3", tmp_path / "smollm2-2bit")
+    monkeypatch.chdir(tmp_path)
+    imports = "import torch\nimport softtrellis.integrations.transformers\n"
+    imports += "from transformers import AutoModelForCausalLM\n"
+    text = (ROOT / page).read_text("utf-8")
+    (call,) = re.findall(r"`(AutoModel\S*from_pretrained\(.*?device_map=.*?\))`", text)
+    model = run(f"{imports}model = {call}", {'"cuda"': '"cpu"'})["model"]
+    assert quantized_layers(model)
+    assert model.dtype == torch.bfloat16
+
+
 def test_lora_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("peft", reason="needs peft (pip install 'softtrellis[lora]')")
     shutil.copytree(ROOT / "tests/io/checkpoint_v2", tmp_path / "smollm2-2bit")
