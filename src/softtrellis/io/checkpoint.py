@@ -18,6 +18,7 @@ from softtrellis.io.manifest import (
     FORMAT,
     FORMAT_VERSION,
     MANIFEST,
+    UNCHECKED,
     WEIGHTS,
     BaseModel,
     CheckpointError,
@@ -77,7 +78,7 @@ __all__ = [
     "verify_files",
 ]
 
-_NOT_LISTED = ("train_", "quantize_", "log")  # files of the runs
+_OF_RUNS = ("train_", "quantize_", "log")
 
 
 @dataclass(frozen=True)
@@ -137,10 +138,14 @@ def save_quantized(
     write_companions(model, tokenizer, directory, config=config, source_directory=source_directory)
     card = model_card(base.name, base.licence, formats, provenance or {})
     (directory / "README.md").write_text(card, encoding="utf-8")
-    files = {
-        path.name: {"sha256": sha256_of(path), "bytes": path.stat().st_size}
+    listed = [
+        path
         for path in sorted(directory.iterdir())
-        if path.is_file() and path.name != MANIFEST and not path.name.startswith(_NOT_LISTED)
+        if path.is_file() and path.name not in (MANIFEST, *UNCHECKED)
+        if not path.name.startswith(_OF_RUNS)
+    ]
+    files = {
+        path.name: {"sha256": sha256_of(path), "bytes": path.stat().st_size} for path in listed
     }
     manifest = Manifest(base, formats, files, narrowed, provenance or {})
     write_json(directory / MANIFEST, manifest_json(manifest))
@@ -153,7 +158,7 @@ class LoadConfig:
 
     Attributes:
         device: where the model goes.
-        verify: compare all files with their checksums first.
+        verify: compare the files with their checksums first, see ``verify_files``.
         dtype: of activations and of all that is not packed, bfloat16 on a GPU for the fused
             kernels; None leaves all tensors in the dtypes they were saved from, which softtrellis
             makes float32.
@@ -362,7 +367,8 @@ def size_report(directory: Path) -> SizeReport:
         for key in (key for key in stored if key.startswith(TABLE)):
             table = file.get_tensor(key)
             other += table.numel() * table.element_size() * 8
-    files = sum((directory / name).stat().st_size for name in (MANIFEST, *manifest.files))
+    unlisted = [MANIFEST, *(name for name in UNCHECKED if (directory / name).is_file())]
+    files = sum((directory / name).stat().st_size for name in (*unlisted, *manifest.files))
     return SizeReport(weights, codes / weights, (codes + other) / weights, files)
 
 
