@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from importlib import import_module
 from pathlib import Path
 
@@ -98,6 +99,32 @@ def test_chat_ends_with_its_input(
 ) -> None:
     chat(monkeypatch, "abc")
     assert softtrellis("chat", checkpoint, "--system", "be brief", *SHORT).out.count("\n") >= 1
+
+
+def test_a_message_that_is_too_long_does_not_end_the_chat(
+    softtrellis: Command, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = [*SHORT, "--temperature", "0"]
+    chat(monkeypatch, "abc\nabd\n")
+    expected = softtrellis("chat", checkpoint, *options)
+    chat(monkeypatch, f"abc\n{'c' * 300}\nabd\n")
+    result = softtrellis("chat", checkpoint, *options)
+    assert result.code == 0, result.err
+    assert result.out == expected.out
+    (message,) = [line for line in result.err.splitlines() if "error" in line]
+    assert message.startswith(
+        "softtrellis: error: the message has 300 tokens and up to 8 may follow"
+    )
+
+
+def test_no_template_is_found_before_weights_are_loaded(
+    refused: Refused, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    (copy / "chat_template.jinja").unlink()
+    (copy / "model.safetensors").unlink()
+    chat(monkeypatch, "abc\n")
+    assert "the model has no chat template" in refused("chat", copy, code=1)
 
 
 def test_chat_leaves_out_the_oldest_turns(
