@@ -15,6 +15,7 @@ from torch import Tensor
 from softtrellis.backend import why_no_cuda
 from softtrellis.codes.codebook import WHOLE_CODES, codebook
 from softtrellis.codes.hybrid import TABLE_ROWS, Flip
+from softtrellis.extras import install
 from softtrellis.modules.rotated_product import partial_product, rotated_product, unrotated
 from softtrellis.quantizers.hard import TrellisCode
 from softtrellis.quantizers.tiling import TileOrder
@@ -59,9 +60,7 @@ def resolve_decode_backend(backend: DecodeBackend, x: Tensor) -> ResolvedDecodeB
             "use backend='torch'"
         )
     if find_spec("triton") is None:
-        raise RuntimeError(
-            f"backend {backend!r} needs triton: pip install 'softtrellis[{backend}]'"
-        )
+        raise RuntimeError(f"backend {backend!r} needs triton; {install(backend)}")
     if not x.is_cuda and not (backend == "triton" and _interpreted()):
         raise ValueError(
             f"backend {backend!r} needs a CUDA device, and the activations are on {x.device}; move "
