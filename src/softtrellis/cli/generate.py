@@ -141,7 +141,10 @@ def _config(options: argparse.Namespace) -> GenerateConfig:
 
 
 def _load(options: argparse.Namespace) -> Source:
+    import torch
+
     import softtrellis.integrations.transformers  # noqa: F401 (what save_pretrained wrote, too)
+    from softtrellis.modules.decode import resolve_decode_backend
     from softtrellis.modules.replace import quantized_layers
     from softtrellis.recipes.generation import load_for_generation
 
@@ -153,7 +156,12 @@ def _load(options: argparse.Namespace) -> Source:
     if size:
         print(f"weights: dense, {len(held)} layers decoded once, {size:,} bytes", file=sys.stderr)
     elif held:
-        print(f"weights: packed, {len(held)} layers decoded at every token", file=sys.stderr)
+        like_activations = torch.empty(0, dtype=source.model.dtype, device=source.model.device)
+        backend = resolve_decode_backend("auto", like_activations)
+        print(
+            f"weights: packed, {len(held)} layers decoded at every token by {backend}",
+            file=sys.stderr,
+        )
     return source
 
 
