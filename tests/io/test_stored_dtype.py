@@ -21,6 +21,8 @@ from softtrellis.io.checkpoint import (
 )
 from softtrellis.io.sources import load_source
 from softtrellis.io.stored_dtype import settings_dtype, stored_dtype
+from softtrellis.modules import decode
+from softtrellis.modules.decode import resolve_decode_backend
 from softtrellis.modules.replace import cast_, quantized_layers
 from softtrellis.recipes.ptq import QuantizeConfig, quantize_model
 
@@ -69,11 +71,11 @@ def settings_of(directory: Path) -> dict[str, Any]:
     return found
 
 
-def from_pretrained(directory: Path) -> PreTrainedModel:
+def from_pretrained(directory: Path, **options: Any) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     import_module("softtrellis.integrations.transformers")
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, **options)
     return model
 
 
@@ -90,6 +92,21 @@ def test_transformers_loads_the_dtype_of_the_base(checkpoint: Path, dtype: torch
     again = from_pretrained(checkpoint.parent / "again")
     assert dtypes_of(again) == {dtype}
     assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.gpu
+def test_half_precision_reaches_the_kernels_of_a_gpu(
+    checkpoint: Path, dtype: torch.dtype, caplog: pytest.LogCaptureFixture
+) -> None:
+    decode._warn_of_float32.cache_clear()
+    model = from_pretrained(checkpoint, device_map="cuda")
+    with torch.no_grad():
+        found = model(IDS.cuda()).logits
+    assert ("at every call for float32" in caplog.text) == (dtype == torch.float32)
+    like = torch.empty(0, device="cuda", dtype=model.dtype)
+    assert (resolve_decode_backend("auto", like) == "torch") == (dtype == torch.float32)
+    expected = load_quantized(checkpoint)(IDS).logits
+    torch.testing.assert_close(found.float().cpu(), expected, rtol=0.05, atol=0.05)
 
 
 def test_softtrellis_computes_in_float32(base: Path, checkpoint: Path, dtype: torch.dtype) -> None:
