@@ -29,7 +29,7 @@ def main() -> None:
     dtype = getattr(torch, options.dtype)
     cuda = torch.device(options.device).type == "cuda"
 
-    model = load_quantized(options.checkpoint, LoadConfig(device=options.device)).to(dtype)
+    model = load_quantized(options.checkpoint, LoadConfig(options.device, dtype=dtype))
     tokenizer = load_tokenizer(options.checkpoint)
     ids = tokenizer(options.prompt, return_tensors="pt")["input_ids"].to(options.device)
     print(environment())

@@ -9,6 +9,7 @@ import re
 import runpy
 import shlex
 import shutil
+import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -238,6 +239,18 @@ def test_pages_name_no_place_of_one_machine(page: Path) -> None:
     assert not re.search(r"(?<![\w.])/(work|tmp|home|root|usr)/", page.read_text("utf-8"))
 
 
+def test_extras_are_installed_from_the_clone() -> None:
+    """No index has the package."""
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    found = set()
+    for path in (*PAGES, *(ROOT / "src").rglob("*.py")):
+        text = path.read_text("utf-8")
+        assert "softtrellis[" not in text, path
+        found |= set(re.findall(r"'\.\[(\w+)\]'|\binstall\([\"'](\w+)[\"']\)", text))
+    names = {name for pair in found for name in pair if name}
+    assert names == known["optional-dependencies"].keys() - {"dev"}
+
+
 def test_the_trellis_example_of_the_readme() -> None:
     names = run(blocks("README.md")[0], {"L=12": "L=10", "randn(8": "randn(2"})
     assert torch.isfinite(names["w"].grad).all()
@@ -287,8 +300,21 @@ def test_the_loading_in_three_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert torch.equal(model(ids).logits, loaded(ids).logits)
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/huggingface.md"])
+def test_the_loading_on_a_gpu(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(ROOT / "tests/io/checkpoint_v3", tmp_path / "smollm2-2bit")
+    monkeypatch.chdir(tmp_path)
+    imports = "import torch\nimport softtrellis.integrations.transformers\n"
+    imports += "from transformers import AutoModelForCausalLM\n"
+    text = (ROOT / page).read_text("utf-8")
+    (call,) = re.findall(r"`(AutoModel\S*from_pretrained\(.*?device_map=.*?\))`", text)
+    model = run(f"{imports}model = {call}", {'"cuda"': '"cpu"'})["model"]
+    assert quantized_layers(model)
+    assert model.dtype == torch.bfloat16
+
+
 def test_lora_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("peft", reason="needs peft (pip install 'softtrellis[lora]')")
+    pytest.importorskip("peft", reason="needs peft (.venv/bin/pip install -e '.[lora]')")
     shutil.copytree(ROOT / "tests/io/checkpoint_v2", tmp_path / "smollm2-2bit")
     monkeypatch.chdir(tmp_path)
     model = run(blocks("docs/huggingface.md")[2])["model"]

@@ -16,6 +16,7 @@ PACKAGE = ROOT / "src" / "softtrellis"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
     "spec",
+    "extras",
     "backend",
     "codes",
     "trellis",

@@ -8,6 +8,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from softtrellis.extras import install
+
 Backend = Literal["auto", "torch", "cpu", "triton", "cuda"]
 ResolvedBackend = Literal["torch", "cpu", "triton", "cuda"]
 ComputeType = Literal["auto", "bfloat16", "float32"]
@@ -65,9 +67,7 @@ def resolve_backend(backend: Backend, tensor: Tensor) -> ResolvedBackend:
     if backend in ("triton", "cuda"):
         _check_float32(backend, tensor, "cuda", "on a CUDA device; use backend='torch', or 'auto'")
         if find_spec("triton") is None:
-            raise RuntimeError(
-                f"backend {backend!r} needs triton: pip install 'softtrellis[{backend}]'"
-            )
+            raise RuntimeError(f"backend {backend!r} needs triton; {install(backend)}")
     if backend == "cuda" and (reason := why_no_cuda(tensor.device)):
         raise RuntimeError(f"backend 'cuda' {reason}")
     return backend
@@ -85,7 +85,7 @@ def _check_float32(backend: str, tensor: Tensor, device: str, rest: str) -> None
 def why_no_cuda(device: torch.device) -> str | None:
     """What is missing for the backend "cuda" on a CUDA device; None if nothing is."""
     if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
-        return "needs cuda-bindings: pip install 'softtrellis[cuda]'"
+        return f"needs cuda-bindings; {install('cuda')}"
     if torch.version.hip is not None:
         return "needs an NVIDIA GPU; use backend='triton'"
     if torch.cuda.get_device_capability(device) not in CUDA_CAPABILITIES:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from cli.support import LAYERS, Command, Refused, contents
+from transformers import AutoConfig
 
 from softtrellis.io.checkpoint import WEIGHTS, load_quantized, read_manifest
 from softtrellis.modules.replace import quantized_layers
@@ -51,6 +52,8 @@ def test_there_and_back(
     for name, layer in expected.items():
         assert torch.equal(found[name].codes, layer.codes)
         assert torch.equal(found[name].weight(), layer.weight())
+    assert AutoConfig.from_pretrained(exported).dtype == torch.float16
+    assert AutoConfig.from_pretrained(tmp_path / "back").dtype == torch.float32, "of the base model"
     ours, theirs = read_manifest(tmp_path / "back"), read_manifest(exl3)
     assert ours.base.fingerprint == theirs.base.fingerprint
     assert ours.layers == theirs.layers

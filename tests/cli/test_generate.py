@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from importlib import import_module
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from cli.support import Command, Refused
 
 from softtrellis.io.checkpoint import load_quantized, load_tokenizer
+from softtrellis.modules.decode import resolve_decode_backend
 from softtrellis.recipes.generation import Chat, GenerateConfig, generate_text
 
 SHORT = ["--max-tokens", "8"]
@@ -25,7 +27,7 @@ def test_generate_prints_what_follows_the_prompt(softtrellis: Command, checkpoin
     tokens = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=2)[0, 3:]
     assert greedy.out.rstrip("\n") == tokenizer.decode(tokens, skip_special_tokens=True).rstrip()
     packed = softtrellis("generate", checkpoint, "--prompt", "abc", *SHORT, "--weights", "packed")
-    assert "weights: packed, 2 layers decoded at every token" in packed.err
+    assert "weights: packed, 2 layers decoded at every token by torch\n" in packed.err
     assert packed.out == greedy.out
     half = softtrellis("generate", checkpoint, "--prompt", "abc", *SHORT, "--dtype", "bfloat16")
     assert "weights: dense, 2 layers decoded once, 8,192 bytes" in half.err
@@ -40,8 +42,27 @@ def test_a_gpu_generates_with_the_codes(softtrellis: Command, checkpoint: Path) 
     assert packed.out == softtrellis("generate", checkpoint, "--prompt", "abc", *SHORT).out
     half = softtrellis("generate", checkpoint, "--prompt", "abc", *SHORT, "--device", "cuda")
     assert half.code == 0, half.err
-    assert "weights: packed, 2 layers" in half.err
+    activations = torch.empty(0, dtype=torch.bfloat16, device="cuda")
+    backend = resolve_decode_backend("auto", activations)
+    assert backend != "torch"
+    assert f"weights: packed, 2 layers decoded at every token by {backend}\n" in half.err
     assert half.out.strip()
+
+
+def test_packed_weights_name_who_decodes_them(
+    softtrellis: Command, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, torch.dtype, str]] = []
+
+    def resolve(backend: str, x: torch.Tensor) -> str:
+        asked.append((backend, x.dtype, x.device.type))
+        return "cuda"
+
+    monkeypatch.setattr("softtrellis.modules.decode.resolve_decode_backend", resolve)
+    options = [*SHORT, "--weights", "packed", "--dtype", "bfloat16"]
+    result = softtrellis("generate", checkpoint, "--prompt", "abc", *options)
+    assert "weights: packed, 2 layers decoded at every token by cuda\n" in result.err
+    assert asked == [("auto", torch.bfloat16, "cpu")]
 
 
 def test_a_full_precision_model_generates_too(softtrellis: Command, model: Path) -> None:
@@ -98,6 +119,32 @@ def test_chat_ends_with_its_input(
 ) -> None:
     chat(monkeypatch, "abc")
     assert softtrellis("chat", checkpoint, "--system", "be brief", *SHORT).out.count("\n") >= 1
+
+
+def test_a_message_that_is_too_long_does_not_end_the_chat(
+    softtrellis: Command, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = [*SHORT, "--temperature", "0"]
+    chat(monkeypatch, "abc\nabd\n")
+    expected = softtrellis("chat", checkpoint, *options)
+    chat(monkeypatch, f"abc\n{'c' * 300}\nabd\n")
+    result = softtrellis("chat", checkpoint, *options)
+    assert result.code == 0, result.err
+    assert result.out == expected.out
+    (message,) = [line for line in result.err.splitlines() if "error" in line]
+    assert message.startswith(
+        "softtrellis: error: the message has 300 tokens and up to 8 may follow"
+    )
+
+
+def test_no_template_is_found_before_weights_are_loaded(
+    refused: Refused, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    (copy / "chat_template.jinja").unlink()
+    (copy / "model.safetensors").unlink()
+    chat(monkeypatch, "abc\n")
+    assert "the model has no chat template" in refused("chat", copy, code=1)
 
 
 def test_chat_leaves_out_the_oldest_turns(

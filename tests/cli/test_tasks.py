@@ -63,7 +63,10 @@ def folder(tmp_path: Path) -> Path:
 def test_without_lm_eval(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "find_spec", lambda name: None)
     message = refused("eval", "no-such-model", "--tasks", "piqa", code=1)
-    assert message == "tasks need lm-evaluation-harness: pip install 'softtrellis[eval]'"
+    assert message == (
+        "tasks need lm-evaluation-harness; install softtrellis with the extra 'eval', from its "
+        "clone: .venv/bin/pip install -e '.[eval]'"
+    )
 
 
 def test_quantized_models_are_dequantized_first(

@@ -71,9 +71,9 @@ def test_configurations_that_make_no_sense(options: dict[str, Any], message: str
 def test_without_lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "find_spec", lambda name: None)
     config = TaskConfig(("piqa",))
-    with pytest.raises(ImportError, match=r"pip install 'softtrellis\[eval\]'"):
+    with pytest.raises(ImportError, match=r"\.venv/bin/pip install -e '\.\[eval\]'"):
         load_tasks(config)
-    with pytest.raises(ImportError, match=r"pip install 'softtrellis\[eval\]'"):
+    with pytest.raises(ImportError, match=r"\.venv/bin/pip install -e '\.\[eval\]'"):
         run_tasks(None, None, {}, config)
 
 

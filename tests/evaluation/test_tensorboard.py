@@ -32,7 +32,7 @@ def scalars(directory: Path) -> dict[str, list[tuple[int, float]]]:
 
 def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensorboard, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"pip install 'softtrellis\[tensorboard\]'"):
+    with pytest.raises(ImportError, match=r"\.venv/bin/pip install -e '\.\[tensorboard\]'"):
         TensorBoardLog(tmp_path)
     assert not list(tmp_path.iterdir())
 

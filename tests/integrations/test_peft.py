@@ -13,7 +13,7 @@ import torch
 from softtrellis.modules.replace import dequantize_, quantized_layers
 from softtrellis.recipes.ptq import QuantizeConfig, quantize_model
 
-pytest.importorskip("peft", reason="needs peft (pip install 'softtrellis[lora]')")
+pytest.importorskip("peft", reason="needs peft (.venv/bin/pip install -e '.[lora]')")
 
 from peft import LoraConfig, get_peft_model
 

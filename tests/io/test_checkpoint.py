@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -184,6 +186,51 @@ def test_damage_is_named(
     make(tiny_directory, tmp_path / "out")
     damage(tmp_path / "out")
     with pytest.raises(CheckpointError, match=message):
+        load_quantized(tmp_path / "out")
+
+
+def edit(folder: Path, name: str) -> None:
+    text = (folder / name).read_text(encoding="utf-8")
+    (folder / name).write_text(text + "\n", encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["README.md", "generation_config.json"])
+def test_what_people_edit_is_not_compared(tiny_directory: Path, tmp_path: Path, name: str) -> None:
+    make(tiny_directory, tmp_path / "new")
+    assert name not in read_manifest(tmp_path / "new").files
+    listing = json.loads((tmp_path / "new" / MANIFEST).read_text(encoding="utf-8"))["files"]
+    assert name not in listing
+    for version in (1, 2, 3):
+        old = Path(__file__).parent / f"checkpoint_v{version}"
+        shutil.copytree(old, tmp_path / f"v{version}")
+    for folder in (tmp_path / "new", *(tmp_path / f"v{version}" for version in (1, 2, 3))):
+        edit(folder, name)
+        load_quantized(folder)
+        files = [path for path in folder.iterdir() if path.is_file()]
+        assert size_report(folder).file_bytes == sum(path.stat().st_size for path in files)
+        (folder / name).unlink()
+        load_quantized(folder)
+        assert size_report(folder).file_bytes > 0
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+)
+def test_what_decides_the_numbers_is(tiny_directory: Path, tmp_path: Path, name: str) -> None:
+    make(tiny_directory, tmp_path / "out")
+    edit(tmp_path / "out", name)
+    with pytest.raises(CheckpointError, match=f"{name} has .* truncated or altered"):
+        load_quantized(tmp_path / "out")
+
+
+def test_save_pretrained_over_a_checkpoint(tiny_directory: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    import_module("softtrellis.integrations.transformers")
+    make(tiny_directory, tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="bfloat16")
+    model.save_pretrained(tmp_path / "out")
+    with pytest.raises(CheckpointError, match="save_pretrained over a checkpoint does that"):
         load_quantized(tmp_path / "out")
 
 

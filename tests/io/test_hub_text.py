@@ -96,7 +96,7 @@ class TestRows:
 class TestErrors:
     def test_no_package(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "datasets", None)
-        with pytest.raises(ImportError, match=r"pip install 'softtrellis\[data\]'"):
+        with pytest.raises(ImportError, match=r"\.venv/bin/pip install -e '\.\[data\]'"):
             load_documents(["hf:a"], split="heldout")
 
     @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ class TestWikitext2:
 
     def test_no_package(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "datasets", None)
-        with pytest.raises(ImportError, match=r"pip install 'softtrellis\[data\]'"):
+        with pytest.raises(ImportError, match=r"\.venv/bin/pip install -e '\.\[data\]'"):
             load_documents(["wikitext2"], split="heldout")
 
     def test_no_hub(self, monkeypatch):

@@ -81,6 +81,7 @@ def gguf_file(
 def test_a_good_gguf_file_loads(gguf_file: Path, tiny_llama: LlamaForCausalLM) -> None:
     found = load_source(str(gguf_file)).model
     assert torch.equal(found.get_input_embeddings().weight, tiny_llama.model.embed_tokens.weight)
+    assert found.config.dtype == torch.float32
 
 
 @given(data=st.data())

@@ -44,7 +44,7 @@ def add_parser(commands: Commands) -> None:
         "--tasks",
         metavar="A,B,...",
         help="tasks of lm-evaluation-harness, for instance arc_easy,arc_challenge,hellaswag,piqa,"
-        "winogrande,lambada; needs softtrellis[eval]",
+        "winogrande,lambada; needs the extra 'eval'",
     )
     parser.add_argument(
         "--task-dir",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from softtrellis.cli.common import (
@@ -44,7 +45,8 @@ def add_parser(commands: Commands) -> None:
         "talk with a model that has a chat template",
         "softtrellis chat smollm2-2bit",
         f"Each line of standard input is a message. {RESET} starts a new conversation, {EXIT} or "
-        "the end of the input ends it.",
+        "the end of the input ends it. A message that is too long is refused, and the conversation "
+        "goes on.",
     )
     parser.add_argument("model", help="a checkpoint, or a full-precision model")
     parser.add_argument("--system", metavar="TEXT", help="a system message to start with")
@@ -97,9 +99,12 @@ def run_generate(options: argparse.Namespace) -> int:
 
 def run_chat(options: argparse.Namespace) -> int:
     """Answers each line of standard input."""
-    from softtrellis.recipes.generation import Chat
+    from softtrellis.io.checkpoint import is_checkpoint, load_tokenizer
+    from softtrellis.recipes.generation import Chat, MessageTooLong, check_chat_template
 
     config = _config(options)
+    if is_checkpoint(Path(options.model)):
+        check_chat_template(load_tokenizer(options.model))  # before its weights are loaded
     source = _load(options)
     chat = Chat(source.model, source.tokenizer, config, system=options.system)
     for line in _lines():
@@ -108,7 +113,10 @@ def run_chat(options: argparse.Namespace) -> int:
         if line == RESET:
             chat.reset()
         elif line:
-            chat.reply(line, streamer=_streamer(source.tokenizer))
+            try:
+                chat.reply(line, streamer=_streamer(source.tokenizer))
+            except MessageTooLong as error:
+                print(f"softtrellis: error: {error}", file=sys.stderr)
     return 0
 
 
@@ -133,7 +141,10 @@ def _config(options: argparse.Namespace) -> GenerateConfig:
 
 
 def _load(options: argparse.Namespace) -> Source:
+    import torch
+
     import softtrellis.integrations.transformers  # noqa: F401 (what save_pretrained wrote, too)
+    from softtrellis.modules.decode import resolve_decode_backend
     from softtrellis.modules.replace import quantized_layers
     from softtrellis.recipes.generation import load_for_generation
 
@@ -145,7 +156,12 @@ def _load(options: argparse.Namespace) -> Source:
     if size:
         print(f"weights: dense, {len(held)} layers decoded once, {size:,} bytes", file=sys.stderr)
     elif held:
-        print(f"weights: packed, {len(held)} layers decoded at every token", file=sys.stderr)
+        like_activations = torch.empty(0, dtype=source.model.dtype, device=source.model.device)
+        backend = resolve_decode_backend("auto", like_activations)
+        print(
+            f"weights: packed, {len(held)} layers decoded at every token by {backend}",
+            file=sys.stderr,
+        )
     return source
 
 

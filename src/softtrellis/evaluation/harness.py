@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from softtrellis.extras import install
 from softtrellis.io.sources import muted, quiet
 
 if TYPE_CHECKING:
@@ -186,7 +187,7 @@ def task_result(output: Mapping[str, Any], task: str) -> TaskResult:
 
 def _require_lm_eval() -> None:
     if find_spec("lm_eval") is None:
-        raise ImportError("tasks need lm-evaluation-harness: pip install 'softtrellis[eval]'")
+        raise ImportError(f"tasks need lm-evaluation-harness; {install('eval')}")
 
 
 def _resolve(name: str, known: Sequence[str], folder: Path | None) -> str:

@@ -8,6 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from softtrellis.extras import install
+
 FOLDER = "tensorboard"
 
 
@@ -32,8 +34,7 @@ class TensorBoardLog:
         """
         if find_spec("tensorboard") is None:
             raise ImportError(
-                "a log for TensorBoard needs the package tensorboard: pip install "
-                "'softtrellis[tensorboard]'"
+                f"a log for TensorBoard needs the package tensorboard; {install('tensorboard')}"
             )
         from torch.utils.tensorboard import SummaryWriter
 

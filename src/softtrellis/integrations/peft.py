@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from softtrellis.extras import install
+
 if importlib.util.find_spec("peft") is None:
-    raise ImportError("LoRA needs peft: pip install 'softtrellis[lora]'")
+    raise ImportError(f"LoRA needs peft; {install('lora')}")
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer

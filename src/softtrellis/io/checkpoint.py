@@ -18,6 +18,7 @@ from softtrellis.io.manifest import (
     FORMAT,
     FORMAT_VERSION,
     MANIFEST,
+    UNCHECKED,
     WEIGHTS,
     BaseModel,
     CheckpointError,
@@ -45,6 +46,7 @@ from softtrellis.io.tables import TABLE, codebooks_of, stored_tables
 from softtrellis.io.tensor_files import TensorFiles, read_json
 from softtrellis.modules.quantized_linear import QuantizedLinear, meta_layer
 from softtrellis.modules.replace import (
+    cast_,
     prepare_for_layers_,
     quantized_layers,
     replace_modules,
@@ -76,7 +78,7 @@ __all__ = [
     "verify_files",
 ]
 
-_NOT_LISTED = ("train_", "quantize_", "log")  # files of the runs
+_OF_RUNS = ("train_", "quantize_", "log")
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,8 @@ def save_quantized(
     """Writes a quantized model; see docs/checkpoint.md for the format.
 
     Args:
-        model: with ``QuantizedLinear`` layers.
+        model: with ``QuantizedLinear`` layers. config.json gets its configuration's dtype, that of
+            the base model as it was stored; or that of its parameters, if they are not float32.
         tokenizer: saved with its chat template.
         directory: an existing, writable directory; see ``whole_directory``.
         base: the model it was made from.
@@ -130,14 +133,19 @@ def save_quantized(
     (directory / WEIGHTS).chmod(0o644)
     config = config_of(model)
     config["quantization_config"] = quantization_config(formats)
-    config["dtype"] = str(model.dtype).removeprefix("torch.")
+    if config.get("dtype") is None or model.dtype != torch.float32:
+        config["dtype"] = str(model.dtype).removeprefix("torch.")
     write_companions(model, tokenizer, directory, config=config, source_directory=source_directory)
     card = model_card(base.name, base.licence, formats, provenance or {})
     (directory / "README.md").write_text(card, encoding="utf-8")
-    files = {
-        path.name: {"sha256": sha256_of(path), "bytes": path.stat().st_size}
+    listed = [
+        path
         for path in sorted(directory.iterdir())
-        if path.is_file() and path.name != MANIFEST and not path.name.startswith(_NOT_LISTED)
+        if path.is_file() and path.name not in (MANIFEST, *UNCHECKED)
+        if not path.name.startswith(_OF_RUNS)
+    ]
+    files = {
+        path.name: {"sha256": sha256_of(path), "bytes": path.stat().st_size} for path in listed
     }
     manifest = Manifest(base, formats, files, narrowed, provenance or {})
     write_json(directory / MANIFEST, manifest_json(manifest))
@@ -150,11 +158,15 @@ class LoadConfig:
 
     Attributes:
         device: where the model goes.
-        verify: compare all files with their checksums first.
+        verify: compare the files with their checksums first, see ``verify_files``.
+        dtype: of activations and of all that is not packed, bfloat16 on a GPU for the fused
+            kernels; None leaves all tensors in the dtypes they were saved from, which softtrellis
+            makes float32.
     """
 
     device: str = "cpu"
     verify: bool = True
+    dtype: torch.dtype | None = None
 
 
 def load_quantized(path: str | Path, config: LoadConfig | None = None) -> PreTrainedModel:
@@ -197,6 +209,8 @@ def load_quantized(path: str | Path, config: LoadConfig | None = None) -> PreTra
             f"{directory / WEIGHTS} lacks {missing[0]}; copy the checkpoint again"
         )
     freeze_(model)
+    if config.dtype is not None:
+        cast_(model, config.dtype)
     model.to(torch.device(config.device))  # type: ignore[arg-type]
     share_codebooks_(model)
     return model
@@ -353,7 +367,8 @@ def size_report(directory: Path) -> SizeReport:
         for key in (key for key in stored if key.startswith(TABLE)):
             table = file.get_tensor(key)
             other += table.numel() * table.element_size() * 8
-    files = sum((directory / name).stat().st_size for name in (MANIFEST, *manifest.files))
+    unlisted = [MANIFEST, *(name for name in UNCHECKED if (directory / name).is_file())]
+    files = sum((directory / name).stat().st_size for name in (*unlisted, *manifest.files))
     return SizeReport(weights, codes / weights, (codes + other) / weights, files)
 
 

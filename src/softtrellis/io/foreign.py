@@ -24,10 +24,7 @@ if TYPE_CHECKING:
 
 MARK = ".trellis"
 QTIP_SETTINGS = "quip_params"
-_NOT_SETTINGS = (
-    *("quantization_config", QTIP_SETTINGS),
-    *("auto_map", "architectures", "torch_dtype", "dtype"),
-)
+_NOT_SETTINGS = ("quantization_config", QTIP_SETTINGS, "auto_map", "architectures")
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,8 @@ class Imported:
     """A model that was read from another format.
 
     Attributes:
-        model: with ``QuantizedLinear`` layers, float32 elsewhere, in eval mode.
+        model: with ``QuantizedLinear`` layers, float32 elsewhere, in eval mode; its configuration
+            keeps the dtype of config.json.
         tokenizer: with its chat template, if there is one.
         base: the model it was made from, as far as the files say: its name is otherwise that of
             the directory, and its fingerprint that of the tensors as they are stored.
@@ -218,7 +216,7 @@ def _settings(config: Mapping[str, Any], files: TensorFiles) -> dict[str, Any]:
         for key in ("rope_theta", "rope_scaling"):  # the same, for programs that do not know it
             settings.pop(key, None)
     check_layer_count(settings, len(files.shapes))
-    return settings | {"dtype": "float32"}
+    return settings
 
 
 def _plain(name: str, tensor: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
+from softtrellis.extras import install
 from softtrellis.io.rows import document_of
 from softtrellis.io.sources import muted
 
@@ -80,8 +81,8 @@ def hub_documents(
         from datasets import load_dataset
     except ImportError as error:
         raise ImportError(
-            f"'{source}' needs the datasets package: pip install 'softtrellis[data]', or give the "
-            "path of a text file."
+            f"'{source}' needs the datasets package; {install('data')}, or give the path of a text "
+            "file."
         ) from error
     with _loading(source):
         found = load_dataset(wanted.name, wanted.config, split=wanted.split, streaming=True)

@@ -20,6 +20,8 @@ MOST_CODES = 32
 """Codes of one checkpoint; every one takes memory for its codebook."""
 
 MANIFEST, WEIGHTS = "softtrellis.json", "model.safetensors"
+UNCHECKED = ("README.md", "generation_config.json")
+"""Files that people edit, on hubs for instance; no weight and no logit depends on them."""
 
 
 class CheckpointError(ValueError):
@@ -48,7 +50,7 @@ class Manifest:
     Attributes:
         base: the model it was made from.
         layers: the stored shape of every quantized layer.
-        files: sha256 and bytes of every other file.
+        files: sha256 and bytes of every other file but ``UNCHECKED``.
         narrowed: names of the float32 tensors that are stored as bfloat16.
         provenance: settings and figures of the runs that made it, for people to read.
         version: of the format it was written in.
@@ -200,6 +202,7 @@ def read_manifest(directory: Path) -> Manifest:
         files = {
             name: {"sha256": str(file["sha256"]), "bytes": int(file["bytes"])}
             for name, file in value["files"].items()
+            if name not in UNCHECKED  # which earlier releases listed
         }
         if not files.keys() >= {WEIGHTS, "config.json"}:
             raise ValueError("files that it must list are missing")
@@ -217,13 +220,16 @@ def read_manifest(directory: Path) -> Manifest:
         raise CheckpointError(f"{path} is damaged ({reason}); copy the checkpoint again") from error
 
 
+_WRITTEN_OVER = "(save_pretrained over a checkpoint does that, too); copy the checkpoint again"
+
+
 def _code(value: Mapping[str, Any]) -> TrellisCode:
     code = dict(value)
     return TrellisCode(TrellisSpec(**code.pop("spec")), **code)
 
 
 def verify_files(directory: Path, manifest: Manifest) -> None:
-    """Compares every file with its checksum.
+    """Compares every file but ``UNCHECKED`` with its checksum.
 
     Raises:
         CheckpointError: a file is missing, truncated or altered.
@@ -231,14 +237,14 @@ def verify_files(directory: Path, manifest: Manifest) -> None:
     for name, expected in manifest.files.items():
         path = directory / name
         if not path.is_file():
-            raise CheckpointError(f"{path} is missing; copy the checkpoint again")
+            raise CheckpointError(f"{path} is missing {_WRITTEN_OVER}")
         size = path.stat().st_size
         if size != expected["bytes"]:
             raise CheckpointError(
                 f"{path} has {size} bytes instead of {expected['bytes']}: it is truncated or "
-                "altered; copy the checkpoint again"
+                f"altered {_WRITTEN_OVER}"
             )
         if sha256_of(path) != expected["sha256"]:
             raise CheckpointError(
-                f"{path} does not match its checksum: it was altered; copy the checkpoint again"
+                f"{path} does not match its checksum: it was altered {_WRITTEN_OVER}"
             )

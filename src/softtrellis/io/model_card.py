@@ -36,8 +36,8 @@ tags:
 # {base}, {bits}-bit trellis-coded
 
 {len(layers)} linear layers of {base} ({weights:,} weights) at {bits} bits per weight, as
-tail-biting paths through a bitshift trellis: {codes}. All other weights are those of the base
-model, and its licence ({licence}) applies.
+tail-biting paths through a bitshift trellis: {codes}.
+{_other_weights(provenance)} The licence of the base model ({licence}) applies.
 
 ```python
 import softtrellis.integrations.transformers  # without it the layers are random
@@ -52,6 +52,23 @@ Methods: QTIP (arXiv 2406.11235) for the codes, BCJR-QAT (arXiv 2605.10655) for 
 ## How it was made
 
 {steps or "Not recorded."}"""
+
+
+def _other_weights(provenance: Mapping[str, Any]) -> str:
+    """What is known of the weights that are not packed."""
+    tuned = any(step in provenance for step in ("fine_tune", "progressive", "end_to_end"))
+    if tuned or _trained_norms(provenance.get("train")):
+        return "Norms and biases were trained, too; all other weights are those of the base model."
+    if "quantize" in provenance or "quickstart" in provenance:
+        return "All other weights are those of the base model."
+    return "Whether other weights were changed, too, is not recorded."
+
+
+def _trained_norms(settings: Any) -> bool:
+    """Of a ``DistillConfig``; older ones, and those of others, do not say what was trained."""
+    if not isinstance(settings, Mapping):
+        return settings is not None
+    return "norms" in settings.get("train", ("norms",))
 
 
 def plain(value: Any) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 from softtrellis.io.files import write_json
 from softtrellis.io.manifest import CheckpointError
 from softtrellis.io.sources import quiet
+from softtrellis.io.stored_dtype import remember_dtype, settings_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -72,18 +73,23 @@ def stored_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def empty_model(settings: Mapping[str, Any], *, device: str = "cpu") -> PreTrainedModel:
-    """A causal language model of config.json's settings, its weights not set.
+    """A causal language model of config.json's settings, in float32, its weights not set.
 
-    On the device "meta" it takes no memory.
+    On the device "meta" it takes no memory. Its configuration keeps the dtype of the settings.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
-    settings = {key: value for key, value in settings.items() if key != "quantization_config"}
+    left_out = ("quantization_config", "dtype", "torch_dtype")
+    dtype = settings_dtype(settings) or torch.float32
+    settings = {key: value for key, value in settings.items() if key not in left_out}
     model_type = settings.pop("model_type")
     with quiet(), no_init_weights(), torch.device(device):
         config = AutoConfig.for_model(model_type, **settings)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, dtype=torch.float32
+        )
+    remember_dtype(model.config, dtype)
     return model
 
 

@@ -26,6 +26,7 @@ from torch import nn
 from softtrellis.io.claims import check_buffers
 from softtrellis.io.errors import first_line
 from softtrellis.io.gguf import GgufHeader, read_gguf_header
+from softtrellis.io.stored_dtype import remember_dtype, stored_dtype
 from softtrellis.io.tensor_files import files_in_index
 
 if TYPE_CHECKING:
@@ -50,7 +51,8 @@ class Source:
 
     Attributes:
         name: as it was asked for.
-        model: in eval mode, without gradients.
+        model: in eval mode, without gradients. ``config.dtype`` is what the model was stored in,
+            whatever its parameters are now.
         tokenizer: with its chat template, if the source has one.
         directory: the folder in Hugging Face form that it came from; None for a GGUF file.
         licence: identifier such as "apache-2.0" from the GGUF file or the model card; "unknown"
@@ -200,6 +202,7 @@ def _load_directory(
         raise ValueError(f"'{directory}' is not a model in Hugging Face form: no config.json.")
     files_in_index(directory)
     model, tokenizer = _from_pretrained(name, directory, dtype, {}, {})
+    remember_dtype(model.config, stored_dtype(directory))
     model.to(device)  # type: ignore[arg-type]
     return Source(name, model, tokenizer, directory, card_licence(directory))
 

@@ -62,6 +62,7 @@ class TensorFiles:
 
     Attributes:
         shapes: the shape of every tensor by name.
+        dtypes: its dtype as safetensors calls it, "BF16" for instance.
     """
 
     def __init__(self, directory: Path, *, index: bool = True) -> None:
@@ -74,6 +75,7 @@ class TensorFiles:
         self._files: dict[str, tuple[str, Any]] = {}
         self._stack = ExitStack()
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
         try:
             listed = files_in_index(directory) if index else {}
             for file in sorted(set(listed.values())) if listed else [WEIGHTS]:
@@ -123,7 +125,8 @@ class TensorFiles:
                 if name in self._files:
                     raise CheckpointError(f"{name} is in two files of {self._directory}")
                 self._files[name] = (file, handle)
-                self.shapes[name] = tuple(handle.get_slice(name).get_shape())
+                header = handle.get_slice(name)
+                self.shapes[name], self.dtypes[name] = tuple(header.get_shape()), header.get_dtype()
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
             if isinstance(error, CheckpointError):
                 raise

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
+from softtrellis.extras import install
 from softtrellis.io.hub_text import HubText, hub_documents
 from softtrellis.io.pydoc_topics import pydoc_documents
 from softtrellis.io.rows import read_jsonl
@@ -282,8 +283,8 @@ def _wikitext2(split: str) -> str:
         from datasets import load_dataset
     except ImportError as error:
         raise ImportError(
-            "wikitext2 needs the datasets package: pip install 'softtrellis[data]', or give the "
-            "path of a text file."
+            f"wikitext2 needs the datasets package; {install('data')}, or give the path of a text "
+            "file."
         ) from error
     try:
         with muted("huggingface_hub", "datasets"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -14,6 +15,7 @@ from torch import Tensor
 from softtrellis.backend import why_no_cuda
 from softtrellis.codes.codebook import WHOLE_CODES, codebook
 from softtrellis.codes.hybrid import TABLE_ROWS, Flip
+from softtrellis.extras import install
 from softtrellis.modules.rotated_product import partial_product, rotated_product, unrotated
 from softtrellis.quantizers.hard import TrellisCode
 from softtrellis.quantizers.tiling import TileOrder
@@ -24,6 +26,7 @@ from softtrellis.trellis.packing import unpack, words_per_tile
 DecodeBackend = Literal["auto", "torch", "triton", "cuda"]
 ResolvedDecodeBackend = Literal["torch", "triton", "cuda"]
 
+_log = logging.getLogger(__name__)
 _ONE_MAD_STEP = 147.800537109375
 
 
@@ -32,8 +35,9 @@ def resolve_decode_backend(backend: DecodeBackend, x: Tensor) -> ResolvedDecodeB
 
     For float16 and bfloat16 activations on a CUDA device ``"auto"`` is ``"cuda"`` where that can
     run and ``"triton"`` elsewhere; it is ``"torch"`` for all others, as the kernels multiply in
-    float16 and add in float32. ``"cuda"`` is CUDA C++ for HYB and EXL3's mul1 at L = 16 and k = 2
-    and for rotations of up to some 200,000 channels, and Triton for what that leaves.
+    float16 and add in float32; for float32 on a CUDA device a warning is logged, once.
+    ``"cuda"`` is CUDA C++ for HYB and EXL3's mul1 at L = 16 and k = 2 and for rotations of up to
+    some 200,000 channels, and Triton for what that leaves.
 
     Raises:
         ValueError: an unknown name, or activations that the backend does not take.
@@ -44,6 +48,8 @@ def resolve_decode_backend(backend: DecodeBackend, x: Tensor) -> ResolvedDecodeB
         raise ValueError(f"unknown backend {backend!r}; use one of {names}")
     if backend == "auto":
         if not x.is_cuda or x.dtype not in (torch.float16, torch.bfloat16):
+            if x.is_cuda and x.dtype == torch.float32:
+                _say_float32_is_slow()
             return "torch"
         backend = "triton" if _why_no_cuda(x.device) else "cuda"
     if backend == "torch":
@@ -54,9 +60,7 @@ def resolve_decode_backend(backend: DecodeBackend, x: Tensor) -> ResolvedDecodeB
             "use backend='torch'"
         )
     if find_spec("triton") is None:
-        raise RuntimeError(
-            f"backend {backend!r} needs triton: pip install 'softtrellis[{backend}]'"
-        )
+        raise RuntimeError(f"backend {backend!r} needs triton; {install(backend)}")
     if not x.is_cuda and not (backend == "triton" and _interpreted()):
         raise ValueError(
             f"backend {backend!r} needs a CUDA device, and the activations are on {x.device}; move "
@@ -65,6 +69,20 @@ def resolve_decode_backend(backend: DecodeBackend, x: Tensor) -> ResolvedDecodeB
     if backend == "cuda" and (reason := _why_no_cuda(x.device)):
         raise RuntimeError(f"backend 'cuda' {reason}")
     return backend
+
+
+@cache
+def _warn_of_float32() -> None:
+    _log.warning(
+        "packed layers decode their weights at every call for float32 activations; load the model "
+        "with dtype=torch.bfloat16 for the fused kernels of this GPU"
+    )
+
+
+_say_float32_is_slow: Callable[[], None] = torch.compiler.assume_constant_result(
+    lambda: _warn_of_float32()
+)
+"""Once per process; ``torch.compile`` calls it while it traces and leaves it out of the graph."""
 
 
 def _read_interpreted() -> bool:

@@ -24,6 +24,7 @@ from softtrellis.io.exl3_import import load_exl3, quantization_of
 from softtrellis.io.files import whole_directory
 from softtrellis.io.manifest import CheckpointError, is_checkpoint
 from softtrellis.io.qtip import is_qtip, load_qtip
+from softtrellis.io.stored_dtype import remember_dtype
 from softtrellis.modules.replace import get_linear, prepare_for_layers_, quantized_layers
 
 ExportFormat = Literal["exl3", "dense"]
@@ -136,6 +137,7 @@ def import_from(
         if base is not None:
             full = load_full_precision(base)
             record = base_of(full)
+            remember_dtype(found.model.config, full.model.config.dtype)
             try:
                 correlations = correlate(found.model, full.model)
             except CheckpointError as error:

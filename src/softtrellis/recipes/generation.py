@@ -115,6 +115,18 @@ def generate_text(
     return _continue(model, tokenizer, ids.to(torch.int64), config, streamer)
 
 
+class MessageTooLong(ValueError):
+    """A message that does not fit the model's context by itself; the conversation can go on."""
+
+
+def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """ValueError for a tokenizer without a chat template."""
+    if not tokenizer.chat_template:
+        raise ValueError(
+            "the model has no chat template; continue plain text with 'softtrellis generate'"
+        )
+
+
 class Chat:
     """A conversation in the model's chat template.
 
@@ -135,10 +147,7 @@ class Chat:
         Raises:
             ValueError: a tokenizer without a chat template.
         """
-        if not tokenizer.chat_template:
-            raise ValueError(
-                "the model has no chat template; continue plain text with 'softtrellis generate'"
-            )
+        check_chat_template(tokenizer)
         self._model, self._tokenizer, self._config = model, tokenizer, config
         self._system = [] if system is None else [{"role": "system", "content": system}]
         self.messages: list[dict[str, str]] = []
@@ -156,7 +165,7 @@ class Chat:
         turns are left out, and a warning is logged.
 
         Raises:
-            ValueError: a text that does not fit by itself.
+            MessageTooLong: a text that does not fit by itself; what was said before is kept.
         """
         said = [*self.messages, {"role": "user", "content": text}]
         ids = self._fit(said)
@@ -176,7 +185,7 @@ class Chat:
             if ids.shape[1] + self._config.max_tokens <= limit:
                 break
             if len(messages) - start < 3:
-                raise ValueError(
+                raise MessageTooLong(
                     f"the message has {ids.shape[1]} tokens and up to {self._config.max_tokens} "
                     f"may follow, but the model's context is {limit}; shorten it or lower "
                     "--max-tokens"

@@ -8,6 +8,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from softtrellis.extras import install
+
 OptimizerName = Literal["adamw", "adamw8bit"]
 BETAS = (0.9, 0.95)
 
@@ -39,7 +41,7 @@ def make_optimizer(
         from torchao.optim import AdamW8bit
     except ImportError as error:
         raise ImportError(
-            "optimizer adamw8bit needs torchao: pip install 'softtrellis[optim]'; or use adamw"
+            f"optimizer adamw8bit needs torchao; {install('optim')}; or use adamw"
         ) from error
     optimizer: torch.optim.Optimizer = AdamW8bit(groups, betas=BETAS, weight_decay=0.0)
     return optimizer
