@@ -3,7 +3,7 @@
 softtrellis quantize smollm2-135m-instruct -o smollm2-2bit --layers 29 --L 12
 python examples/lora.py smollm2-2bit adapter --steps 20
 
-Needs peft: pip install 'softtrellis[lora]'.
+Needs peft: .venv/bin/pip install -e '.[lora]'.
 """
 
 from __future__ import annotations
