@@ -142,7 +142,7 @@ class SofttrellisQuantizer(HfQuantizer):
         with _plain_errors(model):
             prepare_for_layers_(model, layers)
             replace_modules(model, layers, lambda name, _: meta_layer(layers[name]))
-        _check_complete(quantized_layers(model), names)
+        _check_complete(model, names)
         for module in model.modules():
             if isinstance(module, UnfusedExperts):  # nothing in the shell is to be initialised
                 module.shell._is_hf_initialized = True  # type: ignore[assignment]
@@ -199,12 +199,20 @@ class SofttrellisQuantizer(HfQuantizer):
         return model
 
 
-def _check_complete(layers: Mapping[str, QuantizedLinear], names: set[str]) -> None:
-    """CheckpointError for a missing tensor of ours, which transformers would only warn of."""
-    wanted = [f"{name}.{key}" for name, layer in layers.items() for key in layer.state_dict()]
-    missing = [key for key in wanted if key not in names]
-    if missing:
-        raise CheckpointError(f"the checkpoint lacks {missing[0]}; copy it again")
+def _check_complete(model: PreTrainedModel, names: set[str]) -> None:
+    """CheckpointError for a tensor of ours, stored or described alone: transformers only warns."""
+    for name, layer in quantized_layers(model).items():
+        for key in layer.state_dict():
+            if f"{name}.{key}" not in names:
+                raise CheckpointError(f"the checkpoint lacks {name}.{key}; copy it again")
+    unknown = names - model.state_dict().keys()
+    for name in sorted(unknown):
+        layer_name, _, key = name.rpartition(".")
+        if key == "codes":
+            raise CheckpointError(
+                f"the checkpoint holds {name}, and its description of the quantized layers lacks "
+                f"{layer_name}; copy it again"
+            )
 
 
 @contextmanager

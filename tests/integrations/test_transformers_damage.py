@@ -1,0 +1,62 @@
+"""Damaged checkpoints through transformers: each is refused, with the name of what is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+import softtrellis.integrations.transformers  # noqa: F401
+from softtrellis.io.checkpoint import BaseModel, CheckpointError, save_quantized
+from softtrellis.recipes.ptq import QuantizeConfig, quantize_model
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+LAYER = "model.layers.0.mlp.up_proj"
+
+
+@pytest.fixture
+def checkpoint(
+    tmp_path: Path, tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
+) -> Path:
+    """Two layers of `tiny_llama` in one code."""
+    layers = ("0.mlp.up_proj", "1.mlp.up_proj")
+    config = QuantizeConfig(
+        code="gaussian", L=8, layers=tuple(f"*.{name}" for name in layers), error_feedback=False
+    )
+    quantize_model(tiny_llama, config)
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    save_quantized(tiny_llama, tiny_tokenizer, folder, base=BaseModel("tiny", "0" * 64, "mit"))
+    return folder
+
+
+def load(folder: Path) -> None:
+    AutoModelForCausalLM.from_pretrained(folder)
+
+
+def change_config(folder: Path, **changed: Any) -> None:
+    """Sets keys of config.json's quantization_config."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"].update(changed)
+    path.write_text(json.dumps(config))
+
+
+def layers_of(folder: Path) -> dict[str, Any]:
+    layers: dict[str, Any] = json.loads((folder / "config.json").read_text())[
+        "quantization_config"
+    ]["layers"]
+    return layers
+
+
+def test_a_packed_layer_that_is_not_described(checkpoint: Path) -> None:
+    layers = layers_of(checkpoint)
+    del layers[LAYER]
+    change_config(checkpoint, layers=layers)
+    with pytest.raises(CheckpointError, match=rf"quantized layers lacks {LAYER};"):
+        load(checkpoint)
