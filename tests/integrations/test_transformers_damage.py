@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import softtrellis.integrations.transformers  # noqa: F401
@@ -47,6 +49,16 @@ def change_config(folder: Path, **changed: Any) -> None:
     path.write_text(json.dumps(config))
 
 
+def change_tensor(folder: Path, name: str, tensor: torch.Tensor) -> None:
+    """Stores another tensor in the place of one."""
+    path = folder / "model.safetensors"
+    save_file(load_file(path) | {name: tensor}, path, metadata={"format": "pt"})
+
+
+def tensor_of(folder: Path, name: str) -> torch.Tensor:
+    return load_file(folder / "model.safetensors")[name]
+
+
 def layers_of(folder: Path) -> dict[str, Any]:
     layers: dict[str, Any] = json.loads((folder / "config.json").read_text())[
         "quantization_config"
@@ -59,4 +71,16 @@ def test_a_packed_layer_that_is_not_described(checkpoint: Path) -> None:
     del layers[LAYER]
     change_config(checkpoint, layers=layers)
     with pytest.raises(CheckpointError, match=rf"quantized layers lacks {LAYER};"):
+        load(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("key", "dtype"),
+    [("codes", torch.int32), ("scale", torch.float64), ("in_signs", torch.int16)],
+    ids=str,
+)
+def test_packed_tensors_of_another_dtype(checkpoint: Path, key: str, dtype: torch.dtype) -> None:
+    name = f"{LAYER}.{key}"
+    change_tensor(checkpoint, name, tensor_of(checkpoint, name).to(dtype))
+    with pytest.raises(CheckpointError, match=rf"{name} is {dtype} and must be"):
         load(checkpoint)

@@ -19,6 +19,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from softtrellis.io.claims import check_dtype
 from softtrellis.io.errors import DAMAGED
 from softtrellis.io.manifest import (
     FORMAT,
@@ -143,6 +144,7 @@ class SofttrellisQuantizer(HfQuantizer):
             prepare_for_layers_(model, layers)
             replace_modules(model, layers, lambda name, _: meta_layer(layers[name]))
         _check_complete(model, names)
+        _check_dtypes(model, files)
         for module in model.modules():
             if isinstance(module, UnfusedExperts):  # nothing in the shell is to be initialised
                 module.shell._is_hf_initialized = True  # type: ignore[assignment]
@@ -213,6 +215,18 @@ def _check_complete(model: PreTrainedModel, names: set[str]) -> None:
                 f"the checkpoint holds {name}, and its description of the quantized layers lacks "
                 f"{layer_name}; copy it again"
             )
+
+
+def _check_dtypes(model: PreTrainedModel, files: Sequence[Path]) -> None:
+    """CheckpointError for a packed tensor of another dtype."""
+    from safetensors import safe_open
+
+    wanted = model.state_dict()
+    packed = packed_names(quantized_layers(model))
+    for path in files:
+        with safe_open(str(path), "pt") as file, torch.device("cpu"):
+            for name in packed.intersection(file.keys()):
+                check_dtype(name, file.get_tensor(name).dtype, wanted[name].dtype, exactly=True)
 
 
 @contextmanager
