@@ -12,7 +12,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import softtrellis.integrations.transformers  # noqa: F401
-from softtrellis.io.checkpoint import BaseModel, CheckpointError, save_quantized
+from softtrellis.io.checkpoint import (
+    BaseModel,
+    CheckpointError,
+    LoadConfig,
+    load_quantized,
+    save_quantized,
+)
+from softtrellis.modules.replace import quantized_layers
 from softtrellis.recipes.ptq import QuantizeConfig, quantize_model
 
 if TYPE_CHECKING:
@@ -25,12 +32,14 @@ LAYER = "model.layers.0.mlp.up_proj"
 def checkpoint(
     tmp_path: Path, tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> Path:
-    """Two layers of `tiny_llama` in one code."""
+    """Two layers of `tiny_llama` in one code, one of them with scales of its channels."""
     layers = ("0.mlp.up_proj", "1.mlp.up_proj")
     config = QuantizeConfig(
         code="gaussian", L=8, layers=tuple(f"*.{name}" for name in layers), error_feedback=False
     )
     quantize_model(tiny_llama, config)
+    layer = quantized_layers(tiny_llama)[LAYER]
+    layer.set_scales(torch.ones(layer.in_features), torch.ones(layer.out_features))
     folder = tmp_path / "checkpoint"
     folder.mkdir()
     save_quantized(tiny_llama, tiny_tokenizer, folder, base=BaseModel("tiny", "0" * 64, "mit"))
@@ -84,3 +93,24 @@ def test_packed_tensors_of_another_dtype(checkpoint: Path, key: str, dtype: torc
     change_tensor(checkpoint, name, tensor_of(checkpoint, name).to(dtype))
     with pytest.raises(CheckpointError, match=rf"{name} is {dtype} and must be"):
         load(checkpoint)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    ("name", "called"),
+    [
+        *((f"{LAYER}.{key}", f"{LAYER}.{key}") for key in ("scale", "out_scale", "in_scale")),
+        ("softtrellis.table", "the table of code 'gaussian'"),
+    ],
+)
+def test_numbers_that_are_not_finite(
+    checkpoint: Path, name: str, called: str, value: float
+) -> None:
+    tensor = tensor_of(checkpoint, name)
+    tensor.view(-1)[-1] = value
+    change_tensor(checkpoint, name, tensor)
+    message = rf"{called} has numbers that are not finite"
+    with pytest.raises(CheckpointError, match=message):
+        load(checkpoint)
+    with pytest.raises(CheckpointError, match=message):
+        load_quantized(checkpoint, LoadConfig(verify=False))

@@ -19,7 +19,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from softtrellis.io.claims import check_dtype
+from softtrellis.io.claims import check_packed
 from softtrellis.io.errors import DAMAGED
 from softtrellis.io.manifest import (
     FORMAT,
@@ -36,7 +36,7 @@ from softtrellis.io.manifest import (
 from softtrellis.io.narrow import narrow_, packed_names
 from softtrellis.io.tables import TABLE, codebooks_of, read_tables, stored_tables
 from softtrellis.modules.experts import UnfusedExperts
-from softtrellis.modules.quantized_linear import LayerFormat, QuantizedLinear, meta_layer
+from softtrellis.modules.quantized_linear import LayerFormat, meta_layer
 from softtrellis.modules.replace import (
     dequantize_,
     prepare_for_layers_,
@@ -144,7 +144,7 @@ class SofttrellisQuantizer(HfQuantizer):
             prepare_for_layers_(model, layers)
             replace_modules(model, layers, lambda name, _: meta_layer(layers[name]))
         _check_complete(model, names)
-        _check_dtypes(model, files)
+        _check_packed(model, files)
         for module in model.modules():
             if isinstance(module, UnfusedExperts):  # nothing in the shell is to be initialised
                 module.shell._is_hf_initialized = True  # type: ignore[assignment]
@@ -217,8 +217,8 @@ def _check_complete(model: PreTrainedModel, names: set[str]) -> None:
             )
 
 
-def _check_dtypes(model: PreTrainedModel, files: Sequence[Path]) -> None:
-    """CheckpointError for a packed tensor of another dtype."""
+def _check_packed(model: PreTrainedModel, files: Sequence[Path]) -> None:
+    """CheckpointError for a packed tensor of another dtype, or with numbers that are not finite."""
     from safetensors import safe_open
 
     wanted = model.state_dict()
@@ -226,7 +226,7 @@ def _check_dtypes(model: PreTrainedModel, files: Sequence[Path]) -> None:
     for path in files:
         with safe_open(str(path), "pt") as file, torch.device("cpu"):
             for name in packed.intersection(file.keys()):
-                check_dtype(name, file.get_tensor(name).dtype, wanted[name].dtype, exactly=True)
+                check_packed(name, file.get_tensor(name), wanted[name].dtype)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from softtrellis.io.claims import check_buffers, check_dtype, check_layer_count
+from softtrellis.io.claims import check_buffers, check_dtype, check_layer_count, check_packed
 from softtrellis.io.errors import first_line
 from softtrellis.io.files import sha256_of, write_json
 from softtrellis.io.manifest import (
@@ -233,7 +233,10 @@ def _check_claims(
                 raise AttributeError(
                     f"{key} is {list(found.shape)} and must be {list(tensor.shape)}"
                 )
-            check_dtype(key, found.dtype, tensor.dtype, exactly=key in packed)
+            if key in packed and key in tensors:
+                check_packed(key, found, tensor.dtype)
+            else:
+                check_dtype(key, found.dtype, tensor.dtype)
         check_buffers(skeleton)
     tied = set(getattr(skeleton, "all_tied_weights_keys", None) or {})
     if missing := sorted(wanted.keys() - tensors.keys() - tied):
