@@ -114,3 +114,9 @@ def test_numbers_that_are_not_finite(
         load(checkpoint)
     with pytest.raises(CheckpointError, match=message):
         load_quantized(checkpoint, LoadConfig(verify=False))
+
+
+def test_an_unknown_key_of_the_configuration(checkpoint: Path) -> None:
+    change_config(checkpoint, group_size=128)
+    with pytest.raises(CheckpointError, match="unknown key 'group_size'"):
+        load(checkpoint)

@@ -58,6 +58,9 @@ class SofttrellisConfig(QuantizationConfigMixin):
         format_version: of the checkpoint.
         codes, layers: as in the manifest, see docs/checkpoint.md. None in checkpoints written
             before they were kept here, which are loaded by the manifest beside them.
+
+    Raises:
+        CheckpointError: another version, or a key that is none of these.
     """
 
     def __init__(
@@ -67,8 +70,14 @@ class SofttrellisConfig(QuantizationConfigMixin):
         format_version: int = FORMAT_VERSION,
         codes: Sequence[Mapping[str, Any]] | None = None,
         layers: Mapping[str, Mapping[str, Any]] | None = None,
+        **unknown: Any,
     ) -> None:
         check_version(format_version, "config.json")
+        if unknown:
+            raise CheckpointError(
+                f"quantization_config in config.json has an unknown key {next(iter(unknown))!r}; "
+                "remove it, or copy the checkpoint again"
+            )
         self.quant_method = quant_method  # type: ignore[assignment]
         self.format_version = format_version
         self.codes, self.layers = codes, layers
