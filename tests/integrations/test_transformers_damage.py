@@ -13,10 +13,12 @@ from transformers import AutoModelForCausalLM
 
 import softtrellis.integrations.transformers  # noqa: F401
 from softtrellis.io.checkpoint import (
+    MANIFEST,
     BaseModel,
     CheckpointError,
     LoadConfig,
     load_quantized,
+    read_manifest,
     save_quantized,
 )
 from softtrellis.modules.replace import quantized_layers
@@ -120,3 +122,15 @@ def test_an_unknown_key_of_the_configuration(checkpoint: Path) -> None:
     change_config(checkpoint, group_size=128)
     with pytest.raises(CheckpointError, match="unknown key 'group_size'"):
         load(checkpoint)
+
+
+@pytest.mark.parametrize("version", ["2", 2.0, True, None])
+def test_a_version_that_is_no_whole_number(checkpoint: Path, version: object) -> None:
+    message = rf"format_version of .* must be a whole number, got {version!r};"
+    change_config(checkpoint, format_version=version)
+    with pytest.raises(CheckpointError, match=message):
+        load(checkpoint)
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest | {"format_version": version}))
+    with pytest.raises(CheckpointError, match=message):
+        read_manifest(checkpoint)
