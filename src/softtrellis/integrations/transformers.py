@@ -36,7 +36,7 @@ from softtrellis.io.manifest import (
 from softtrellis.io.narrow import narrow_, packed_names
 from softtrellis.io.tables import TABLE, codebooks_of, read_tables, stored_tables
 from softtrellis.modules.experts import UnfusedExperts
-from softtrellis.modules.quantized_linear import LayerFormat, meta_layer
+from softtrellis.modules.quantized_linear import LayerFormat, QuantizedLinear, meta_layer
 from softtrellis.modules.replace import (
     dequantize_,
     prepare_for_layers_,
@@ -177,12 +177,13 @@ class SofttrellisQuantizer(HfQuantizer):
         model: PreTrainedModel,
         **kwargs: Any,
     ) -> PreTrainedModel:
-        placed: dict[tuple[TrellisCode, torch.device], Tensor] = {}
+        first: dict[tuple[TrellisCode, torch.device], QuantizedLinear] = {}
         for layer in quantized_layers(model).values():
             code, device = layer.layer.code, layer.codes.device
-            if (code, device) not in placed:
-                placed[code, device] = self._codebooks[code].to(device)
-            layer.set_codebook(placed[code, device])
+            if (code, device) not in first:
+                layer.set_codebook(self._codebooks[code].to(device))
+                first[code, device] = layer
+            layer.codebook, layer.table = first[code, device].codebook, first[code, device].table
         self._codebooks = {}
         return model
 
