@@ -34,6 +34,7 @@ from softtrellis.modules.replace import (
     quantized_layers,
     release_weights_,
 )
+from softtrellis.recipes.exchange import ExportConfig, export_to
 from softtrellis.recipes.generation import load_for_generation
 from softtrellis.recipes.ptq import QuantizeConfig, quantize_model
 
@@ -253,6 +254,17 @@ def test_the_packed_model_generates_what_the_dense_one_does(checkpoint: Path) ->
     assert generate(model, ids) == expected
     release_weights_(model)
     assert generate(model, ids) == expected
+
+
+def test_the_packed_model_generates_what_the_exported_one_does(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    export_to(checkpoint, ExportConfig("dense", "float32"), tmp_path / "dense")
+    exported = load(tmp_path / "dense")
+    assert not quantized_layers(exported)
+    assert exported.dtype == torch.float32
+    ids = torch.randint(128, (4, 8), generator=torch.Generator().manual_seed(0))
+    assert generate(load(checkpoint), ids) == generate(exported, ids)
 
 
 @pytest.mark.gpu
