@@ -243,9 +243,12 @@ def test_merging_is_refused(model: LlamaForCausalLM) -> None:
         add_lora(model, lora()).merge_and_unload()
 
 
-def test_a_dense_model_is_refused(tiny_llama: LlamaForCausalLM) -> None:
+def test_a_dense_model_is_refused(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no quantized layer"):
         add_lora(tiny_llama, lora())
+    get_peft_model(tiny_llama, lora(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no quantized layer"):
+        load_lora(tiny_llama, tmp_path)
 
 
 def test_the_example(

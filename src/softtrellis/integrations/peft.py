@@ -154,8 +154,13 @@ def load_lora(
         model: from ``load_quantized`` or ``from_pretrained``.
         directory: what ``save_pretrained`` of ``add_lora``'s model wrote, or its hub id.
         trainable: whether training goes on.
-        dtype: of the adapters.
+        dtype: of the adapters, as in ``add_lora``.
+
+    Raises:
+        ValueError: the model has no quantized layer.
     """
+    if not quantized_layers(model):
+        raise ValueError("the model has no quantized layer; use peft's PeftModel.from_pretrained")
     config = register(LoraConfig.from_pretrained(str(directory)))
     config.inference_mode = not trainable
     loaded = PeftModel.from_pretrained(
