@@ -227,6 +227,50 @@ def test_the_trainer_of_transformers(
     assert torch.equal(again(IDS).logits, adapted.eval()(IDS).logits)
 
 
+def test_a_packed_model_is_not_saved_with_adapters_on_it(
+    model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    import softtrellis.integrations.transformers  # noqa: F401
+    from softtrellis.io.checkpoint import BaseModel, save_quantized
+
+    base = BaseModel("tiny", "0" * 64, "mit")
+    for folder in ("checkpoint", "other"):
+        (tmp_path / folder).mkdir()
+    save_quantized(model, tiny_tokenizer, tmp_path / "checkpoint", base=base)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint")
+    expected = loaded(IDS).logits
+    adapted = add_lora(loaded, lora())
+    steps(adapted, 1)
+    with pytest.raises(ValueError, match="save_pretrained of peft's model"):
+        adapted.base_model.model.save_pretrained(tmp_path / "again")
+    with pytest.raises(ValueError, match="save_pretrained of peft's model"):
+        save_quantized(adapted.base_model.model, tiny_tokenizer, tmp_path / "other", base=base)
+    assert not list((tmp_path / "other").iterdir())
+    adapted.unload().save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert torch.equal(again(IDS).logits, expected)
+
+
+def test_adapters_through_transformers_need_to_be_registered(
+    model: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    """Documented in docs/huggingface.md."""
+    import copy
+
+    from softtrellis.integrations.peft import register
+
+    packed_model, adapted = copy.deepcopy(model), add_lora(model, lora())
+    steps(adapted, 1)
+    adapted.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="QuantizedLinear.* is not supported"):
+        copy.deepcopy(packed_model).load_adapter(str(tmp_path))
+    config = register(LoraConfig.from_pretrained(str(tmp_path)))
+    packed_model.load_adapter(str(tmp_path), peft_config=config)
+    assert torch.equal(packed_model(IDS).logits, adapted(IDS).logits)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [({"use_dora": True}, "use_dora"), ({"init_lora_weights": "pissa"}, "init_lora_weights")],

@@ -38,6 +38,7 @@ from softtrellis.io.tables import TABLE, codebooks_of, read_tables, stored_table
 from softtrellis.modules.experts import UnfusedExperts
 from softtrellis.modules.quantized_linear import LayerFormat, QuantizedLinear, meta_layer
 from softtrellis.modules.replace import (
+    check_no_adapters,
     dequantize_,
     prepare_for_layers_,
     quantized_layers,
@@ -192,10 +193,14 @@ class SofttrellisQuantizer(HfQuantizer):
     ) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         """All tensors, narrowed where nothing is lost, and the codes' tables.
 
-        Of a model with adapters, what transformers takes.
+        Of a model with adapters that transformers put there, what it takes.
+
+        Raises:
+            ValueError: a model with adapters that peft put there.
         """
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}
+        check_no_adapters(model)
         layers = quantized_layers(model)
         self.quantization_config.describe({name: layer.layer for name, layer in layers.items()})
         model.config.quantization_config = self.quantization_config

@@ -45,6 +45,7 @@ from softtrellis.io.tables import TABLE, codebooks_of, stored_tables
 from softtrellis.io.tensor_files import TensorFiles, read_json
 from softtrellis.modules.quantized_linear import QuantizedLinear, meta_layer
 from softtrellis.modules.replace import (
+    check_no_adapters,
     prepare_for_layers_,
     quantized_layers,
     replace_modules,
@@ -116,13 +117,14 @@ def save_quantized(
         provenance: settings and figures to keep.
 
     Raises:
-        ValueError: no quantized layer, or layers of one code with different tables.
+        ValueError: no quantized layer, layers of one code with different tables, or adapters.
     """
     from safetensors.torch import save_file
 
     layers = quantized_layers(model)
     if not layers:
         raise ValueError("the model has no quantized layer to save")
+    check_no_adapters(model)
     formats = {name: layer.layer for name, layer in layers.items()}
     tensors = stored_tensors(model)
     narrowed = narrow_(tensors, packed_names(layers))
