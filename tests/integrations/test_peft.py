@@ -136,6 +136,38 @@ def test_adapters_in_float32_on_a_bfloat16_model(model: LlamaForCausalLM) -> Non
     assert steps(adapted, 6)[-1] < steps(adapted, 1)[0] + 1.0
 
 
+def test_loaded_adapters_in_another_dtype(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    import copy
+
+    model = packed(tiny_llama).to(torch.bfloat16)
+    other, exact = copy.deepcopy(model), copy.deepcopy(model)
+    adapted = add_lora(model, lora())
+    steps(adapted, 1)
+    adapted.save_pretrained(tmp_path)
+    for fresh, options, dtype in (
+        (exact, {}, torch.float32),
+        (other, {"dtype": torch.bfloat16}, torch.bfloat16),
+    ):
+        loaded = load_lora(fresh, tmp_path, **options)
+        for (_, found), (_, saved) in zip(lora_of(loaded), lora_of(adapted), strict=True):
+            assert torch.equal(found, saved.to(dtype))
+            assert found.dtype == dtype
+
+
+def test_the_second_moment_of_adamw_does_not_decay_in_bfloat16() -> None:
+    """Why adapters on a bfloat16 model are float32 by default."""
+    moments = []
+    for dtype in (torch.float32, torch.bfloat16):
+        parameter = torch.nn.Parameter(torch.ones(4, dtype=dtype))
+        optimizer = torch.optim.AdamW([parameter])
+        for gradient in [1.0] + 1000 * [0.0]:
+            parameter.grad = torch.full_like(parameter, gradient)
+            optimizer.step()
+        moments.append(float(optimizer.state[parameter]["exp_avg_sq"][0]) / 0.001)
+    assert moments[0] < 0.4
+    assert moments[1] > 0.99
+
+
 def test_saved_and_loaded(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
     import copy
 
@@ -264,7 +296,7 @@ def test_adapters_through_transformers_need_to_be_registered(
     packed_model, adapted = copy.deepcopy(model), add_lora(model, lora())
     steps(adapted, 1)
     adapted.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="QuantizedLinear.* is not supported"):
+    with pytest.raises(ValueError, match=r"QuantizedLinear.* is not supported"):
         copy.deepcopy(packed_model).load_adapter(str(tmp_path))
     config = register(LoraConfig.from_pretrained(str(tmp_path)))
     packed_model.load_adapter(str(tmp_path), peft_config=config)

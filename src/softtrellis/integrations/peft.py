@@ -123,7 +123,9 @@ def add_lora(
         model: from ``load_quantized`` or ``from_pretrained``.
         config: peft's; without ``target_modules`` every quantized layer gets an adapter, with
             "all-linear" every linear layer of the decoder layers, dense ones too.
-        dtype: of the adapters, float32 or bfloat16.
+        dtype: of the adapters, float32 or bfloat16, whatever the model is in. Not the model's by
+            default: AdamW keeps its moments in the same dtype, and in bfloat16 the second moment
+            never decays, since 0.999 v rounds to v.
 
     Returns:
         peft's model; ``save_pretrained`` of it writes the adapters only.
