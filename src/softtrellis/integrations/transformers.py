@@ -50,6 +50,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+# Some models initialise the weights of layers inside a module (GPT-2: c_proj.weight of attention),
+# except where they have this mark. Ours are methods.
+QuantizedLinear.weight._is_hf_initialized = True  # type: ignore[attr-defined]
+
+
 @register_quantization_config(FORMAT)
 class SofttrellisConfig(QuantizationConfigMixin):
     """``quantization_config`` of a checkpoint's config.json.
