@@ -327,6 +327,20 @@ def test_a_dense_model_is_refused(tiny_llama: LlamaForCausalLM, tmp_path: Path) 
         load_lora(tiny_llama, tmp_path)
 
 
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "lora.py"
+
+
+def test_the_example_without_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nothing = tmp_path / "nothere"
+    monkeypatch.setattr("sys.argv", ["lora.py", str(nothing), str(tmp_path / "adapter")])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(EXAMPLE), run_name="__main__")
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f"{nothing} is not a softtrellis checkpoint: there is no such directory" in last
+
+
 def test_the_example(
     tiny_directory: Path,
     tmp_path: Path,
@@ -344,8 +358,7 @@ def test_the_example(
     options = "--steps 8 --lr 0.01 --ctx 64 --windows 4"
     arguments = [str(tmp_path / "checkpoint"), str(tmp_path / "adapter"), *options.split()]
     monkeypatch.setattr("sys.argv", ["lora.py", *arguments])
-    example = Path(__file__).resolve().parents[2] / "examples" / "lora.py"
-    runpy.run_path(str(example), run_name="__main__")
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
     last = capsys.readouterr().out.splitlines()[-1]
     before, after = map(float, re.findall(r"[\d.]+\d", last))
     assert after < before
