@@ -17,7 +17,7 @@ from peft import LoraConfig
 from softtrellis import load_quantized
 from softtrellis.evaluation.perplexity import score_windows
 from softtrellis.integrations.peft import add_lora, load_lora
-from softtrellis.io.checkpoint import load_tokenizer
+from softtrellis.io.checkpoint import CheckpointError, load_tokenizer, read_manifest
 from softtrellis.io.text import load_documents, token_windows
 
 
@@ -32,6 +32,10 @@ def main() -> None:
     parser.add_argument("--ctx", type=int, default=128)
     parser.add_argument("--windows", type=int, default=16, help="of evaluation")
     options = parser.parse_args()
+    try:
+        read_manifest(Path(options.checkpoint))
+    except CheckpointError as error:
+        parser.error(str(error))
 
     tokenizer = load_tokenizer(options.checkpoint)
     texts = {split: load_documents(options.data, split=split) for split in ("train", "heldout")}

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from cli.support import LAYERS, Command, Refused, contents
+from exl3_decoder import decode, read_tensors
 from transformers import AutoConfig
 
 from softtrellis.io.checkpoint import WEIGHTS, load_quantized, read_manifest
@@ -68,6 +69,28 @@ def test_an_imported_model_can_be_trained(
     command = ["train", tmp_path / "back", "--teacher", model, "--data", text, *options]
     result = softtrellis(*command, "-o", tmp_path / "trained")
     assert result.code == 0, result.err
+
+
+def test_an_independent_decoder_reads_what_was_trained(
+    softtrellis: Command, model: Path, exl3: Path, text: Path, tmp_path: Path
+) -> None:
+    trained, output = tmp_path / "trained", tmp_path / "exl3"
+    options = ["--ctx", "32", "--windows", "4", "--batch", "2", "--steps", "2", "--warmup", "0"]
+    options += ["--estimator", "identity", "--lr", "0.2", "--evaluate-every", "0"]
+    command = ["train", exl3, "--teacher", model, "--data", text, *options, "-o", trained]
+    result = softtrellis(*command)
+    assert result.code == 0, result.err
+    result = softtrellis("export", trained, "--format", "exl3", "--partial", "-o", output)
+    assert result.code == 0, result.err
+    before, after = (quantized_layers(load_quantized(path)) for path in (exl3, trained))
+    tensors = read_tensors(output / WEIGHTS)
+    for name in LAYERS:
+        weight = after[name].weight()
+        assert not torch.equal(after[name].codes, before[name].codes), "nothing was trained"
+        found = torch.from_numpy(decode(tensors, name).T[: weight.shape[0], : weight.shape[1]])
+        torch.testing.assert_close(
+            found, weight.double(), rtol=0, atol=1e-5 * float(weight.abs().max())
+        )
 
 
 def test_a_dense_model_is_one_for_transformers(

@@ -72,6 +72,14 @@ def test_a_full_precision_model_generates_too(softtrellis: Command, model: Path)
     assert "weights:" not in result.err
 
 
+@pytest.mark.parametrize("command", [["generate", "--prompt", "abc"], ["chat"]], ids=str)
+def test_seeds_that_no_generator_takes(
+    refused: Refused, checkpoint: Path, command: list[str]
+) -> None:
+    message = refused(*command, checkpoint, "--seed", "99999999999999999999999", code=2)
+    assert message == "--seed must be from 0 to 2**63 - 1, got 99999999999999999999999"
+
+
 def test_sampling_follows_the_seed(softtrellis: Command, checkpoint: Path) -> None:
     def sample(seed: int) -> str:
         options = [*SHORT, "--temperature", "1.5", "--top-p", "0.99", "--seed", str(seed)]

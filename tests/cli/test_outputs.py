@@ -102,6 +102,29 @@ def test_outputs_that_no_force_helps_against(
     assert (contents(output), contents(model)) == before
 
 
+def test_outputs_inside_an_input_and_around_one(
+    refused: Refused, checkpoint: Path, model: Path, text: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(checkpoint, tmp_path / "shelf" / "qx")
+    (tmp_path / "link").symlink_to(tmp_path / "shelf" / "qx")
+    before = contents(tmp_path)
+    for qx in (tmp_path / "shelf" / "qx", tmp_path / "link"):
+        inside = qx / "new" / "inside"
+        for command in (
+            ["export", qx, "--format", "dense"],
+            ["export", qx, "--format", "exl3"],
+            ["import", qx],
+            ["quantize", qx, "--data", text, *QUANTIZE],
+            ["train", qx, "--teacher", model, "--data", text],
+            ["train", checkpoint, "--teacher", qx, "--data", text],
+        ):
+            message = refused(*command, "-o", inside, code=2)
+            assert message == f"{inside} is inside the input; choose another output directory"
+        message = refused("export", qx, "--format", "dense", "-o", tmp_path, "--force", code=2)
+        assert message == f"the input is inside {tmp_path}; choose another output directory"
+    assert contents(tmp_path) == before
+
+
 # Crashes
 
 

@@ -136,6 +136,38 @@ def test_adapters_in_float32_on_a_bfloat16_model(model: LlamaForCausalLM) -> Non
     assert steps(adapted, 6)[-1] < steps(adapted, 1)[0] + 1.0
 
 
+def test_loaded_adapters_in_another_dtype(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    import copy
+
+    model = packed(tiny_llama).to(torch.bfloat16)
+    other, exact = copy.deepcopy(model), copy.deepcopy(model)
+    adapted = add_lora(model, lora())
+    steps(adapted, 1)
+    adapted.save_pretrained(tmp_path)
+    for fresh, options, dtype in (
+        (exact, {}, torch.float32),
+        (other, {"dtype": torch.bfloat16}, torch.bfloat16),
+    ):
+        loaded = load_lora(fresh, tmp_path, **options)
+        for (_, found), (_, saved) in zip(lora_of(loaded), lora_of(adapted), strict=True):
+            assert torch.equal(found, saved.to(dtype))
+            assert found.dtype == dtype
+
+
+def test_the_second_moment_of_adamw_does_not_decay_in_bfloat16() -> None:
+    """Why adapters on a bfloat16 model are float32 by default."""
+    moments = []
+    for dtype in (torch.float32, torch.bfloat16):
+        parameter = torch.nn.Parameter(torch.ones(4, dtype=dtype))
+        optimizer = torch.optim.AdamW([parameter])
+        for gradient in [1.0] + 1000 * [0.0]:
+            parameter.grad = torch.full_like(parameter, gradient)
+            optimizer.step()
+        moments.append(float(optimizer.state[parameter]["exp_avg_sq"][0]) / 0.001)
+    assert moments[0] < 0.4
+    assert moments[1] > 0.99
+
+
 def test_saved_and_loaded(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
     import copy
 
@@ -227,6 +259,50 @@ def test_the_trainer_of_transformers(
     assert torch.equal(again(IDS).logits, adapted.eval()(IDS).logits)
 
 
+def test_a_packed_model_is_not_saved_with_adapters_on_it(
+    model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    import softtrellis.integrations.transformers  # noqa: F401
+    from softtrellis.io.checkpoint import BaseModel, save_quantized
+
+    base = BaseModel("tiny", "0" * 64, "mit")
+    for folder in ("checkpoint", "other"):
+        (tmp_path / folder).mkdir()
+    save_quantized(model, tiny_tokenizer, tmp_path / "checkpoint", base=base)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint")
+    expected = loaded(IDS).logits
+    adapted = add_lora(loaded, lora())
+    steps(adapted, 1)
+    with pytest.raises(ValueError, match="save_pretrained of peft's model"):
+        adapted.base_model.model.save_pretrained(tmp_path / "again")
+    with pytest.raises(ValueError, match="save_pretrained of peft's model"):
+        save_quantized(adapted.base_model.model, tiny_tokenizer, tmp_path / "other", base=base)
+    assert not list((tmp_path / "other").iterdir())
+    adapted.unload().save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert torch.equal(again(IDS).logits, expected)
+
+
+def test_adapters_through_transformers_need_to_be_registered(
+    model: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    """Documented in docs/huggingface.md."""
+    import copy
+
+    from softtrellis.integrations.peft import register
+
+    packed_model, adapted = copy.deepcopy(model), add_lora(model, lora())
+    steps(adapted, 1)
+    adapted.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"QuantizedLinear.* is not supported"):
+        copy.deepcopy(packed_model).load_adapter(str(tmp_path))
+    config = register(LoraConfig.from_pretrained(str(tmp_path)))
+    packed_model.load_adapter(str(tmp_path), peft_config=config)
+    assert torch.equal(packed_model(IDS).logits, adapted(IDS).logits)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [({"use_dora": True}, "use_dora"), ({"init_lora_weights": "pissa"}, "init_lora_weights")],
@@ -243,9 +319,26 @@ def test_merging_is_refused(model: LlamaForCausalLM) -> None:
         add_lora(model, lora()).merge_and_unload()
 
 
-def test_a_dense_model_is_refused(tiny_llama: LlamaForCausalLM) -> None:
+def test_a_dense_model_is_refused(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no quantized layer"):
         add_lora(tiny_llama, lora())
+    get_peft_model(tiny_llama, lora(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no quantized layer"):
+        load_lora(tiny_llama, tmp_path)
+
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "lora.py"
+
+
+def test_the_example_without_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nothing = tmp_path / "nothere"
+    monkeypatch.setattr("sys.argv", ["lora.py", str(nothing), str(tmp_path / "adapter")])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(EXAMPLE), run_name="__main__")
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f"{nothing} is not a softtrellis checkpoint: there is no such directory" in last
 
 
 def test_the_example(
@@ -265,8 +358,7 @@ def test_the_example(
     options = "--steps 8 --lr 0.01 --ctx 64 --windows 4"
     arguments = [str(tmp_path / "checkpoint"), str(tmp_path / "adapter"), *options.split()]
     monkeypatch.setattr("sys.argv", ["lora.py", *arguments])
-    example = Path(__file__).resolve().parents[2] / "examples" / "lora.py"
-    runpy.run_path(str(example), run_name="__main__")
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
     last = capsys.readouterr().out.splitlines()[-1]
     before, after = map(float, re.findall(r"[\d.]+\d", last))
     assert after < before

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -33,6 +34,7 @@ from softtrellis.modules.replace import (
     quantized_layers,
     release_weights_,
 )
+from softtrellis.recipes.exchange import ExportConfig, export_to
 from softtrellis.recipes.generation import load_for_generation
 from softtrellis.recipes.ptq import QuantizeConfig, quantize_model
 
@@ -180,9 +182,35 @@ def test_device_maps_with_a_gpu(checkpoint: Path, device_map: Any) -> None:
     torch.testing.assert_close(found, load_quantized(checkpoint)(IDS).logits, rtol=1e-3, atol=1e-3)
 
 
-def test_one_codebook_for_all_layers_of_a_code(checkpoint: Path) -> None:
-    layers = quantized_layers(load(checkpoint)).values()
-    assert len({layer.codebook.data_ptr() for layer in layers}) == 3
+def shared(layers: Iterable[QuantizedLinear]) -> tuple[int, int]:
+    """How many codebooks and how many tables there are."""
+    pairs = [(id(layer.codebook), id(layer.table)) for layer in layers]
+    codebooks, tables = zip(*pairs, strict=True)
+    return len(set(codebooks)), len(set(tables))
+
+
+def test_one_codebook_and_table_for_all_layers_of_a_code(checkpoint: Path) -> None:
+    assert shared(quantized_layers(load(checkpoint)).values()) == (3, 3)
+    assert shared(quantized_layers(load_quantized(checkpoint)).values()) == (3, 3)
+
+
+def test_one_codebook_and_table_on_each_device(checkpoint: Path) -> None:
+    model = load(checkpoint)
+    layers = quantized_layers(model)
+    quantizer: Any = model.hf_quantizer
+    quantizer._codebooks = {layer.layer.code: layer.codebook for layer in layers.values()}
+    moved = [layer.to("meta") for layer in layers.values() if layer.layer.code.name == "hyb"]
+    moved.pop().to_empty(device="cpu")
+    quantizer._process_model_after_weight_loading(model)
+    assert all(layer.table.device == layer.codes.device for layer in layers.values())
+    assert shared(layers.values()) == (4, 4)
+
+
+@pytest.mark.gpu
+def test_one_codebook_and_table_on_a_gpu(checkpoint: Path) -> None:
+    model = load(checkpoint, device_map="cuda")
+    assert shared(quantized_layers(model).values()) == (3, 3)
+    assert shared(quantized_layers(model.cpu()).values()) == (3, 3)
 
 
 def test_other_dtypes_leave_the_weights_as_they_are(checkpoint: Path) -> None:
@@ -226,6 +254,17 @@ def test_the_packed_model_generates_what_the_dense_one_does(checkpoint: Path) ->
     assert generate(model, ids) == expected
     release_weights_(model)
     assert generate(model, ids) == expected
+
+
+def test_the_packed_model_generates_what_the_exported_one_does(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    export_to(checkpoint, ExportConfig("dense", "float32"), tmp_path / "dense")
+    exported = load(tmp_path / "dense")
+    assert not quantized_layers(exported)
+    assert exported.dtype == torch.float32
+    ids = torch.randint(128, (4, 8), generator=torch.Generator().manual_seed(0))
+    assert generate(load(checkpoint), ids) == generate(exported, ids)
 
 
 @pytest.mark.gpu

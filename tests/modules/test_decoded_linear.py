@@ -38,6 +38,13 @@ def test_gradients() -> None:
     assert torch.autograd.gradcheck(lambda x: decoded_linear(x, lambda: weight, None), (x[0, 0],))
 
 
+@pytest.mark.parametrize("trains", [False, True])
+def test_an_unknown_backend(layer: QuantizedLinear, trains: bool) -> None:
+    layer.backend = "trition"  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="unknown backend 'trition'"):
+        layer(torch.randn(3, 48, requires_grad=trains))
+
+
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_layer_is_the_linear_layer_of_its_weight(
     layer: QuantizedLinear, x_dtype: torch.dtype

@@ -52,10 +52,19 @@ def joined(device: str) -> Iterator[Ranks]:
 
 
 def check_inputs(output: Path, *inputs: str) -> None:
-    """UsageError if the output is one of the inputs, which ``--force`` would delete."""
-    for name in inputs:
-        if output.exists() and Path(name).exists() and output.samefile(name):
+    """UsageError if the output is one of the inputs, lies in one or holds one.
+
+    ``--force`` would delete an input that is the output or in it, and an output in an input would
+    become a part of it.
+    """
+    place = output.resolve()
+    for source in (Path(name).resolve() for name in inputs if Path(name).exists()):
+        if place == source or (place.exists() and place.samefile(source)):
             raise UsageError(f"{output} is also the input; choose another output directory")
+        if place.is_relative_to(source):
+            raise UsageError(f"{output} is inside the input; choose another output directory")
+        if source.is_relative_to(place):
+            raise UsageError(f"the input is inside {output}; choose another output directory")
 
 
 def check_json(name: str | None) -> None:

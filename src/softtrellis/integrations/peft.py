@@ -125,7 +125,9 @@ def add_lora(
         model: from ``load_quantized`` or ``from_pretrained``.
         config: peft's; without ``target_modules`` every quantized layer gets an adapter, with
             "all-linear" every linear layer of the decoder layers, dense ones too.
-        dtype: of the adapters, float32 or bfloat16.
+        dtype: of the adapters, float32 or bfloat16, whatever the model is in. Not the model's by
+            default: AdamW keeps its moments in the same dtype, and in bfloat16 the second moment
+            never decays, since 0.999 v rounds to v.
 
     Returns:
         peft's model; ``save_pretrained`` of it writes the adapters only.
@@ -156,8 +158,13 @@ def load_lora(
         model: from ``load_quantized`` or ``from_pretrained``.
         directory: what ``save_pretrained`` of ``add_lora``'s model wrote, or its hub id.
         trainable: whether training goes on.
-        dtype: of the adapters.
+        dtype: of the adapters, as in ``add_lora``.
+
+    Raises:
+        ValueError: the model has no quantized layer.
     """
+    if not quantized_layers(model):
+        raise ValueError("the model has no quantized layer; use peft's PeftModel.from_pretrained")
     config = register(LoraConfig.from_pretrained(str(directory)))
     config.inference_mode = not trainable
     loaded = PeftModel.from_pretrained(

@@ -19,6 +19,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from softtrellis.io.claims import check_packed
 from softtrellis.io.errors import DAMAGED
 from softtrellis.io.manifest import (
     FORMAT,
@@ -37,6 +38,7 @@ from softtrellis.io.tables import TABLE, codebooks_of, read_tables, stored_table
 from softtrellis.modules.experts import UnfusedExperts
 from softtrellis.modules.quantized_linear import LayerFormat, QuantizedLinear, meta_layer
 from softtrellis.modules.replace import (
+    check_no_adapters,
     dequantize_,
     prepare_for_layers_,
     quantized_layers,
@@ -48,6 +50,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+# Some models initialise the weights of layers inside a module (GPT-2: c_proj.weight of attention),
+# except where they have this mark. Ours are methods.
+QuantizedLinear.weight._is_hf_initialized = True  # type: ignore[attr-defined]
+
+
 @register_quantization_config(FORMAT)
 class SofttrellisConfig(QuantizationConfigMixin):
     """``quantization_config`` of a checkpoint's config.json.
@@ -57,6 +64,9 @@ class SofttrellisConfig(QuantizationConfigMixin):
         format_version: of the checkpoint.
         codes, layers: as in the manifest, see docs/checkpoint.md. None in checkpoints written
             before they were kept here, which are loaded by the manifest beside them.
+
+    Raises:
+        CheckpointError: another version, or a key that is none of these.
     """
 
     def __init__(
@@ -66,8 +76,14 @@ class SofttrellisConfig(QuantizationConfigMixin):
         format_version: int = FORMAT_VERSION,
         codes: Sequence[Mapping[str, Any]] | None = None,
         layers: Mapping[str, Mapping[str, Any]] | None = None,
+        **unknown: Any,
     ) -> None:
         check_version(format_version, "config.json")
+        if unknown:
+            raise CheckpointError(
+                f"quantization_config in config.json has an unknown key {next(iter(unknown))!r}; "
+                "remove it, or copy the checkpoint again"
+            )
         self.quant_method = quant_method  # type: ignore[assignment]
         self.format_version = format_version
         self.codes, self.layers = codes, layers
@@ -142,7 +158,8 @@ class SofttrellisQuantizer(HfQuantizer):
         with _plain_errors(model):
             prepare_for_layers_(model, layers)
             replace_modules(model, layers, lambda name, _: meta_layer(layers[name]))
-        _check_complete(quantized_layers(model), names)
+        _check_complete(model, names)
+        _check_packed(model, files)
         for module in model.modules():
             if isinstance(module, UnfusedExperts):  # nothing in the shell is to be initialised
                 module.shell._is_hf_initialized = True  # type: ignore[assignment]
@@ -166,12 +183,13 @@ class SofttrellisQuantizer(HfQuantizer):
         model: PreTrainedModel,
         **kwargs: Any,
     ) -> PreTrainedModel:
-        placed: dict[tuple[TrellisCode, torch.device], Tensor] = {}
+        first: dict[tuple[TrellisCode, torch.device], QuantizedLinear] = {}
         for layer in quantized_layers(model).values():
             code, device = layer.layer.code, layer.codes.device
-            if (code, device) not in placed:
-                placed[code, device] = self._codebooks[code].to(device)
-            layer.set_codebook(placed[code, device])
+            if (code, device) not in first:
+                layer.set_codebook(self._codebooks[code].to(device))
+                first[code, device] = layer
+            layer.codebook, layer.table = first[code, device].codebook, first[code, device].table
         self._codebooks = {}
         return model
 
@@ -180,10 +198,14 @@ class SofttrellisQuantizer(HfQuantizer):
     ) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         """All tensors, narrowed where nothing is lost, and the codes' tables.
 
-        Of a model with adapters, what transformers takes.
+        Of a model with adapters that transformers put there, what it takes.
+
+        Raises:
+            ValueError: a model with adapters that peft put there.
         """
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}
+        check_no_adapters(model)
         layers = quantized_layers(model)
         self.quantization_config.describe({name: layer.layer for name, layer in layers.items()})
         model.config.quantization_config = self.quantization_config
@@ -199,12 +221,32 @@ class SofttrellisQuantizer(HfQuantizer):
         return model
 
 
-def _check_complete(layers: Mapping[str, QuantizedLinear], names: set[str]) -> None:
-    """CheckpointError for a missing tensor of ours, which transformers would only warn of."""
-    wanted = [f"{name}.{key}" for name, layer in layers.items() for key in layer.state_dict()]
-    missing = [key for key in wanted if key not in names]
-    if missing:
-        raise CheckpointError(f"the checkpoint lacks {missing[0]}; copy it again")
+def _check_complete(model: PreTrainedModel, names: set[str]) -> None:
+    """CheckpointError for a tensor of ours, stored or described alone: transformers only warns."""
+    for name, layer in quantized_layers(model).items():
+        for key in layer.state_dict():
+            if f"{name}.{key}" not in names:
+                raise CheckpointError(f"the checkpoint lacks {name}.{key}; copy it again")
+    unknown = names - model.state_dict().keys()
+    for name in sorted(unknown):
+        layer_name, _, key = name.rpartition(".")
+        if key == "codes":
+            raise CheckpointError(
+                f"the checkpoint holds {name}, and its description of the quantized layers lacks "
+                f"{layer_name}; copy it again"
+            )
+
+
+def _check_packed(model: PreTrainedModel, files: Sequence[Path]) -> None:
+    """CheckpointError for a packed tensor of another dtype, or with numbers that are not finite."""
+    from safetensors import safe_open
+
+    wanted = model.state_dict()
+    packed = packed_names(quantized_layers(model))
+    for path in files:
+        with safe_open(str(path), "pt") as file, torch.device("cpu"):
+            for name in packed.intersection(file.keys()):
+                check_packed(name, file.get_tensor(name), wanted[name].dtype)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from softtrellis.io.claims import check_buffers, check_dtype, check_layer_count
+from softtrellis.io.claims import check_buffers, check_dtype, check_layer_count, check_packed
 from softtrellis.io.errors import first_line
 from softtrellis.io.files import sha256_of, write_json
 from softtrellis.io.manifest import (
@@ -47,6 +47,7 @@ from softtrellis.io.tensor_files import TensorFiles, read_json
 from softtrellis.modules.quantized_linear import QuantizedLinear, meta_layer
 from softtrellis.modules.replace import (
     cast_,
+    check_no_adapters,
     prepare_for_layers_,
     quantized_layers,
     replace_modules,
@@ -119,13 +120,14 @@ def save_quantized(
         provenance: settings and figures to keep.
 
     Raises:
-        ValueError: no quantized layer, or layers of one code with different tables.
+        ValueError: no quantized layer, layers of one code with different tables, or adapters.
     """
     from safetensors.torch import save_file
 
     layers = quantized_layers(model)
     if not layers:
         raise ValueError("the model has no quantized layer to save")
+    check_no_adapters(model)
     formats = {name: layer.layer for name, layer in layers.items()}
     tensors = stored_tensors(model)
     narrowed = narrow_(tensors, packed_names(layers))
@@ -247,7 +249,10 @@ def _check_claims(
                 raise AttributeError(
                     f"{key} is {list(found.shape)} and must be {list(tensor.shape)}"
                 )
-            check_dtype(key, found.dtype, tensor.dtype, exactly=key in packed)
+            if key in packed and key in tensors:
+                check_packed(key, found, tensor.dtype)
+            else:
+                check_dtype(key, found.dtype, tensor.dtype)
         check_buffers(skeleton)
     tied = set(getattr(skeleton, "all_tied_weights_keys", None) or {})
     if missing := sorted(wanted.keys() - tensors.keys() - tied):

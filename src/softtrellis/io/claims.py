@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from softtrellis.io.manifest import CheckpointError
 
@@ -44,8 +45,20 @@ def check_buffers(skeleton: PreTrainedModel) -> None:
         )
 
 
-def check_dtype(name: str, found: torch.dtype, wanted: torch.dtype, *, exactly: bool) -> None:
-    """CheckpointError for a tensor of another dtype; without ``exactly`` floats are all alike."""
-    if found == wanted or (not exactly and found in _FLOATS and wanted in _FLOATS):
-        return
-    raise CheckpointError(f"{name} is {found} and must be {wanted}; copy the checkpoint again")
+def check_dtype(name: str, found: torch.dtype, wanted: torch.dtype) -> None:
+    """CheckpointError for a dense tensor of another dtype; floats are all alike."""
+    if found != wanted and not (found in _FLOATS and wanted in _FLOATS):
+        raise CheckpointError(f"{name} is {found} and must be {wanted}; copy the checkpoint again")
+
+
+def check_packed(name: str, tensor: Tensor, wanted: torch.dtype) -> None:
+    """CheckpointError for a packed tensor of another dtype, or a scale that is not finite."""
+    if tensor.dtype != wanted:
+        raise CheckpointError(
+            f"{name} is {tensor.dtype} and must be {wanted}; copy the checkpoint again"
+        )
+    if tensor.is_floating_point() and not tensor.isfinite().all():
+        raise CheckpointError(
+            f"{name} has numbers that are not finite: it was damaged, or never good; copy the "
+            "checkpoint again, or make it anew"
+        )

@@ -129,6 +129,11 @@ def quantization_config(layers: Mapping[str, LayerFormat]) -> dict[str, Any]:
 
 def check_version(version: object, where: str) -> None:
     """CheckpointError if a checkpoint is of a version that this release cannot read."""
+    if not isinstance(version, int) or isinstance(version, bool):
+        raise CheckpointError(
+            f"format_version of {where} must be a whole number, got {version!r}; copy the "
+            "checkpoint again"
+        )
     if version not in READABLE_VERSIONS:
         raise CheckpointError(
             f"{where} has checkpoint version {version}, this release reads versions "

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from softtrellis.codes.codebook import WHOLE_CODES
 from softtrellis.codes.hybrid import TABLE_ROWS, table_of
+from softtrellis.io.claims import check_packed
 from softtrellis.io.manifest import CheckpointError, codes_of
 from softtrellis.modules.quantized_linear import QuantizedLinear
 from softtrellis.quantizers.hard import TrellisCode
@@ -45,7 +46,7 @@ def codebooks_of(
     """The codebooks that ``stored_tables`` was taken from, bit for bit.
 
     Raises:
-        CheckpointError: a table is missing or of another shape.
+        CheckpointError: a table is missing, of another shape, or not finite.
     """
     return {code: _codebook(code, tables.get(table_name(i))) for i, code in enumerate(codes)}
 
@@ -86,6 +87,7 @@ def _codebook(code: TrellisCode, table: Tensor | None) -> Tensor:
             f"the table of code {code.name!r} is {table.dtype} {list(table.shape)} and must be "
             f"float32 {list(shape)}; copy the checkpoint again"
         )
+    check_packed(f"the table of code {code.name!r}", table, torch.float32)
     if code.name in WHOLE_CODES:
         return table
     return TrellisCode(code.spec, code.name, code.flip, normalize=False).codebook(table)

@@ -246,14 +246,16 @@ class QuantizedLinear(nn.Module):
         )
 
     def _backend_for(self, x: Tensor) -> ResolvedDecodeBackend:
-        if not (torch.is_grad_enabled() and x.requires_grad):
-            return resolve_decode_backend(self.backend, x)
-        if self.backend in ("triton", "cuda"):
+        needs_gradient = torch.is_grad_enabled() and x.requires_grad
+        if needs_gradient and self.backend == "auto":
+            return "torch"
+        backend = resolve_decode_backend(self.backend, x)
+        if needs_gradient and backend != "torch":
             raise ValueError(
-                f"backend {self.backend!r} has no gradient for the activations; "
+                f"backend {backend!r} has no gradient for the activations; "
                 "run it under torch.no_grad(), or use backend='torch'"
             )
-        return "torch"
+        return backend
 
     def hold(self, dtype: torch.dtype = torch.float32) -> None:
         """Decodes the weight once, for all forward passes until ``release``.

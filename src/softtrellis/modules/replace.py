@@ -200,6 +200,15 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
 
 
+def check_no_adapters(model: nn.Module) -> None:
+    """ValueError for a model with peft's adapters on it, in which layers have other names."""
+    if any(name.endswith(".base_layer") for name, _ in model.named_modules()):
+        raise ValueError(
+            "the model has adapters on it, and a checkpoint cannot hold them: write the adapters "
+            "with save_pretrained of peft's model, or the packed model after unload() of that"
+        )
+
+
 def cast_(model: nn.Module, dtype: torch.dtype) -> None:
     """Parameters and biases to a dtype; codes, scales and other buffers stay as they are.
 

@@ -25,6 +25,7 @@ from softtrellis.recipes.benchmark_results import (
 )
 from softtrellis.recipes.environment import environment
 from softtrellis.recipes.parity import Referee, fresh_pins, fresh_tiles, soft_answers
+from softtrellis.recipes.seeds import check_seed
 from softtrellis.recipes.timing import MIN_REPEATS, Device, Rates, measure_rates, time_calls
 from softtrellis.spec import TrellisSpec
 from softtrellis.trellis.bcjr import FLOAT32_TEMPERATURES, bcjr
@@ -156,8 +157,8 @@ class BenchmarkConfig:
             raise ValueError(f"seconds must be a positive number, got {self.seconds}")
         if self.parity_tiles is not None and self.parity_tiles < 2:
             raise ValueError(f"parity_tiles must be at least 2, got {self.parity_tiles}")
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be from 0 to 2**63 - 1, got {self.seed}")
+        if self.seed is not None:
+            check_seed(self.seed)
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device must be cpu: torch finds no CUDA device here")
         try:

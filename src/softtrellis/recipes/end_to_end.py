@@ -17,6 +17,7 @@ from softtrellis.recipes.network import Network, divergence
 from softtrellis.recipes.optimizer import BETAS
 from softtrellis.recipes.ptq_state import LayerStore
 from softtrellis.recipes.schedules import cosine_to_zero
+from softtrellis.recipes.seeds import check_seed, epoch_generator
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class EndToEndConfig:
 
     def __post_init__(self) -> None:
         check_tuning(self.epochs, self.batch, self.held_out, lr=self.lr)
+        check_seed(self.seed)
 
 
 def tune_end_to_end(
@@ -86,7 +88,7 @@ def tune_end_to_end(
     for parameter in tuned:
         parameter.requires_grad_(True)
     for epoch in progress(range(done, config.epochs), "tune", enabled=show_progress):
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
+        generator = epoch_generator(config.seed, epoch)
         batches = torch.randperm(len(train), generator=generator).split(config.batch)
         for i, rows in enumerate(batches):
             for group in optimizer.param_groups:

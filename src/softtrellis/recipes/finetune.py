@@ -13,6 +13,7 @@ from softtrellis.modules.blocks import Blocks
 from softtrellis.modules.scaled_linear import scale_, unscale_
 from softtrellis.recipes.optimizer import BETAS, size_of
 from softtrellis.recipes.schedules import cosine_to_zero
+from softtrellis.recipes.seeds import check_seed
 
 
 def check_tuning(epochs: int, batch: int, held_out: float, **rates: float) -> None:
@@ -69,6 +70,7 @@ class FineTuneConfig:
 
     def __post_init__(self) -> None:
         check_tuning(self.epochs, self.batch, self.held_out, lr=self.lr, scale_lr=self.scale_lr)
+        check_seed(self.seed)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from softtrellis.backend import ComputeType, compute_dtype
 from softtrellis.io.checkpoint import load_any
 from softtrellis.io.sources import Source, muted
 from softtrellis.modules.replace import cast_, hold_weights_
+from softtrellis.recipes.seeds import check_seed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -46,6 +47,7 @@ class GenerateConfig:
             raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
         if not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        check_seed(self.seed)
 
 
 def load_for_generation(

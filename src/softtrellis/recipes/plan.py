@@ -37,6 +37,7 @@ from softtrellis.recipes.drift import (
 )
 from softtrellis.recipes.escape import boundary, escape_radius, median
 from softtrellis.recipes.plan_text import noise_warning, warning_for
+from softtrellis.recipes.seeds import check_seed
 from softtrellis.trellis.bcjr import bcjr
 from softtrellis.trellis.viterbi import viterbi
 
@@ -83,6 +84,7 @@ class PlanConfig:
         for name in ("temperature", "maximum"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        check_seed(self.seed)
 
 
 Radii = dict[str, Tensor]

@@ -22,6 +22,7 @@ from softtrellis.recipes.network import Network, divergence, layers_compiled
 from softtrellis.recipes.optimizer import make_optimizer, set_learning_rates
 from softtrellis.recipes.ptq_state import LayerStore
 from softtrellis.recipes.schedules import learning_rate_at
+from softtrellis.recipes.seeds import check_seed
 from softtrellis.recipes.training_text import WindowOrder
 
 
@@ -61,6 +62,7 @@ class ProgressiveConfig:
 
     def __post_init__(self) -> None:
         check_rates(lr=self.lr, scale_lr=self.scale_lr)
+        check_seed(self.seed)
         limits = ("steps", 1), ("batch", 1), ("micro_batch", 1), ("warmup", 0), ("ctx", 2)
         for name, least in limits:
             value = getattr(self, name)

@@ -41,6 +41,7 @@ from softtrellis.recipes.progressive import Progressive, ProgressiveConfig
 from softtrellis.recipes.ptq_state import LayerStore
 from softtrellis.recipes.ranks import ONE, Ranks
 from softtrellis.recipes.run_state import digest, sampled
+from softtrellis.recipes.seeds import check_seed
 from softtrellis.recipes.teacher_text import is_teacher_text, sample_windows
 from softtrellis.spec import TILE_SIDE, TrellisSpec
 
@@ -136,6 +137,7 @@ class QuantizeConfig:
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         check_device(self.device)
+        check_seed(self.seed)
         if self.output_windows < 0:
             raise ValueError(f"output_windows must be 0 or more, got {self.output_windows}")
         for name in ("damping", "correction_damping", "output_damping"):

@@ -34,6 +34,7 @@ from softtrellis.recipes.optimizer import OptimizerName, check_optimizer
 from softtrellis.recipes.ranks import ONE, Ranks, shard_frozen_
 from softtrellis.recipes.run_state import digest
 from softtrellis.recipes.schedules import TemperatureSchedule, check_schedule
+from softtrellis.recipes.seeds import check_seed
 from softtrellis.recipes.stages import DistillResult, Run
 from softtrellis.recipes.teacher_text import is_teacher_text
 from softtrellis.recipes.trainables import check_trainable
@@ -168,6 +169,7 @@ class DistillConfig:
         check_optimizer(self.optimizer)
         check_trainable(self.train)
         check_device(self.device)
+        check_seed(self.seed)
         compute_dtype(self.dtype, self.device)
         is_teacher_text(self.data)
         if self.mode not in get_args(Mode):

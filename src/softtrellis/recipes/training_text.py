@@ -9,6 +9,7 @@ from torch import Tensor
 
 from softtrellis.io.sources import cache_directory
 from softtrellis.io.text import stream_documents, token_windows, train_and_held_out_windows
+from softtrellis.recipes.seeds import epoch_generator
 from softtrellis.recipes.teacher_text import is_teacher_text, sample_windows
 
 if TYPE_CHECKING:
@@ -70,6 +71,6 @@ class WindowOrder:
 
     def _epoch(self, epoch: int) -> list[int]:
         if epoch != self._permutation[0]:
-            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
+            generator = epoch_generator(self._seed, epoch)
             self._permutation = epoch, torch.randperm(self._count, generator=generator).tolist()
         return self._permutation[1]
