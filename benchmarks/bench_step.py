@@ -62,19 +62,14 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def models(shape: str, L: int, device: str) -> tuple[Any, Any, list[str]]:
-    """A random teacher, a student of random codes, and the names of its quantized layers."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(**SHAPES[shape])
-    with torch.device(device):
-        teacher, student = LlamaForCausalLM(config).eval(), LlamaForCausalLM(config).eval()
+def random_codes_(model: Any, L: int, device: str) -> list[str]:
+    """Puts HYB of random codes in the place of a Llama's linear layers; their names."""
     code = TrellisCode(TrellisSpec(L, 2, 2))
     codebook = code.codebook().to(device)
-    names = linear_names(student)
+    names = linear_names(model)
 
-    def random_codes(name: str, _: Any) -> QuantizedLinear:
-        linear = get_linear(student, name)
+    def quantized(name: str, _: Any) -> QuantizedLinear:
+        linear = get_linear(model, name)
         layer = LayerFormat(linear.in_features, linear.out_features, code)
         made = QuantizedLinear(layer, codebook).to(device)
         made.codes.random_(-(1 << 15), 1 << 15)
@@ -83,8 +78,22 @@ def models(shape: str, L: int, device: str) -> tuple[Any, Any, list[str]]:
         made.scale.fill_(float(linear.weight.detach().square().mean().sqrt()))
         return made
 
-    replace_modules(student, names, random_codes)
-    return teacher, student, names
+    replace_modules(model, names, quantized)
+    return names
+
+
+def random_llama(shape: str, device: str) -> Any:
+    """In float32."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.device(device):
+        return LlamaForCausalLM(LlamaConfig(**SHAPES[shape])).eval()
+
+
+def models(shape: str, L: int, device: str) -> tuple[Any, Any, list[str]]:
+    """A random teacher, a student of random codes, and the names of its quantized layers."""
+    teacher, student = random_llama(shape, device), random_llama(shape, device)
+    return teacher, student, random_codes_(student, L, device)
 
 
 def step_parser(description: str | None) -> argparse.ArgumentParser:
