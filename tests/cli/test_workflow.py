@@ -15,7 +15,7 @@ import torch
 from cli.support import LAYERS, QUANTIZE, SMALL, Command, Start, contents
 
 from softtrellis.cli.main import build_parser
-from softtrellis.io.checkpoint import load_quantized
+from softtrellis.io.checkpoint import load_quantized, read_manifest
 from softtrellis.modules.replace import quantized_layers
 
 
@@ -59,6 +59,20 @@ def test_inspect(softtrellis: Command, checkpoint: Path) -> None:
     assert 2.0 < stored <= 2.1
     assert size == sum(map(len, contents(checkpoint).values()))
     assert "not compared" in softtrellis("inspect", checkpoint, "--no-verify").out
+
+
+def test_training_starts_nearer_to_weights_that_have_moved(
+    softtrellis: Command, model: Path, text: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    starts = []
+    options = ["--teacher", model, "--data", text, "--ctx", "32", "--steps", "1", "--batch", "1"]
+    given = checkpoint
+    for name, more in (("first", []), ("second", []), ("third", ["--start", "0"])):
+        result = softtrellis("train", given, *options, "-o", tmp_path / name, *more)
+        assert result.code == 0, result.err
+        given = tmp_path / name
+        starts.append(read_manifest(given).provenance["train"]["start"])
+    assert starts == [0.5, 0.25, 0.0]
 
 
 def test_a_dry_run_writes_nothing(

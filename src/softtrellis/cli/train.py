@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,9 @@ from softtrellis.cli.common import (
 
 if TYPE_CHECKING:
     from softtrellis.recipes.qat import DistillConfig
+
+PTQ_START, MOVED_START = 0.5, 0.25
+"""Where latents start by default: from PTQ alone, and where weights have moved since."""
 
 
 def add_parser(commands: Commands) -> None:
@@ -63,10 +67,11 @@ def add_parser(commands: Commands) -> None:
     )
     parser.add_argument(
         "--start",
-        type=float,
-        default=0.5,
-        help="where latent weights start: 0 at the codewords, 1 at the original weights; 0.25 or "
-        "less from a model that was tuned as it was quantized",
+        type=number,
+        default="auto",
+        help="where latent weights start, if they are trained: 0 at the codewords, 1 at the "
+        "original weights; auto is 0.5, but 0.25 from a checkpoint that was tuned as it was "
+        "quantized, or trained",
     )
     parser.add_argument(
         "--train",
@@ -170,6 +175,14 @@ def add_parser(commands: Commands) -> None:
     parser.set_defaults(run=run)
 
 
+def _moved(checkpoint: Path) -> bool:
+    """Whether a checkpoint's weights are no longer near the original ones."""
+    from softtrellis.io.checkpoint import read_manifest
+
+    steps = {"fine_tune", "progressive", "end_to_end", "train"}
+    return not steps.isdisjoint(read_manifest(checkpoint).provenance)
+
+
 def config_of(options: argparse.Namespace) -> DistillConfig:
     """What the options ask for; ValueError for options that make no sense."""
     from softtrellis.recipes.qat import DistillConfig
@@ -183,7 +196,7 @@ def config_of(options: argparse.Namespace) -> DistillConfig:
         estimator=options.estimator,
         finish=options.finish,
         finish_share=options.finish_share,
-        start=options.start,
+        start=PTQ_START if options.start == "auto" else options.start,
         train=tuple(part.strip() for part in options.train.split(",") if part.strip()),
         t_init=options.t_init,
         t_min=options.t_min,
@@ -231,6 +244,8 @@ def run(options: argparse.Namespace) -> int:
     check_backend(options.backend, options.device)
     output = Path(options.output)
     check_inputs(output, options.checkpoint, options.teacher)
+    if options.start == "auto" and _moved(Path(options.checkpoint)):
+        config = replace(config, start=MOVED_START)
     with joined(options.device) as ranks:
         result = train_to(
             Path(options.checkpoint),

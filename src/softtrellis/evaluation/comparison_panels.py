@@ -97,7 +97,8 @@ DRIFT = Quantity(
     "drift",
     "Drift of the latent weights",
     "RMS drift (σ)",
-    "How far the latent weights have moved from their start, in the weights' standard deviations.",
+    "How far the latent weights are from the codewords that training began with (a start towards "
+    "the original weights counts), in the weights' standard deviations.",
 )
 GAP = Quantity(
     "soft_hard_gap",

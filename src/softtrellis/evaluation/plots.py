@@ -83,9 +83,9 @@ def _heldout_plots(run: Run) -> Iterator[Plot]:
 def _drift_plots(run: Run) -> Iterator[Plot]:
     if run.series("drift")[0]:
         caption = (
-            "How far the latent weights have moved from their start, in standard deviations of the "
-            "weights, against the radius σ/√(2πS) beyond which arXiv 2605.10655 expects codes to "
-            "change."
+            "How far the latent weights are from the codewords that training began with (a start "
+            "towards the original weights counts), in standard deviations of the weights, against "
+            "the radius σ/√(2πS) beyond which arXiv 2605.10655 expects codes to change."
         )
         yield _plot(run, draw_drift, _spoken(run, "drift", "RMS drift"), caption)
     if run.series("changed_codes")[0] or run.series("changed_tiles")[0]:

@@ -126,7 +126,8 @@ def describe(plan: Plan) -> str:
     lines += [
         f"quantiles over {count} tiles of {len(plan.layers)} layers; the last columns are the "
         "tiles that such a",
-        "run carries out of their cells, along that direction",
+        "run carries out of their cells, along that direction; from the codewords, as train "
+        "--start 0 begins",
         "",
         verdict_in_words(plan),
     ]

@@ -72,8 +72,9 @@ class DistillConfig:
         estimator: "soft", "straight_through" or "identity", see ``estimate``.
         finish: another estimator for the end of the run, or None.
         finish_share: the share of the run that ``finish`` takes.
-        start: how far from the codewords towards the original weights latents start, 0 to 1;
-            from a model that was tuned as it was quantized, whose weights have moved, 0.25 or less.
+        start: how far from the codewords towards the original weights latents start, 0 to 1, if
+            they are trained; from a model that was tuned as it was quantized, or trained, whose
+            weights have moved, 0.25 or less.
         train: what changes: "latents", "scales" (of input and output channels), "norms" (with
             biases), "table" (of "hyb").
         t_init: temperature of the first step; "auto" is twice the measured quantization error.

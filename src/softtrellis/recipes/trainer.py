@@ -155,7 +155,7 @@ class Trainer:
     @torch.no_grad()
     def _move_to_start(self, teacher: nn.Module) -> None:
         """Part of the way from the codewords to the original weights."""
-        if not self.config.start:
+        if not self.config.start or LATENTS not in self.config.train:
             return
         for name, layer in self.layers.items():
             weight = whole_weight(get_linear(teacher, name)).float()
