@@ -1,6 +1,7 @@
 """Plots of docs/results.md from the JSON lines of the experiments.
 
-    python benchmarks/results_plots.py PICTURE [--overshoot FILE.jsonl ...] [--models FILE ...]
+    python benchmarks/results_plots.py docs/results.png --overshoot docs/results/*-claims.jsonl.xz \
+        --models docs/results/*-models.jsonl.xz
 
 One panel for each: the hard code's divergence on held-out text along the trajectory, and the
 divergence on the test text against the seconds of training, from the start that a run had.
@@ -23,13 +24,18 @@ if TYPE_CHECKING:
 
 COLORS = {"1.0": "tab:red", "0.3": "tab:orange", "0.1": "tab:blue"}
 STYLES = ("-", "--", ":")
-MARKERS = {"identity": "o", "soft": "^", "through": "s", "scalar": "x"}
+MARKERS = {
+    "identity": ("o", "tab:blue"),
+    "soft": ("^", "tab:orange"),
+    "through": ("s", "tab:green"),
+    "scalar": ("x", "tab:red"),
+}
 
 
 def overshoot(ax: Axes, records: list[dict[str, Any]]) -> None:
     """Runs named overshoot/LAYER/T: divergence of the hard code while the temperature falls."""
     layers = sorted({int(record["name"].split("/")[1]) for record in records})
-    for record in records:
+    for record in sorted(records, key=lambda r: int(r["name"].split("/")[1])):
         _, layer, start = record["name"].split("/")
         log = [entry for entry in record["log"] if "heldout_kl_hard" in entry]
         steps = [0, *(entry["step"] + 1 for entry in log)]
@@ -43,11 +49,15 @@ def overshoot(ax: Axes, records: list[dict[str, Any]]) -> None:
 
 def models(ax: Axes, records: list[dict[str, Any]]) -> None:
     """Runs of whole models: divergence against the seconds of training."""
-    for kind, marker in MARKERS.items():
+    for kind, (marker, color) in MARKERS.items():
         chosen = [record for record in records if kind in record["name"] and record.get("log")]
-        if chosen:
-            seconds = [record["log"][-1]["seconds"] for record in chosen]
-            ax.scatter(seconds, [record["kl"] for record in chosen], marker=marker, label=kind)
+        for tuned in (False, True):
+            part = [r for r in chosen if r["name"].startswith("tuned") == tuned]
+            seconds, kl = [r["log"][-1]["seconds"] for r in part], [r["kl"] for r in part]
+            if part:
+                label = f"{kind}, from tuned PTQ (its time on top)" if tuned else kind
+                fill = "none" if tuned else color
+                ax.plot(seconds, kl, marker, color=color, markerfacecolor=fill, label=label)
     for record in records:
         if not record.get("log"):
             ax.axhline(record["kl"], color="0.8", linewidth=0.8, zorder=0)
@@ -65,13 +75,13 @@ def main() -> None:
     parser.add_argument("--overshoot", type=Path, nargs="+", default=[])
     parser.add_argument("--models", type=Path, nargs="+", default=[])
     options = parser.parse_args()
-    panels = [(overshoot, options.overshoot), (models, options.models)]
-    panels = [(draw, paths) for draw, paths in panels if paths]
+    panels = [(overshoot, options.overshoot, "overshoot/"), (models, options.models, "")]
+    panels = [panel for panel in panels if panel[1]]
     _, axes = plt.subplots(
         1, len(panels), figsize=(6.4 * len(panels), 4.4), squeeze=False, layout="constrained"
     )
-    for ax, (draw, paths) in zip(axes[0], panels, strict=True):
-        draw(ax, [record for seeds in read(paths, "").values() for record in seeds])
+    for ax, (draw, paths, prefix) in zip(axes[0], panels, strict=True):
+        draw(ax, [record for seeds in read(paths, prefix).values() for record in seeds])
     plt.savefig(options.picture, dpi=110)
 
 

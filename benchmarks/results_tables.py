@@ -1,7 +1,7 @@
 """Tables of docs/results.md from the JSON lines of the experiments.
 
-    python benchmarks/results_tables.py FILE.jsonl ... [--prefix single/4] [--against NAME]
-        [--union pairs/ --parts soft]
+    python benchmarks/results_tables.py docs/results/*-claims.jsonl.xz [--prefix single/4]
+        [--against NAME] [--union pairs/ --parts soft]
 
 Per run: steps, seconds, perplexity, KL to the teacher, and with --against the paired difference of
 both from that run, with 95% intervals (10,000 resamples of windows; seeds of a run are averaged
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import lzma
 import math
 import statistics
 from collections import defaultdict
@@ -27,11 +28,17 @@ from softtrellis.evaluation.divergence import Interval, paired_bootstrap
 Runs = dict[str, list[dict[str, Any]]]
 
 
+def lines(path: Path) -> list[str]:
+    """Of a file that may be compressed (.xz)."""
+    data = path.read_bytes()
+    return (lzma.decompress(data) if path.suffix == ".xz" else data).decode("utf-8").splitlines()
+
+
 def read(paths: list[Path], prefix: str) -> Runs:
     """Scored runs by name, one record per seed."""
     runs: Runs = defaultdict(list)
     for path in paths:
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in lines(path):
             record = json.loads(line)
             if "windows" in record and record["name"].startswith(prefix):
                 runs[record["name"]].append(record)
