@@ -55,7 +55,10 @@ class Windows:
 
 @dataclass(frozen=True)
 class Run:
-    """A run directory's contents; parts that the run did not write are empty."""
+    """A run directory's contents; parts that the run did not write are empty.
+
+    held_out is whether the evaluated windows are known not to be trained on.
+    """
 
     title: str = "softtrellis run"
     steps: tuple[Mapping[str, Any], ...] = ()
@@ -63,6 +66,7 @@ class Run:
     windows: Mapping[str, Windows] = field(default_factory=dict)
     comparisons: tuple[Comparison, ...] = ()
     predicted_radius: float | None = None
+    held_out: bool = False
     settings: Mapping[str, object] = field(default_factory=dict)
     environment: Mapping[str, object] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -181,6 +185,7 @@ def _build(content: Mapping[str, Any]) -> Run:
             for c in content.get("comparisons", ())
         ),
         predicted_radius=_optional(content, "predicted_radius"),
+        held_out=content.get("held_out") is True,
         settings=dict(content.get("settings", {})),
         environment=dict(content.get("environment", {})),
     )
