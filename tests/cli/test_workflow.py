@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 import shutil
@@ -15,6 +16,7 @@ import torch
 from cli.support import LAYERS, QUANTIZE, SMALL, Command, Start, contents
 
 from softtrellis.cli.main import build_parser
+from softtrellis.cli.train import _kept
 from softtrellis.io.checkpoint import load_quantized
 from softtrellis.modules.replace import quantized_layers
 
@@ -104,11 +106,34 @@ def test_training_that_only_harms(
     result = softtrellis(*train(tmp_path / "out"), "--lr", "30")
     assert result.code == 0, result.err
     assert ", 0.00% of codes changed\n" in result.out
-    assert "kept the code it started from: no step was better on held-out text (KL " in result.out
+    kept = r"^kept the code it started from: no step was better on held-out text "
+    found = re.search(
+        kept + r"\(KL ([\d.]+) nats per token; the last step's ([\d.]+)\)$", result.out, re.M
+    )
+    assert found
+    assert float(found[2]) > float(found[1])
     for name, layer in quantized_layers(load_quantized(checkpoint)).items():
         found = quantized_layers(load_quantized(tmp_path / "out"))[name]
         assert torch.equal(found.codes, layer.codes)
         assert torch.equal(found.weight(), layer.weight())
+
+
+@pytest.mark.parametrize("option", ["--held-out", "--evaluate-every"])
+def test_training_that_looks_at_no_held_out_text_says_so(
+    softtrellis: Command, train: Start, tmp_path: Path, option: str
+) -> None:
+    result = softtrellis(*train(tmp_path / "out"), "--steps", "1", option, "0")
+    assert result.code == 0, result.err
+    unseen = "kept the last step's code, unseen: nothing was measured on held-out text\n"
+    assert unseen in result.out
+
+
+def test_the_kept_step_and_the_last_one() -> None:
+    records = [{"heldout_kl_hard": 0.5}, {}, {"heldout_kl_hard": 0.6}]
+    kept = "kept the code of step 1, held-out KL 0.5000 nats per token; the last step's 0.6000"
+    assert _kept((0, 0.5), records) == kept
+    records[-1] = {"heldout_kl_hard": math.nan}
+    assert _kept(None, records).endswith("unseen: no KL was a finite number on held-out text")
 
 
 def test_train(softtrellis: Command, checkpoint: Path, trained: Path, shelf: Path) -> None:
@@ -157,6 +182,8 @@ def test_eval_and_report(
     assert f"all files {size[2]} bytes" in sizes
     assert f"{run} " in result.out
     assert "95% interval" in result.out
+    assert "on this text" in result.out
+    assert "held-out" not in result.out
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     assert [row["name"] for row in results["rows"]] == models
     assert len(results["windows"][models[1]]["kl"]) == 4
