@@ -222,7 +222,7 @@ def test_resumed_log_counts_the_later_record_and_a_cut_line_is_mentioned(tmp_pat
     with (tmp_path / "log.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"step": 3, "lo')
     run = read_run(tmp_path)
-    assert run.series("loss") == ([1, 2], [1.0, 5.0])
+    assert run.series("loss") == ([2, 3], [1.0, 5.0])  # counted from 1
     write_report(tmp_path)
     assert "last line of log.jsonl is cut off" in read_page(tmp_path)[1].text
 

@@ -57,7 +57,8 @@ class Windows:
 class Run:
     """A run directory's contents; parts that the run did not write are empty.
 
-    held_out is whether the evaluated windows are known not to be trained on.
+    steps are the log's records with their steps counted from 1, as `train` counts them; the log
+    itself counts from 0. held_out is whether the evaluated windows are known not to be trained on.
     """
 
     title: str = "softtrellis run"
@@ -155,7 +156,7 @@ def _read_log(path: Path) -> tuple[tuple[Mapping[str, Any], ...], tuple[str, ...
 
 
 def _in_order(records: Mapping[int, Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
-    return tuple(records[step] for step in sorted(records))
+    return tuple({**records[step], "step": step + 1} for step in sorted(records))
 
 
 def _read_object(path: Path) -> Mapping[str, Any]:
