@@ -109,6 +109,21 @@ def test_options_that_do_not_exist(refused: Refused, arguments: list[str], messa
 
 
 @pytest.mark.parametrize(
+    "command", ["quickstart", "quantize m -o d", "train d --teacher m -o e", "eval m"]
+)
+def test_texts_of_a_repeated_option_are_all_taken(command: str) -> None:
+    def texts(*options: str) -> list[str] | None:
+        found: list[str] | None = build_parser().parse_args([*command.split(), *options]).data
+        return found
+
+    default = texts()
+    assert default == (None if command == "eval m" else ["pydoc"])
+    assert texts("--data", "a", "--data", "b", "c") == ["a", "b", "c"]
+    assert texts("--data", "pydoc") == ["pydoc"]
+    assert texts() == default
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ("--L 3", "--L must be from 4 to 16, got 3"),
