@@ -161,6 +161,8 @@ def test_quantize_settings(refused: Refused, tmp_path: Path, options: str, messa
         ("--windows 0", "--windows must be at least 1, got 0"),
         ("--warmup -1", "--warmup must be at least 0, got -1"),
         ("--save-every -1", "--save-every must be 0 (never) or more, got -1"),
+        ("--finish-share 0.5", "--finish-share must be left out where no finish is named"),
+        ("--finish soft --finish-share 0", "--finish-share must be above 0 with finish"),
         ("--mode single", "--layers must name some layers in mode 'single'"),
     ],
 )

@@ -217,6 +217,14 @@ class DistillConfig:
         for name in ("start", "finish_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
+        if self.finish is None and self.finish_share != DistillConfig.finish_share:
+            raise ValueError(
+                f"finish_share must be left out where no finish is named, got {self.finish_share}"
+            )
+        if self.finish is not None and self.finish_share == 0:
+            raise ValueError(
+                f"finish_share must be above 0 with finish {self.finish!r}, which would not be used"
+            )
 
 
 def distill(
