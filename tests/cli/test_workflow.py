@@ -128,6 +128,19 @@ def test_training_that_looks_at_no_held_out_text_says_so(
     assert unseen in result.out
 
 
+@pytest.mark.parametrize("end", [["--steps", "2"], ["--minutes", "0.01"]])
+def test_a_warning_has_a_line_of_its_own(
+    softtrellis: Command, train: Start, tmp_path: Path, end: list[str]
+) -> None:
+    options = ["--lr", "1e-5", "--save-every", "0", *end]
+    result = softtrellis(*train(tmp_path / "out"), *options)
+    assert result.code == 0, result.err
+    (warning,) = [line for line in result.err.splitlines() if "change a code" in line]
+    assert warning.startswith("warning: ")
+    assert "train:" not in warning
+    assert softtrellis(*train(tmp_path / "out"), "--force").err.count("warning: ") == 0
+
+
 def test_the_kept_step_and_the_last_one() -> None:
     records = [{"heldout_kl_hard": 0.5}, {}, {"heldout_kl_hard": 0.6}]
     kept = "kept the code of step 1, held-out KL 0.5000 nats per token; the last step's 0.6000"
