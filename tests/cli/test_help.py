@@ -163,6 +163,7 @@ def test_quantize_settings(refused: Refused, tmp_path: Path, options: str, messa
         ("--save-every -1", "--save-every must be 0 (never) or more, got -1"),
         ("--finish-share 0.5", "--finish-share must be left out where no finish is named"),
         ("--finish soft --finish-share 0", "--finish-share must be above 0 with finish"),
+        ("--viterbi-every 4 --estimator soft", "--viterbi-every must be left out where neither"),
         ("--mode single", "--layers must name some layers in mode 'single'"),
     ],
 )

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli.support import LAYERS, QUANTIZE, SMALL, Command, Start, contents
+from cli.support import LAYERS, QUANTIZE, SMALL, TRAIN, Command, Start, contents
 
 from softtrellis.cli.main import build_parser
 from softtrellis.cli.train import _kept
@@ -126,6 +126,19 @@ def test_training_that_looks_at_no_held_out_text_says_so(
     assert result.code == 0, result.err
     unseen = "kept the last step's code, unseen: nothing was measured on held-out text\n"
     assert unseen in result.out
+
+
+def test_a_text_too_short_to_hold_a_part_out(
+    softtrellis: Command, model: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("abcdefgh " * 20, "utf-8")
+    command = ["train", checkpoint, "--teacher", model, "-o", tmp_path / "out", "--data", short]
+    result = softtrellis(*command, *TRAIN)
+    assert result.code == 1
+    part = "Of the part that is held out (--held-out 0 holds out none): The text has 10 tokens"
+    assert result.error.startswith(part)
+    assert softtrellis(*command, *TRAIN, "--steps", "1", "--held-out", "0").code == 0
 
 
 @pytest.mark.parametrize("end", [["--steps", "2"], ["--minutes", "0.01"]])

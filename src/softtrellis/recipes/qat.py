@@ -191,7 +191,10 @@ class DistillConfig:
                 "the temperature falls from t_init to t_min"
             )
         if self.viterbi_every > 1 and "identity" not in (self.estimator, self.finish):
-            raise ValueError("viterbi_every is for estimator 'identity'; leave it out")
+            raise ValueError(
+                "viterbi_every must be left out where neither the estimator nor the finish is "
+                "'identity'"
+            )
         if self.cuda_graphs and (self.checkpoint_layers or not self.device.startswith("cuda")):
             raise ValueError("cuda_graphs must be left out on a CPU, and with checkpoint_layers")
         if self.steps is None and self.minutes is None:
