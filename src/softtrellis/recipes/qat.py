@@ -71,7 +71,7 @@ class DistillConfig:
             to name, at once and with the rest of the model frozen as it is.
         estimator: "soft", "straight_through" or "identity", see ``estimate``.
         finish: another estimator for the end of the run, or None.
-        finish_share: the share of the run that ``finish`` takes.
+        finish_share: the share of the run that ``finish`` takes, above 0; only with ``finish``.
         start: how far from the codewords towards the original weights latents start, 0 to 1;
             from a model that was tuned as it was quantized, whose weights have moved, 0.25 or less.
         train: what changes: "latents", "scales" (of input and output channels), "norms" (with
