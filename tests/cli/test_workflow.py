@@ -232,6 +232,19 @@ def test_eval_and_report(
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_quickstart_knows_that_its_text_is_held_out(
+    softtrellis: Command, model: Path, text: Path, tmp_path: Path
+) -> None:
+    long = tmp_path / "long.txt"
+    long.write_text(5 * text.read_text("utf-8").replace(" ", "\n"), "utf-8")
+    command = ["quickstart", "--model", model, "-o", tmp_path / "run", "--data", long]
+    result = softtrellis(*command, "--layers", "1.self_attn.v_proj", "--steps", "1", "--short")
+    assert result.code == 0, result.err
+    assert "on held-out text" in result.out
+    assert "on this text" not in result.out
+    assert "on held-out text" in (tmp_path / "run/report.html").read_text("utf-8")
+
+
 def test_eval_of_one_window(
     softtrellis: Command, model: Path, checkpoint: Path, text: Path
 ) -> None:
