@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import ast
 import inspect
+import os
 import re
 import runpy
 import shlex
 import shutil
+import subprocess
 import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +22,7 @@ from evaluation.support import results, write_run
 from safetensors.torch import load_file
 
 from softtrellis.cli.main import build_parser
+from softtrellis.cli.train import config_of
 from softtrellis.io.checkpoint import BaseModel, load_quantized, save_quantized
 from softtrellis.modules.quantized_linear import LayerFormat, QuantizedLinear
 from softtrellis.modules.replace import quantized_layers, replace_modules, select_layers
@@ -343,3 +346,25 @@ def test_quantize_own_model(
     runpy.run_path(str(ROOT / "examples/quantize_own_model.py"), run_name="__main__")
     assert "KL, qat less ptq" in capsys.readouterr().out
     assert load_quantized(output / "qat").config.model_type == "llama"
+
+
+@pytest.mark.parametrize(("last", "text"), [([], "wikitext2"), (["a text.txt"], "a text.txt")])
+def test_the_commands_of_the_papers_setting_are_valid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: list[str], text: str
+) -> None:
+    recorder = tmp_path / "softtrellis"
+    recorder.write_text('#!/bin/sh\nfor word; do echo "$word"; done\necho END\n', "utf-8")
+    recorder.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    script = ["bash", str(ROOT / "examples/paper_llama.sh"), "llama", "held out.txt"]
+    done = subprocess.run(
+        [*script, str(tmp_path / "out"), "cpu", *last], capture_output=True, text=True, check=True
+    )
+    calls = [call.splitlines() for call in done.stdout.split("END\n")[:-1]]
+    found = {call[0]: build_parser().parse_args(call) for call in calls}
+    assert list(found) == ["quantize", "plan", "train", "eval", "report"]
+    plan, train = found["plan"], found["train"]
+    assert (plan.lr, plan.steps, plan.warmup) == (train.lr, train.steps, train.warmup)
+    assert plan.temperature == train.t_init
+    assert (train.data, found["eval"].data) == ([text], ["held out.txt"])
+    assert config_of(train).warmup == 0  # the options make sense together

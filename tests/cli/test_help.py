@@ -109,6 +109,21 @@ def test_options_that_do_not_exist(refused: Refused, arguments: list[str], messa
 
 
 @pytest.mark.parametrize(
+    "command", ["quickstart", "quantize m -o d", "train d --teacher m -o e", "eval m"]
+)
+def test_texts_of_a_repeated_option_are_all_taken(command: str) -> None:
+    def texts(*options: str) -> list[str] | None:
+        found: list[str] | None = build_parser().parse_args([*command.split(), *options]).data
+        return found
+
+    default = texts()
+    assert default == (None if command == "eval m" else ["pydoc"])
+    assert texts("--data", "a", "--data", "b", "c") == ["a", "b", "c"]
+    assert texts("--data", "pydoc") == ["pydoc"]
+    assert texts() == default
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ("--L 3", "--L must be from 4 to 16, got 3"),
@@ -146,6 +161,9 @@ def test_quantize_settings(refused: Refused, tmp_path: Path, options: str, messa
         ("--windows 0", "--windows must be at least 1, got 0"),
         ("--warmup -1", "--warmup must be at least 0, got -1"),
         ("--save-every -1", "--save-every must be 0 (never) or more, got -1"),
+        ("--finish-share 0.5", "--finish-share must be left out where no finish is named"),
+        ("--finish soft --finish-share 0", "--finish-share must be above 0 with finish"),
+        ("--viterbi-every 4 --estimator soft", "--viterbi-every must be left out where neither"),
         ("--mode single", "--layers must name some layers in mode 'single'"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 import shutil
@@ -12,9 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli.support import LAYERS, QUANTIZE, SMALL, Command, Start, contents
+from cli.support import LAYERS, QUANTIZE, SMALL, TRAIN, Command, Start, contents
 
 from softtrellis.cli.main import build_parser
+from softtrellis.cli.train import _kept
 from softtrellis.io.checkpoint import load_quantized, read_manifest
 from softtrellis.modules.replace import quantized_layers
 
@@ -118,11 +120,60 @@ def test_training_that_only_harms(
     result = softtrellis(*train(tmp_path / "out"), "--lr", "30")
     assert result.code == 0, result.err
     assert ", 0.00% of codes changed\n" in result.out
-    assert "kept the code it started from: no step was better on held-out text (KL " in result.out
+    kept = r"^kept the code it started from: no step was better on held-out text "
+    found = re.search(
+        kept + r"\(KL ([\d.]+) nats per token; the last step's ([\d.]+)\)$", result.out, re.M
+    )
+    assert found
+    assert float(found[2]) > float(found[1])
     for name, layer in quantized_layers(load_quantized(checkpoint)).items():
         found = quantized_layers(load_quantized(tmp_path / "out"))[name]
         assert torch.equal(found.codes, layer.codes)
         assert torch.equal(found.weight(), layer.weight())
+
+
+@pytest.mark.parametrize("option", ["--held-out", "--evaluate-every"])
+def test_training_that_looks_at_no_held_out_text_says_so(
+    softtrellis: Command, train: Start, tmp_path: Path, option: str
+) -> None:
+    result = softtrellis(*train(tmp_path / "out"), "--steps", "1", option, "0")
+    assert result.code == 0, result.err
+    unseen = "kept the last step's code, unseen: nothing was measured on held-out text\n"
+    assert unseen in result.out
+
+
+def test_a_text_too_short_to_hold_a_part_out(
+    softtrellis: Command, model: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("abcdefgh " * 20, "utf-8")
+    command = ["train", checkpoint, "--teacher", model, "-o", tmp_path / "out", "--data", short]
+    result = softtrellis(*command, *TRAIN)
+    assert result.code == 1
+    part = "Of the part that is held out (--held-out 0 holds out none): The text has 10 tokens"
+    assert result.error.startswith(part)
+    assert softtrellis(*command, *TRAIN, "--steps", "1", "--held-out", "0").code == 0
+
+
+@pytest.mark.parametrize("end", [["--steps", "2"], ["--minutes", "0.01"]])
+def test_a_warning_has_a_line_of_its_own(
+    softtrellis: Command, train: Start, tmp_path: Path, end: list[str]
+) -> None:
+    options = ["--lr", "1e-5", "--save-every", "0", *end]
+    result = softtrellis(*train(tmp_path / "out"), *options)
+    assert result.code == 0, result.err
+    (warning,) = [line for line in result.err.splitlines() if "change a code" in line]
+    assert warning.startswith("warning: ")
+    assert "train:" not in warning
+    assert softtrellis(*train(tmp_path / "out"), "--force").err.count("warning: ") == 0
+
+
+def test_the_kept_step_and_the_last_one() -> None:
+    records = [{"heldout_kl_hard": 0.5}, {}, {"heldout_kl_hard": 0.6}]
+    kept = "kept the code of step 1, held-out KL 0.5000 nats per token; the last step's 0.6000"
+    assert _kept((0, 0.5), records) == kept
+    records[-1] = {"heldout_kl_hard": math.nan}
+    assert _kept(None, records).endswith("unseen: no KL was a finite number on held-out text")
 
 
 def test_train(softtrellis: Command, checkpoint: Path, trained: Path, shelf: Path) -> None:
@@ -171,6 +222,8 @@ def test_eval_and_report(
     assert f"all files {size[2]} bytes" in sizes
     assert f"{run} " in result.out
     assert "95% interval" in result.out
+    assert "on this text" in result.out
+    assert "held-out" not in result.out
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     assert [row["name"] for row in results["rows"]] == models
     assert len(results["windows"][models[1]]["kl"]) == 4
@@ -191,6 +244,19 @@ def test_eval_and_report(
     assert "other is not shown to beat run" in page
     assert "the runs were made with the same settings" in page
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_quickstart_knows_that_its_text_is_held_out(
+    softtrellis: Command, model: Path, text: Path, tmp_path: Path
+) -> None:
+    long = tmp_path / "long.txt"
+    long.write_text(5 * text.read_text("utf-8").replace(" ", "\n"), "utf-8")
+    command = ["quickstart", "--model", model, "-o", tmp_path / "run", "--data", long]
+    result = softtrellis(*command, "--layers", "1.self_attn.v_proj", "--steps", "1", "--short")
+    assert result.code == 0, result.err
+    assert "on held-out text" in result.out
+    assert "on this text" not in result.out
+    assert "on held-out text" in (tmp_path / "run/report.html").read_text("utf-8")
 
 
 def test_eval_of_one_window(

@@ -74,7 +74,7 @@ def test_three_runs(make_run: MakeRun, tmp_path: Path) -> None:
     target = tmp_path / "comparison.html"
     assert write_comparison(runs, target) == target
     text, page = read(target)
-    assert "soft beats identity: on held-out text its KL divergence" in page.text
+    assert "soft beats identity: on this text its KL divergence" in page.text
     assert "same is not shown to beat identity" in page.text
     assert "of twenty runs" in page.text
     differ = page.text.partition("Settings that differ")[2].partition("settings are the same")[0]
@@ -96,8 +96,8 @@ def test_three_runs(make_run: MakeRun, tmp_path: Path) -> None:
         "Soft-to-hard gap",
     ):
         assert title in page.text
-    assert page.text.count("0.5000 (40)") == 3
-    assert page.text.count("0.6000 (40)") == 3
+    assert page.text.count("0.5000 (41)") == 3
+    assert page.text.count("0.6000 (41)") == 3
     assert page.text.count("full precision") == page.text.count("PTQ") == 1
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
     assert all(place.startswith(("#", "data:")) for place in page.loads)

@@ -96,6 +96,14 @@ def test_training_only(tmp_path: Path) -> None:
     assert (tmp_path / "main.png").exists()
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_text_is_called_held_out_where_that_is_known(tmp_path: Path, known: bool) -> None:
+    content = results() | ({"held_out": True} if known else {})
+    write_report(write_run(tmp_path, content=content))
+    _, page = read_page(tmp_path)
+    assert ("on held-out text" in page.text) == known
+
+
 def test_evaluation_only(tmp_path: Path) -> None:
     write_report(write_run(tmp_path, content=results()))
     _, page = read_page(tmp_path)
@@ -186,6 +194,8 @@ def test_verdict(mean: float, kind: str, words: str) -> None:
     assert found == kind
     assert text.startswith(words)
     assert f"{mean:+.4f}" in text
+    assert "on this text" in text
+    assert "on held-out text" in verdict(comparison, held_out=True)[1]
     assert ("50.0% of PTQ's" in text) == (kind != "open")
 
 
@@ -212,7 +222,7 @@ def test_resumed_log_counts_the_later_record_and_a_cut_line_is_mentioned(tmp_pat
     with (tmp_path / "log.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"step": 3, "lo')
     run = read_run(tmp_path)
-    assert run.series("loss") == ([1, 2], [1.0, 5.0])
+    assert run.series("loss") == ([2, 3], [1.0, 5.0])  # counted from 1
     write_report(tmp_path)
     assert "last line of log.jsonl is cut off" in read_page(tmp_path)[1].text
 

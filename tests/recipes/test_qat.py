@@ -210,7 +210,7 @@ def test_the_defaults_lower_the_hardened_divergence(setting: Setting) -> None:
         ({"steps": 0}, "steps must be at least 1"),
         ({"mode": "all"}, "unknown mode"),
         ({"mode": "single"}, "layers must name some layers in mode 'single'"),
-        ({"viterbi_every": 4, "estimator": "soft"}, "viterbi_every is for estimator 'identity'"),
+        ({"viterbi_every": 4, "estimator": "soft"}, "viterbi_every must be left out where"),
         ({"estimator": "hard"}, "unknown estimator"),
         ({"schedule": "linear"}, "unknown schedule"),
         ({"save_every": -1}, "save_every must be 0"),

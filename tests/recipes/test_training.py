@@ -279,6 +279,11 @@ def test_packages_that_are_asked_for(setting: Setting, tmp_path: Path) -> None:
         ({"start": 1.5}, "start must lie"),
         ({"finish": "hard"}, "unknown estimator"),
         ({"finish_share": -0.1}, "finish_share must lie"),
+        ({"finish_share": 0.5}, "finish_share must be left out where no finish is named, got 0.5"),
+        (
+            {"finish": "soft", "finish_share": 0.0},
+            "finish_share must be above 0 with finish 'soft'",
+        ),
         ({"optimizer": "sgd"}, "unknown optimizer"),
         ({"clip": -1.0}, "clip must be a positive"),
         ({"micro_batch": 0}, "micro_batch must be at least 1"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,6 +99,24 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
         return super()._get_help_string(action)
 
 
+class _Extend(argparse.Action):
+    """Collects the values of every time an option is given, in place of its default.
+
+    argparse's own ``extend`` would put them behind the default.
+    """
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        known = getattr(namespace, self.dest)
+        given = list(values or ())
+        setattr(namespace, self.dest, given if known is self.default else [*known, *given])
+
+
 def add_output(parser: argparse.ArgumentParser, what: str, default: str | None = None) -> None:
     """``-o`` and ``--force``."""
     parser.add_argument(
@@ -140,6 +158,7 @@ def add_data(parser: argparse.ArgumentParser, purpose: str, *, teacher: bool = F
         "--data",
         metavar="TEXT",
         nargs="+",
+        action=_Extend,
         default=["pydoc"],
         help=f"{purpose}: UTF-8 text files (documents:FILE if blank lines part its documents), "
         "chats or texts in .jsonl files, a data set on the Hugging Face hub as "

@@ -36,7 +36,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "models", nargs="+", metavar="MODEL", help="checkpoints or full-precision models"
     )
-    add_data(parser, "held-out text, by default pydoc")
+    add_data(parser, "text to score, by default pydoc")
     parser.set_defaults(data=None)  # with --tasks, text is evaluated only if it is asked for
     parser.add_argument("--ctx", type=int, help=f"tokens per window (default: {CTX})")
     parser.add_argument("--windows", type=int, help="use at most so many windows")

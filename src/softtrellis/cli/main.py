@@ -25,6 +25,7 @@ from softtrellis.cli import (
     train,
 )
 from softtrellis.cli.common import UsageError
+from softtrellis.cli.logged import warnings_shown
 from softtrellis.io.errors import is_disk_full, is_out_of_memory
 from softtrellis.io.interrupts import Terminated, termination
 
@@ -69,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = build_parser().parse_args(arguments)
         debug, command = options.debug, options.command
-        with termination():
+        with termination(), warnings_shown():
             code: int = options.run(options)
         sys.stdout.flush()
         return code

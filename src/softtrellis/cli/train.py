@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from softtrellis.cli.common import (
     Commands,
@@ -237,7 +238,6 @@ def run(options: argparse.Namespace) -> int:
     """Trains and saves."""
     from softtrellis.io.checkpoint import describe_sizes
     from softtrellis.recipes.pipeline import train_to
-    from softtrellis.recipes.trainer import START
 
     with usage_errors(options):
         config = config_of(options)
@@ -264,15 +264,31 @@ def run(options: argparse.Namespace) -> int:
         f"{len(result.history)} steps in {last['seconds']:.0f} s: loss {first['loss']:.4f} to "
         f"{last['loss']:.4f}, {changed:.2%} of codes changed"
     )
-    for best in result.kept:
-        if best is None:
-            continue
-        kl = f"KL {best[1]:.4f} nats per token"
-        if best[0] == START:
-            print(f"kept the code it started from: no step was better on held-out text ({kl})")
-        else:
-            print(f"kept the code of step {best[0] + 1}, held-out {kl}")
+    for stage, best in enumerate(result.kept):
+        print(_kept(best, [record for record in result.history if record["stage"] == stage]))
     print(describe_sizes(output))
     following = ["eval", options.teacher, options.checkpoint, str(output), "--data", "pydoc"]
     print(f"Next: softtrellis {shlex.join(following)}")
     return 0
+
+
+def _kept(best: tuple[int, float] | None, records: Sequence[Mapping[str, Any]]) -> str:
+    """Which step's code a stage kept, in words.
+
+    Args:
+        best: as in ``DistillResult.kept``.
+        records: of the stage, as in ``DistillResult.history``.
+    """
+    from softtrellis.recipes.trainer import START
+
+    last = records[-1].get("heldout_kl_hard")
+    if best is None:
+        why = "nothing was measured" if last is None else "no KL was a finite number"
+        return f"kept the last step's code, unseen: {why} on held-out text"
+    step, divergence = best
+    kl = f"KL {divergence:.4f} nats per token"
+    if last is not None and step + 1 != len(records):
+        kl += f"; the last step's {last:.4f}"
+    if step == START:
+        return f"kept the code it started from: no step was better on held-out text ({kl})"
+    return f"kept the code of step {step + 1}, held-out {kl}"

@@ -111,7 +111,7 @@ def _interval_plot(runs: Sequence[ComparedRun], comparisons: Sequence[Comparison
     found = "; ".join(f"{c.a} {c.mean:+.4f}, {c.low:+.4f} to {c.high:+.4f}" for c in comparisons)
     alt = f"Differences of KL to {comparisons[0].b} with 95% intervals: {found}."
     caption = (
-        f"KL on the same held-out windows, less that of {comparisons[0].b}: mean and 95% interval "
+        f"KL on the same windows, less that of {comparisons[0].b}: mean and 95% interval "
         "of a paired bootstrap over windows."
     )
     return Plot(svg, alt, caption, wide=True)

@@ -54,9 +54,10 @@ def _body(
     runs: Sequence[ComparedRun], comparisons: Sequence[Comparison], reasons: Sequence[str]
 ) -> Iterator[str]:
     rows = {each.name: each.row for each in runs}
+    held_out = all(each.run.held_out for each in runs)
     for comparison in comparisons:
         first = rows[comparison.b]
-        kind, words = verdict(comparison, first.kl if first else None)
+        kind, words = verdict(comparison, first.kl if first else None, held_out=held_out)
         yield f'<p class="verdict {kind}">{escape(words)}</p>'
     yield from _notes(runs, comparisons, reasons)
     marks = {each.name: swatch(index) for index, each in enumerate(runs)}
@@ -118,7 +119,7 @@ def _results(runs: Sequence[ComparedRun], marks: Mapping[str, str]) -> Iterator[
     yield "<h2>Results</h2>"
     yield html_table(headings, cells, "", [marks[row.name] for row in own])
     yield (
-        '<p class="note">Perplexity and KL divergence (nats per token) on held-out windows; lower '
+        '<p class="note">Perplexity and KL divergence (nats per token) on windows of text; lower '
         "is better. Lines without a mark are models that were evaluated beside the runs.</p>"
     )
 

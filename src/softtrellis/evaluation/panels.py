@@ -173,7 +173,7 @@ def draw_window_pairs(axes: "Axes", run: Run, comparison: Comparison) -> None:
     axes.locator_params(nbins=5)
     _label(
         axes,
-        f"{metric} per held-out window",
+        f"{metric} per window",
         f"{comparison.a} (nats per token)",
         f"{comparison.b} (nats per token)",
     )

@@ -126,7 +126,7 @@ def _comparison_plots(run: Run) -> Iterator[Plot]:
             f"interval {comparison.low:.4g} to {comparison.high:.4g}."
         )
         caption = (
-            f"Each bar is one held-out window, sorted: {comparison.a} minus {comparison.b}. "
+            f"Each bar is one window, sorted: {comparison.a} minus {comparison.b}. "
             f"{comparison.a} is lower in {lower} of {len(differences)}. "
             "Line and band: mean and bootstrap interval."
         )

@@ -124,18 +124,22 @@ def align_columns(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> st
     return "\n".join([text[0], "  ".join("-" * width for width in widths), *text[1:]])
 
 
-def verdict(comparison: Comparison, baseline: float | None = None) -> tuple[str, str]:
+def verdict(
+    comparison: Comparison, baseline: float | None = None, *, held_out: bool = False
+) -> tuple[str, str]:
     """What a paired comparison shows, in plain words.
 
     Args:
         comparison: mean and 95% interval of a - b; lower is better in every metric.
         baseline: the metric of b, to say how large the difference is; optional.
+        held_out: whether the text is known not to be what the models were trained on.
 
     Returns:
         ("better" | "worse" | "open", the sentences).
     """
     c = comparison
     what = {"kl": "KL divergence to the reference", "nll": "log loss"}.get(c.metric, c.metric)
+    text = "held-out text" if held_out else "this text"
     interval = f"95% interval {c.low:+.4f} to {c.high:+.4f}"
     share = f", {100 * abs(c.mean) / baseline:.1f}% of {c.b}'s" if baseline else ""
     if not all(math.isfinite(x) for x in (c.mean, c.low, c.high)):
@@ -145,11 +149,11 @@ def verdict(comparison: Comparison, baseline: float | None = None) -> tuple[str,
             ("better", "beats", "lower") if c.high < 0 else ("worse", "is worse than", "higher")
         )
         return kind, (
-            f"{c.a} {verb} {c.b}: on held-out text its {what} is {side} by {abs(c.mean):.4f} nats "
+            f"{c.a} {verb} {c.b}: on {text} its {what} is {side} by {abs(c.mean):.4f} nats "
             f"per token{share} (difference {c.mean:+.4f}, {interval}, which excludes 0)."
         )
     return "open", (
-        f"{c.a} is not shown to beat {c.b}: the difference of their {what} on held-out text is "
+        f"{c.a} is not shown to beat {c.b}: the difference of their {what} on {text} is "
         f"{c.mean:+.4f} nats per token ({interval}, which includes 0)."
     )
 
@@ -162,8 +166,8 @@ def _body(run: Run, plots: Sequence[Plot]) -> Iterable[str]:
         headings, cells = results_table(run.rows)
         yield f"<h2>Results</h2>{html_table(headings, cells)}"
         yield (
-            '<p class="note">Perplexity and KL divergence (nats per token) on the same held-out '
-            "windows; lower is better.</p>"
+            '<p class="note">Perplexity and KL divergence (nats per token) on the same '
+            "windows of text; lower is better.</p>"
         )
     if run.steps:
         yield f"<p>{escape(_training_summary(run))}</p>"
@@ -185,7 +189,7 @@ def _verdicts(run: Run) -> Iterable[str]:
     ordered = sorted(run.comparisons, key=lambda c: (c.a, c.b) != (TRAINED, BASELINE))
     for comparison in ordered:
         known = kl.get(comparison.b) if comparison.metric == "kl" else None
-        kind, words = verdict(comparison, known)
+        kind, words = verdict(comparison, known, held_out=run.held_out)
         yield f'<p class="verdict {kind}">{escape(words)}</p>'
 
 

@@ -55,7 +55,11 @@ class Windows:
 
 @dataclass(frozen=True)
 class Run:
-    """A run directory's contents; parts that the run did not write are empty."""
+    """A run directory's contents; parts that the run did not write are empty.
+
+    steps are the log's records with their steps counted from 1, as `train` counts them; the log
+    itself counts from 0. held_out is whether the evaluated windows are known not to be trained on.
+    """
 
     title: str = "softtrellis run"
     steps: tuple[Mapping[str, Any], ...] = ()
@@ -63,6 +67,7 @@ class Run:
     windows: Mapping[str, Windows] = field(default_factory=dict)
     comparisons: tuple[Comparison, ...] = ()
     predicted_radius: float | None = None
+    held_out: bool = False
     settings: Mapping[str, object] = field(default_factory=dict)
     environment: Mapping[str, object] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -151,7 +156,7 @@ def _read_log(path: Path) -> tuple[tuple[Mapping[str, Any], ...], tuple[str, ...
 
 
 def _in_order(records: Mapping[int, Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
-    return tuple(records[step] for step in sorted(records))
+    return tuple({**records[step], "step": step + 1} for step in sorted(records))
 
 
 def _read_object(path: Path) -> Mapping[str, Any]:
@@ -181,6 +186,7 @@ def _build(content: Mapping[str, Any]) -> Run:
             for c in content.get("comparisons", ())
         ),
         predicted_radius=_optional(content, "predicted_radius"),
+        held_out=content.get("held_out") is True,
         settings=dict(content.get("settings", {})),
         environment=dict(content.get("environment", {})),
     )

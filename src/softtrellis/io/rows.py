@@ -25,7 +25,8 @@ def document_of(
     Args:
         row: values by field.
         tokenizer: needed for chats, which its chat template renders.
-        field: the one that holds the text or the messages; None is the first of ``FIELDS``.
+        field: the one that holds the text or the messages; None is the first of ``FIELDS``, of
+            which only ``text`` may hold a text.
 
     Returns:
         A chat as its template renders it; a text, ended by a blank line.
@@ -34,18 +35,21 @@ def document_of(
         ValueError: no such field, something else than text or messages in it, or messages that
             the template cannot render. The message is the end of a sentence that names the row.
     """
+    takes_text = field is not None
     if field is None:
         field = next((name for name in FIELDS if row.get(name) is not None), None)
         if field is None:
             raise ValueError(f"has none of {', '.join(FIELDS)}, only {', '.join(row) or 'nothing'}")
+        takes_text = field == "text"
     elif field not in row:
         raise ValueError(f"has no field {field!r}, only {', '.join(row)}")
     value = row[field]
-    if isinstance(value, str):
+    if isinstance(value, str) and takes_text:
         return value + "\n\n"
     if isinstance(value, list):
         return render_chat(value, tokenizer)
-    raise ValueError(f"must have text or a list of messages in {field!r}, not {_kind(value)}")
+    wanted = "text or a list of messages" if takes_text else "a list of messages"
+    raise ValueError(f"must have {wanted} in {field!r}, not {_kind(value)}")
 
 
 def render_chat(turns: Sequence[object], tokenizer: PreTrainedTokenizerBase | None) -> str:

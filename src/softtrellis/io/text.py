@@ -194,7 +194,7 @@ def train_and_held_out_windows(
     part = "trained on"
     try:
         windows = token_windows(tokenizer, training, ctx, limit=limit)
-        part = "held out"
+        part = "held out (--held-out 0 holds out none)"
         return windows, token_windows(tokenizer, held_out, ctx, limit=held_out_windows)
     except ValueError as error:
         raise ValueError(f"Of the part that is {part}: {error}") from error

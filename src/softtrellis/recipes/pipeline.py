@@ -161,7 +161,7 @@ def evaluate_models(
     windows: int | None,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Scores models on held-out text; the first is the reference of the KL divergence.
+    """Scores models on text; the first is the reference of the KL divergence.
 
     Returns:
         What ``results.json`` holds: rows, scores per window and paired comparisons.
@@ -305,9 +305,10 @@ def summary(results: Mapping[str, Any]) -> str:
         lines += [format_tasks(results["tasks"]), ""]
     if "comparisons" not in results:
         return "\n".join(lines[:-1])
+    held_out = results.get("held_out", False)
     for found in results["comparisons"]:
         baseline = measured[found["b"]]["kl"] if found["metric"] == "kl" else None
-        lines.append(verdict(Comparison(**found), baseline)[1])
+        lines.append(verdict(Comparison(**found), baseline, held_out=held_out)[1])
     if len(measured) > 1 and not results["comparisons"]:
         lines.append("One window of text is too few to compare models; use two or more.")
     return "\n".join(lines)

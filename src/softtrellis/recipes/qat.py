@@ -71,7 +71,7 @@ class DistillConfig:
             to name, at once and with the rest of the model frozen as it is.
         estimator: "soft", "straight_through" or "identity", see ``estimate``.
         finish: another estimator for the end of the run, or None.
-        finish_share: the share of the run that ``finish`` takes.
+        finish_share: the share of the run that ``finish`` takes, above 0; only with ``finish``.
         start: how far from the codewords towards the original weights latents start, 0 to 1, if
             they are trained; from a model that was tuned as it was quantized, or trained, whose
             weights have moved, 0.25 or less.
@@ -192,7 +192,10 @@ class DistillConfig:
                 "the temperature falls from t_init to t_min"
             )
         if self.viterbi_every > 1 and "identity" not in (self.estimator, self.finish):
-            raise ValueError("viterbi_every is for estimator 'identity'; leave it out")
+            raise ValueError(
+                "viterbi_every must be left out where neither the estimator nor the finish is "
+                "'identity'"
+            )
         if self.cuda_graphs and (self.checkpoint_layers or not self.device.startswith("cuda")):
             raise ValueError("cuda_graphs must be left out on a CPU, and with checkpoint_layers")
         if self.steps is None and self.minutes is None:
@@ -218,6 +221,14 @@ class DistillConfig:
         for name in ("start", "finish_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
+        if self.finish is None and self.finish_share != DistillConfig.finish_share:
+            raise ValueError(
+                f"finish_share must be left out where no finish is named, got {self.finish_share}"
+            )
+        if self.finish is not None and self.finish_share == 0:
+            raise ValueError(
+                f"finish_share must be above 0 with finish {self.finish!r}, which would not be used"
+            )
 
 
 def distill(

@@ -202,6 +202,7 @@ def _run(config: QuickstartConfig, directory: Path) -> None:
     results = score_and_compare(
         models, held_out, sizes, title="softtrellis quickstart", settings=settings
     )
+    results["held_out"] = True
     results["predicted_radius"] = predicted_radius(2**config.L)
     write_json(directory / "results.json", results)
     write_report(directory)
