@@ -107,7 +107,7 @@ class TestWindows:
         path = tmp_path / "short.txt"
         path.write_text("word " * 20, encoding="utf-8")
         with pytest.raises(
-            ValueError, match=r"held out: The text has .* less than one window of 32"
+            ValueError, match=r"--held-out 0 .*: The text has .* less than one window of 32"
         ):
             train_and_held_out_windows(tiny_tokenizer, [str(path)], 32)
 
