@@ -16,6 +16,7 @@ from softtrellis.modules.decode import resolve_decode_backend
 from softtrellis.recipes.generation import Chat, GenerateConfig, generate_text
 
 SHORT = ["--max-tokens", "8"]
+GREEDY = [*SHORT, "--temperature", "0"]
 
 
 def test_generate_prints_what_follows_the_prompt(softtrellis: Command, checkpoint: Path) -> None:
@@ -108,9 +109,8 @@ def chat(monkeypatch: pytest.MonkeyPatch, lines: str) -> None:
 def test_chat_answers_each_line(
     softtrellis: Command, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = [*SHORT, "--temperature", "0"]
     chat(monkeypatch, "abc\n\nabc\n/reset\nabc\n/exit\nabc\n")
-    result = softtrellis("chat", checkpoint, *options)
+    result = softtrellis("chat", checkpoint, *GREEDY)
     assert result.code == 0, result.err
     model, tokenizer = load_quantized(checkpoint), load_tokenizer(checkpoint)
     said = Chat(model, tokenizer, GenerateConfig(max_tokens=8))
@@ -132,11 +132,10 @@ def test_chat_ends_with_its_input(
 def test_a_message_that_is_too_long_does_not_end_the_chat(
     softtrellis: Command, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = [*SHORT, "--temperature", "0"]
     chat(monkeypatch, "abc\nabd\n")
-    expected = softtrellis("chat", checkpoint, *options)
+    expected = softtrellis("chat", checkpoint, *GREEDY)
     chat(monkeypatch, f"abc\n{'c' * 300}\nabd\n")
-    result = softtrellis("chat", checkpoint, *options)
+    result = softtrellis("chat", checkpoint, *GREEDY)
     assert result.code == 0, result.err
     assert result.out == expected.out
     (message,) = [line for line in result.err.splitlines() if "error" in line]

@@ -28,8 +28,8 @@ from softtrellis.cli.common import (
 if TYPE_CHECKING:
     from softtrellis.recipes.qat import DistillConfig
 
-PTQ_START, MOVED_START = 0.5, 0.25
-"""Where latents start by default: from PTQ alone, and where weights have moved since."""
+MOVED_START = 0.25
+"""Where latents start by default if weights have moved since PTQ."""
 
 
 def add_parser(commands: Commands) -> None:
@@ -178,10 +178,9 @@ def add_parser(commands: Commands) -> None:
 
 def _moved(checkpoint: Path) -> bool:
     """Whether a checkpoint's weights are no longer near the original ones."""
-    from softtrellis.io.checkpoint import read_manifest
+    from softtrellis.io.manifest import TUNING, read_manifest
 
-    steps = {"fine_tune", "progressive", "end_to_end", "train"}
-    return not steps.isdisjoint(read_manifest(checkpoint).provenance)
+    return not {*TUNING, "train"}.isdisjoint(read_manifest(checkpoint).provenance)
 
 
 def config_of(options: argparse.Namespace) -> DistillConfig:
@@ -197,7 +196,7 @@ def config_of(options: argparse.Namespace) -> DistillConfig:
         estimator=options.estimator,
         finish=options.finish,
         finish_share=options.finish_share,
-        start=PTQ_START if options.start == "auto" else options.start,
+        start=DistillConfig.start if options.start == "auto" else options.start,
         train=tuple(part.strip() for part in options.train.split(",") if part.strip()),
         t_init=options.t_init,
         t_min=options.t_min,

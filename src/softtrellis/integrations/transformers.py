@@ -43,6 +43,7 @@ from softtrellis.modules.replace import (
     prepare_for_layers_,
     quantized_layers,
     replace_modules,
+    share_codebooks_,
 )
 from softtrellis.quantizers.hard import TrellisCode
 
@@ -186,10 +187,9 @@ class SofttrellisQuantizer(HfQuantizer):
         first: dict[tuple[TrellisCode, torch.device], QuantizedLinear] = {}
         for layer in quantized_layers(model).values():
             code, device = layer.layer.code, layer.codes.device
-            if (code, device) not in first:
+            if first.setdefault((code, device), layer) is layer:
                 layer.set_codebook(self._codebooks[code].to(device))
-                first[code, device] = layer
-            layer.codebook, layer.table = first[code, device].codebook, first[code, device].table
+        share_codebooks_(model)
         self._codebooks = {}
         return model
 

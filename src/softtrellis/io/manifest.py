@@ -23,6 +23,9 @@ MANIFEST, WEIGHTS = "softtrellis.json", "model.safetensors"
 UNCHECKED = ("README.md", "generation_config.json")
 """Files that people edit, on hubs for instance; no weight and no logit depends on them."""
 
+TUNING = ("fine_tune", "progressive", "end_to_end")
+"""Steps of ``quantize`` in the provenance that move norms and biases, and the weights behind."""
+
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used: damaged, from another version or for another model."""

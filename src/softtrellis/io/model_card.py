@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from softtrellis.io.manifest import codes_of
+from softtrellis.io.manifest import TUNING, codes_of
 from softtrellis.modules.quantized_linear import LayerFormat
 
 
@@ -56,7 +56,7 @@ Methods: QTIP (arXiv 2406.11235) for the codes, BCJR-QAT (arXiv 2605.10655) for 
 
 def _other_weights(provenance: Mapping[str, Any]) -> str:
     """What is known of the weights that are not packed."""
-    tuned = any(step in provenance for step in ("fine_tune", "progressive", "end_to_end"))
+    tuned = any(step in provenance for step in TUNING)
     if tuned or _trained_norms(provenance.get("train")):
         return "Norms and biases were trained, too; all other weights are those of the base model."
     if "quantize" in provenance or "quickstart" in provenance:

@@ -188,10 +188,10 @@ def replace_modules(
 
 
 def share_codebooks_(model: nn.Module) -> None:
-    """Lets quantized layers of one code on one device use one codebook, which moves keep."""
+    """Lets quantized layers use the codebook of the first of their code and device."""
     known: dict[tuple[object, object], QuantizedLinear] = {}
     for module in quantized_layers(model).values():
-        first = known.setdefault((module.layer.code, module.codebook.device), module)
+        first = known.setdefault((module.layer.code, module.codes.device), module)
         module.codebook, module.table = first.codebook, first.table
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-import torch
 from torch import Tensor
 
 from softtrellis.backend import Backend
@@ -73,8 +72,8 @@ def estimate(
             tiles, codebook, spec, temperature=temperature, ends=pins, backend=backend
         ).values
     states = best_states(tiles, codebook, spec, ends=pins, backend=backend)
+    hard = identity(tiles, codebook, states)
     if estimator == "identity":
-        return identity(tiles, codebook, states)
-    hard = codebook.detach()[states.to(torch.int64)].to(tiles.dtype)
+        return hard
     soft = bcjr(tiles, codebook, spec, temperature=temperature, ends=pins, backend=backend).values
     return soft + (hard - soft).detach()
