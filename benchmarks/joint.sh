@@ -5,15 +5,14 @@ common="--compile --evaluate-every 0 --measure-every 0 --train latents,scales,no
 tokens="--batch 16 --steps 240" minutes="--minutes 2"
 soft="$common --estimator soft $cooling $tokens --lr 1.5e-2 --start 0.5"
 identity="$common --estimator identity $tokens --lr 1.5e-2 --start 0.5"
-soft_minutes="$common --estimator soft $cooling $minutes --batch 32 --lr 2.5e-2 --start 0.5"
-identity_minutes="$common --estimator identity --viterbi-every 4 $minutes --batch 8 --lr 4e-3 --start 0.5"
+soft_minutes="$common --estimator soft $cooling $minutes --batch 32 --lr 1.6e-2 --start 0.5"
+identity_minutes="$common --estimator identity --viterbi-every 4 $minutes --batch 8 --lr 7e-3 --start 0.5"
 through="$common --estimator straight_through $cooling $tokens --lr 1.5e-2 --start 0.5"
-native="--batch 16 --scale-lr 5e-3 --lr 3e-3"
-run experiment "--L 12" "tokens/identity=$identity" "tokens/soft=$soft" --seeds 1 2
-run experiment "--L 12" "minutes/identity=$identity_minutes" "minutes/soft=$soft_minutes" --seeds 0 1
+native="--batch 16 --scale-lr 5e-3"
+run experiment "--L 12" "minutes/identity=$identity_minutes" "minutes/soft=$soft_minutes" --seeds 1 2
 run experiment "--L 12" "tokens/through=$through" "ldlq"
 run experiment "--code scalar --L 8" "scalar" "tokens/scalar=$identity"
-run group_qat "" "tokens/native=$native --steps 240"
-run experiment "--L 12" "minutes/identity=$identity_minutes" "minutes/soft=$soft_minutes" --seeds 2
+run group_qat "" "tokens/native-1.5e-2=$native --steps 240 --lr 1.5e-2" "tokens/native-3e-3=$native --steps 240 --lr 3e-3"
+run experiment "--L 12" "tokens/identity=$identity" "tokens/soft=$soft" --seeds 1 2
 run experiment "--code scalar --L 8" "minutes/scalar=$identity_minutes"
-run group_qat "" "minutes/native=$native $minutes"
+run group_qat "" "minutes/native=$native $minutes --lr 1.5e-2"
