@@ -14,7 +14,7 @@ def test_the_table(softtrellis: Command, checkpoint: Path, model: Path, tmp_path
     plan = ["plan", checkpoint, "--lr", "0.01", "--teacher", model]
     result = softtrellis(*plan, "--json", file)
     assert (result.code, result.err) == (0, "")
-    assert "lr 0.01, 100 steps, warm-up 5, cosine" in result.out
+    assert "lr 0.01, 240 steps, warm-up 5, cosine" in result.out
     assert "0.09974" in result.out
     assert "towards the teacher" in result.out
     assert "Codes " in result.out.splitlines()[-1]
@@ -26,7 +26,7 @@ def test_the_table(softtrellis: Command, checkpoint: Path, model: Path, tmp_path
 
 def test_the_learning_rate_of_a_walk(softtrellis: Command, checkpoint: Path) -> None:
     result = softtrellis("plan", checkpoint, "--steps", "400", "--tiles", "3")
-    assert "weights travel 0.1 sigma (RMS) if gradients\nhave random signs" in result.out
+    assert "weights travel 0.14 sigma (RMS) if gradients\nhave random signs" in result.out
 
 
 def test_a_run_that_cannot_change_codes(softtrellis: Command, checkpoint: Path) -> None:

@@ -38,6 +38,7 @@ def test_the_rate_of_a_walk() -> None:
         travel = drift_budget(learning_rates(rate, steps)).random
         assert travel == pytest.approx(0.05)
     assert rate_of_walk(2) == MOST_LR
+    assert rate_of_walk(1000, viterbi_every=8) == MOST_LR / 8 < rate_of_walk(1000)
     with pytest.raises(ValueError, match="steps must be at least 1"):
         rate_of_walk(0)
 

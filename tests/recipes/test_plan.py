@@ -146,7 +146,7 @@ def test_the_record_is_json(layer: LatentLinear) -> None:
     assert record["layers"]["a.b"]["sign"][0] is None
     assert record["layers"]["a.b"]["random"] == plan.radii["random"].tolist()
     assert record["prediction"]["budget"]["consistent"] == plan.prediction.budget.consistent
-    assert record["settings"]["steps"] == 100
+    assert record["settings"]["steps"] == 240
 
 
 def test_samples_are_spread_over_the_layers() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import math
 from functools import partial
 from pathlib import Path
@@ -25,7 +27,7 @@ from softtrellis.recipes.optimizer import (
     scale_gradients_,
 )
 from softtrellis.recipes.qat import DistillConfig
-from softtrellis.recipes.training_text import WindowOrder
+from softtrellis.recipes.training_text import DEFAULT_CTX, WindowOrder, window_length
 
 
 def test_passes_in_parts_and_recomputed_ones_change_nothing(setting: Setting) -> None:
@@ -309,3 +311,17 @@ def test_a_gpu_does_what_the_cpu_does(setting: Setting, estimator: str) -> None:
     assert kept[0] is not None
     assert kept[1] is not None
     assert kept[1][1] == pytest.approx(kept[0][1], rel=0.1)
+
+
+def test_windows_are_no_longer_than_the_model_has_positions(setting: Setting) -> None:
+    model = copy.copy(setting.teacher)
+    model.config = copy.deepcopy(setting.teacher.config)
+    for positions, length in ((128, 128), (8192, DEFAULT_CTX)):
+        model.config.max_position_embeddings = positions
+        assert window_length(None, model) == length
+        assert window_length(positions, model) == positions
+    with pytest.raises(ValueError, match="at most the model's 8192 positions, got 8193"):
+        window_length(8193, model)
+    few = setting.teacher.config.max_position_embeddings
+    with pytest.raises(ValueError, match=f"at most the model's {few} positions"):
+        setting.train(setting.student(), ctx=few + 1)

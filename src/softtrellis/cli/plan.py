@@ -34,7 +34,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--lr", type=number, default="auto", help="peak learning rate of AdamW; auto as in train"
     )
-    parser.add_argument("--steps", type=int, default=100, help="optimizer steps (per stage)")
+    parser.add_argument("--steps", type=int, default=240, help="optimizer steps (per stage)")
     parser.add_argument("--warmup", type=int, default=5, help="steps of linear warm-up")
     parser.add_argument(
         "--schedule",

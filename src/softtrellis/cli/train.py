@@ -92,7 +92,8 @@ def add_parser(commands: Commands) -> None:
         "--lr",
         type=number,
         default="auto",
-        help="peak learning rate of latents; auto lets noise alone move them by 0.1 sigma",
+        help="peak learning rate of latents; auto lets noise alone move them by 0.14 "
+        "sigma, and is at most 0.015",
     )
     parser.add_argument(
         "--scale-lr", type=float, default=5e-3, help="of scales and norms, over each one's size"
@@ -106,17 +107,21 @@ def add_parser(commands: Commands) -> None:
     )
     parser.add_argument("--clip", type=float, help="largest norm of all gradients")
     parser.add_argument(
-        "--steps", type=int, help="optimizer steps (per stage); 100 without --minutes"
+        "--steps", type=int, help="optimizer steps (per stage); 240 without --minutes"
     )
     parser.add_argument(
         "--minutes", type=float, help="end the run, with its schedules, after so much time"
     )
     parser.add_argument("--warmup", type=int, default=5, help="steps of linear warm-up")
-    parser.add_argument("--batch", type=int, default=4, help="windows per step")
+    parser.add_argument("--batch", type=int, default=16, help="windows per step")
     parser.add_argument(
         "--micro-batch", type=int, help="windows that pass the model at once; all by default"
     )
-    parser.add_argument("--ctx", type=int, default=512, help="tokens per window")
+    parser.add_argument(
+        "--ctx",
+        type=int,
+        help="tokens per window (default: 1024, or all positions of a model that has fewer)",
+    )
     parser.add_argument("--windows", type=int, help="use at most so many windows of the text")
     parser.add_argument(
         "--held-out",
@@ -189,7 +194,7 @@ def config_of(options: argparse.Namespace) -> DistillConfig:
 
     steps = options.steps
     if steps is None and options.minutes is None:
-        steps = 100
+        steps = DistillConfig.steps
     return DistillConfig(
         layers=layers_of(options.layers),
         mode=options.mode,

@@ -21,14 +21,14 @@ from softtrellis.trellis.viterbi import viterbi
 SAMPLED_TILES = 256
 """Tiles per layer on which codes and entropies are measured during training."""
 
-WALK = 0.1
+WALK = 0.14
 """Sigma that gradients of random sign alone may move latents by (docs/drift.md, section 9)."""
 
 LOUD = 0.15
 """The same, from where on most runs lost."""
 
-MOST_LR = 3e-2
-"""The largest learning rate with which the identity gained."""
+MOST_LR = 1.5e-2
+"""The largest learning rate times steps between searches with which SmolLM2 gained steadily."""
 
 
 def predicted_radius(num_states: int) -> float:
@@ -118,21 +118,24 @@ def rate_of_walk(
     warmup: int = 5,
     schedule: LearningRateSchedule = "cosine",
     walk: float = WALK,
+    viterbi_every: int = 1,
 ) -> float:
     """The peak learning rate with which gradients of random sign move weights by ``walk`` sigma.
 
-    It is ``MOST_LR`` at most: in very few steps no gradients agree, whatever the rate.
+    It is ``MOST_LR / viterbi_every`` at most: between two searches for hard codes gradients see the
+    same code, and all weights that are near to another one go there together.
 
     Args:
         steps: of the run.
         warmup, schedule: see ``learning_rates``.
         walk: root mean square travel.
+        viterbi_every: steps between searches.
 
     Raises:
         ValueError: what ``learning_rates`` raises.
     """
     rates = learning_rates(1.0, steps, warmup=warmup, schedule=schedule)
-    return min(MOST_LR, walk / drift_budget(rates).random)
+    return min(MOST_LR / viterbi_every, walk / drift_budget(rates).random)
 
 
 def verdict(budget: Budget, radius: float) -> Verdict:

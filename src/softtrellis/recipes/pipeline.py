@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from softtrellis.recipes.ptq import QuantizeConfig, quantize_model
 from softtrellis.recipes.qat import DistillConfig, distill
 from softtrellis.recipes.ranks import ONE, Ranks, output_directory
 from softtrellis.recipes.stages import DistillResult
+from softtrellis.recipes.training_text import window_length
 
 DENSE_BITS = 32
 
@@ -127,6 +128,7 @@ def train_to(
     with output_directory(output, ranks, force=force, resume=resume) as directory:
         source = load_full_precision(teacher)
         check_base(manifest, source.model)
+        config = replace(config, ctx=window_length(config.ctx, source.model))
         result = distill(
             load_quantized(checkpoint),
             config,

@@ -66,7 +66,7 @@ class PlanConfig:
     """
 
     lr: float = 1e-2
-    steps: int = 100
+    steps: int = 240
     warmup: int = 5
     schedule: LearningRateSchedule = "cosine"
     layers: tuple[str, ...] | None = None

@@ -81,7 +81,7 @@ class DistillConfig:
         t_min: temperature of the last step.
         schedule: "exponential" or "cosine".
         lr: peak learning rate of the latents; "auto" is the one with which gradients of random
-            sign would move them by 0.1 over the run, see ``rate_of_walk``.
+            sign would move them by 0.14 over the run, see ``rate_of_walk``.
         scale_lr: of scales, norms and biases.
         table_lr: of the table.
         optimizer: "adamw", or "adamw8bit", whose moments take a byte each (torchao).
@@ -92,7 +92,7 @@ class DistillConfig:
         warmup: steps of linear warm-up.
         batch: windows per step.
         micro_batch: windows that pass the model at once; None is ``batch``.
-        ctx: tokens per window.
+        ctx: tokens per window; None is 1024, or all positions of a model that has fewer.
         data: texts, see ``load_documents``, or "teacher" for text that it writes.
         windows: at most so many windows are used; None is all there are.
         held_out: at most so many windows of the text's last documents, which are not trained on
@@ -137,12 +137,12 @@ class DistillConfig:
     table_lr: float = 1e-3
     optimizer: OptimizerName = "adamw"
     clip: float | None = None
-    steps: int | None = 100
+    steps: int | None = 240
     minutes: float | None = None
     warmup: int = 5
-    batch: int = 4
+    batch: int = 16
     micro_batch: int | None = None
-    ctx: int = 512
+    ctx: int | None = None
     data: tuple[str, ...] = ("pydoc",)
     windows: int | None = None
     held_out: int = 16

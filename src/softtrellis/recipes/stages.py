@@ -185,7 +185,10 @@ class Run:
         if self.config.steps is not None:
             steps = min(steps, self.config.steps)
         if self.config.lr == "auto":
-            trainer.rates.lr = rate_of_walk(steps, warmup=self.config.warmup)
+            config = self.config
+            trainer.rates.lr = rate_of_walk(
+                steps, warmup=config.warmup, viterbi_every=config.viterbi_every
+            )
         return steps
 
     def _append(self, record: dict[str, Any], bar: Any) -> None:

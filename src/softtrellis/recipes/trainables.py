@@ -129,7 +129,8 @@ class LearningRates:
         self._warmup = config.warmup
         steps = config.steps or UNKNOWN_STEPS
         auto = config.lr == "auto"
-        self.lr = rate_of_walk(steps, warmup=config.warmup) if auto else float(config.lr)
+        walk = rate_of_walk(steps, warmup=config.warmup, viterbi_every=config.viterbi_every)
+        self.lr = walk if auto else float(config.lr)
         found: dict[tuple[float, bool], list[nn.Parameter]] = {}
         for name, parameter in parameters.items():
             layer = layers.get(name.removesuffix(".latent"))

@@ -209,7 +209,7 @@ class Trainer:
             "temperature": temperature,
             "lr": learning_rate_at(share, step, lr=self.rates.lr, warmup=config.warmup),
             "grad_norm": float(norm),
-            "tokens": (step + 1) * config.batch * config.ctx,
+            "tokens": (step + 1) * config.batch * self.windows.shape[1],
         }
         if not finite:
             record["skipped"] = self.skipped

@@ -21,21 +21,42 @@ SAMPLED_WINDOWS = 1024
 """Windows that the teacher writes where ``windows`` does not say."""
 
 
+DEFAULT_CTX = 1024
+"""Tokens of a window, of models that have as many positions."""
+
+
+def window_length(ctx: int | None, model: PreTrainedModel) -> int:
+    """``ctx``, or for None ``DEFAULT_CTX`` or all positions of a model that has fewer.
+
+    Raises:
+        ValueError: the model has fewer positions than ``ctx``.
+    """
+    settings = model.config.get_text_config()
+    positions: int | None = getattr(settings, "max_position_embeddings", None)
+    if positions is None:
+        return ctx or DEFAULT_CTX
+    if ctx is not None and ctx > positions:
+        raise ValueError(f"ctx must be at most the model's {positions} positions, got {ctx}")
+    return ctx or min(DEFAULT_CTX, positions)
+
+
 def training_windows(
     config: DistillConfig, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Tensor, Tensor]:
     """Windows int64 [n, ctx] to train on, and [held_out, ctx] at most that are never trained on.
 
     Raises:
-        ValueError: less than one window of text, and what ``stream_documents`` raises.
+        ValueError: less than one window of text, and what ``window_length`` and
+            ``stream_documents`` raise.
     """
+    ctx = window_length(config.ctx, teacher)
     if is_teacher_text(config.data):
         count = config.windows or SAMPLED_WINDOWS
         both = sample_windows(
             teacher,
             tokenizer,
             count + config.held_out,
-            config.ctx,
+            ctx,
             seed=config.seed,
             device=config.device,
             cache=cache_directory() / "teacher_text",
@@ -46,12 +67,12 @@ def training_windows(
         return train_and_held_out_windows(
             tokenizer,
             config.data,
-            config.ctx,
+            ctx,
             limit=config.windows,
             held_out_windows=config.held_out,
         )
     documents = stream_documents(config.data, split="train", tokenizer=tokenizer)
-    windows = token_windows(tokenizer, documents, config.ctx, limit=config.windows)
+    windows = token_windows(tokenizer, documents, ctx, limit=config.windows)
     return windows, windows[:0]
 
 
