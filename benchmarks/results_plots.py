@@ -10,6 +10,7 @@ divergence on the test text against the seconds of training, from the start that
 from __future__ import annotations
 
 import argparse
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,13 +24,25 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLORS = {"1.0": "tab:red", "0.3": "tab:orange", "0.1": "tab:blue"}
+KL_TICKS = (0.35, 0.4, 0.5, 0.6, 0.8, 1.0, 1.4)
 STYLES = ("-", "--", ":")
 MARKERS = {
     "identity": ("o", "tab:blue"),
     "soft": ("^", "tab:orange"),
     "through": ("s", "tab:green"),
     "scalar": ("x", "tab:red"),
+    "native": ("+", "tab:purple"),
 }
+
+
+def kind_of(record: dict[str, Any]) -> str | None:
+    """Which of ``MARKERS`` a run is, by its name, or else by its estimator."""
+    if not record.get("log"):
+        return None
+    estimators = {kind: f"--estimator {kind} " for kind in ("identity", "soft")}
+    by_name = (kind for kind in MARKERS if kind in record["name"])
+    by_train = (kind for kind, option in estimators.items() if option in record["train"])
+    return next(itertools.chain(by_name, by_train), None)
 
 
 def overshoot(ax: Axes, records: list[dict[str, Any]]) -> None:
@@ -50,7 +63,7 @@ def overshoot(ax: Axes, records: list[dict[str, Any]]) -> None:
 def models(ax: Axes, records: list[dict[str, Any]]) -> None:
     """Runs of whole models: divergence against the seconds of training."""
     for kind, (marker, color) in MARKERS.items():
-        chosen = [record for record in records if kind in record["name"] and record.get("log")]
+        chosen = [record for record in records if kind_of(record) == kind]
         for tuned in (False, True):
             part = [r for r in chosen if r["name"].startswith("tuned") == tuned]
             seconds, kl = [r["log"][-1]["seconds"] for r in part], [r["kl"] for r in part]
@@ -58,12 +71,14 @@ def models(ax: Axes, records: list[dict[str, Any]]) -> None:
                 label = f"{kind}, from tuned PTQ (its time on top)" if tuned else kind
                 fill = "none" if tuned else color
                 ax.plot(seconds, kl, marker, color=color, markerfacecolor=fill, label=label)
-    for record in records:
+    for record in {r["name"]: r for r in records}.values():
         if not record.get("log"):
             ax.axhline(record["kl"], color="0.8", linewidth=0.8, zorder=0)
             ax.text(0.99, record["kl"], record["name"], fontsize=7, color="0.4", ha="right",
                     va="bottom", transform=ax.get_yaxis_transform())  # fmt: skip
-    ax.set(xlabel="seconds of training", ylabel="KL on WikiText-2, nats per token")
+    ax.set(xlabel="seconds of training", ylabel="KL on WikiText-2, nats per token", yscale="log")
+    ax.set_yticks(KL_TICKS, [f"{kl:g}" for kl in KL_TICKS])
+    ax.minorticks_off()
     ax.set_xlim(left=0)
     ax.set_title("Whole models; lines are PTQ alone")
     ax.legend(fontsize=8)

@@ -1,6 +1,7 @@
 """The tables of the very small model in docs/ptq.md and docs/results.md, on a CPU.
 
-python benchmarks/smallest.py ptq|tokens|starts|long|steps stories260k tinystories.txt [--seeds 0 1]
+python benchmarks/smallest.py ptq|tokens|starts|long|searches|steps \
+    stories260k tinystories.txt [--seeds 0 1]
 """
 
 from __future__ import annotations
@@ -85,6 +86,11 @@ LONG: list[dict[str, Any]] = [
         {**HALF, "viterbi_every": 8, "steps": 3200, "reencode_every": 100, "lr": lr, "start": start}
         for lr, start in ((4e-3, 0.5), (7e-3, 0.5), (5e-3, 0.75), (5e-3, 1.0))
     ),
+]
+SEARCHES: list[dict[str, Any]] = [
+    {**HALF, "viterbi_every": n, "reencode_every": 64, "batch": batch, "steps": steps, "lr": lr}
+    for batch, steps, lr in ((1, 1920, 5e-3), (4, 480, 1e-2), (16, 120, 2e-2))
+    for n in (1, 4, 8)
 ]
 TUNED: list[dict[str, Any]] = [
     {**IDENTITY, **LITTLE, "lr": FROZEN},
@@ -196,6 +202,12 @@ def long(source: Source, text: Path, test: Tensor) -> None:
     trained(source, quantized(source, str(text), 64), written(source, 4096), test, LONG)
 
 
+def searches(source: Source, text: Path, test: Tensor) -> None:
+    """Steps of few tokens, in windows of 16, and steps between searches, from LDLQ."""
+    windows = written(source, 4096).reshape(-1, 16)
+    trained(source, quantized(source, str(text), 64), windows, test, SEARCHES)
+
+
 def steps(source: Source, text: Path, test: Tensor) -> None:
     """As many tokens behind every decoder layer in more and smaller steps."""
     windows = written(source, 4096)
@@ -204,9 +216,12 @@ def steps(source: Source, text: Path, test: Tensor) -> None:
         report(name, source, tuned(source, text, windows, count, batch, lr), test[1::2])
 
 
+OTHERS = {"starts": starts, "long": long, "searches": searches, "steps": steps}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("table", choices=["ptq", "tokens", "starts", "long", "steps"])
+    parser.add_argument("table", choices=["ptq", "tokens", *OTHERS])
     parser.add_argument("model")
     parser.add_argument("stories", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -222,7 +237,7 @@ def main() -> None:
             start = quantized(source, str(text), 64)
             trained(source, start, written(source, 16384), test, RUNS)
         else:
-            {"starts": starts, "long": long, "steps": steps}[options.table](source, text, test)
+            OTHERS[options.table](source, text, test)
 
 
 if __name__ == "__main__":
