@@ -5,29 +5,90 @@ from __future__ import annotations
 import statistics
 import sys
 from pathlib import Path
+from typing import Any
+
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from results_tables import difference, read  # noqa: E402
+from results_tables import difference, per_token, read  # noqa: E402
+
+from softtrellis.evaluation.divergence import paired_bootstrap  # noqa: E402
+
+Run = dict[str, Any]
 
 DATA, PAGE = ROOT / "docs" / "results", (ROOT / "docs" / "results.md").read_text("utf-8")
 
 
+def words(a: list[Run], b: list[Run], digits: int) -> str:
+    """The difference of two runs' KL as the tables have it."""
+    found = difference(a, b, "kl")
+    return f"{found.mean:+.{digits}f} ({found.low:+.{digits}f} to {found.high:+.{digits}f})"
+
+
+def spread(runs: list[Run], key: str, digits: int) -> str:
+    found = [run[key] for run in runs]
+    return f"{statistics.mean(found):.{digits}f} ± {statistics.stdev(found):.{digits}f}"
+
+
 def test_the_table_of_equal_tokens() -> None:
-    runs = read([DATA / "a5ef0bd-models.jsonl.xz"], "tokens/")
-    first, soft = runs["tokens/identity-1.5e-2-start-0.5"], runs["tokens/soft-1.5e-2-start-0.5"]
+    runs = read([DATA / f"{name}-models.jsonl.xz" for name in ("a5ef0bd", "0ffec44")], "")
+    first = runs["tokens/identity-1.5e-2-start-0.5"]
     identity = [*first, *runs["tokens/identity"]]
-    assert sorted(run["seed"] for run in identity) == [0, 1, 2]
+    soft = [*runs["tokens/soft-1.5e-2-start-0.5"], *runs["tokens/soft"]]
+    assert [run["seed"] for run in identity] == [0, 1, 2]
+    assert [run["seed"] for run in soft] == [0, 1]
+    minutes = [*runs["minutes/soft-8e-3"], *runs["minutes/soft"]]
+    others = [*runs["minutes/identity-1e-2"], *runs["minutes/identity"]]
     for key, digits in (("perplexity", 2), ("kl", 4)):
-        found = [run[key] for run in identity]
-        mean, spread = statistics.mean(found), statistics.stdev(found)
-        assert f"**{mean:.{digits}f} ± {spread:.{digits}f}**" in PAGE
-    ahead = difference(soft, first, "kl")
-    assert f"+{ahead.mean:.3f} (+{ahead.low:.3f} to +{ahead.high:.3f}), the same seed" in PAGE
+        assert f"**{spread(identity, key, digits)}**" in PAGE
+        assert f"| {spread(soft, key, digits)} |" in PAGE
+        assert f"**{spread(minutes, key, digits)}**" in PAGE
+        assert f"| {spread(others, key, digits)} |" in PAGE
+    assert f"| {words(soft, identity[:2], 3)}, the same seeds |" in PAGE
+    own = {"through": 3, "scalar": 3, "native-3e-3": 2, "native-1.5e-2": 2}
+    for name, digits in own.items():
+        assert f"| {words(runs[f'tokens/{name}'], first, digits)}, the same seed |" in PAGE
+    assert f"| {words(minutes, identity, 3)} |" in PAGE
+    assert f"| {words(others, identity, 3)} |" in PAGE
     then_soft = read([DATA / "3815181-models.jsonl.xz"], "")["tokens/then-soft-0.2"]
     gain = difference(then_soft, first, "kl")
     assert f"({gain.mean:.4f},\n{gain.low:.4f} to {gain.high:.4f})" in PAGE
+
+
+def test_the_tables_of_layers() -> None:
+    runs = read([DATA / f"{name}-claims.jsonl.xz" for name in ("a5ef0bd", "0ffec44")], "")
+    for layer in (4, 12, 20):
+        start = (
+            runs[f"single/{layer}/viterbi"]
+            or read([DATA / "fba8764-claims.jsonl.xz"], f"single/{layer}/viterbi")[
+                f"single/{layer}/viterbi"
+            ]
+        )
+        for name in ("identity", "soft-1.0", "soft-0.3", "soft-0.1"):
+            assert words(runs[f"single/{layer}/viterbi/{name}"], start, 4) in PAGE
+
+
+def test_the_table_of_unions() -> None:
+    named = [DATA / f"{name}-claims.jsonl.xz" for name in ("fba8764", "a5ef0bd", "0ffec44")]
+    first, old, new = (read([path], "") for path in named)
+    for kind, single in (("soft", "soft-0.1"), ("identity", "identity")):
+        parts = {
+            "4": (first["single/4/ldlq"], new[f"single/4/ldlq/{single}"]),
+            "12": (old["single/12/ldlq"], old[f"single/12/ldlq/{single}"]),
+            "20": (first["pairs/20"], old[f"pairs/20/{kind}"]),
+        }
+        for layers in ("4,12", "4,20", "12,20", "4,12,20"):
+            union = old | new
+            before, tokens = per_token(union[f"pairs/{layers}"], "nll")
+            gain = before - per_token(union[f"pairs/{layers}/{kind}"], "nll")[0]
+            total = torch.zeros_like(gain)
+            for layer in layers.split(","):
+                a, b = (per_token(run, "nll")[0] for run in parts[layer])
+                total += a - b
+            more = paired_bootstrap(gain, total, tokens)
+            assert f"{more.mean:+.4f} ({more.low:+.4f} to {more.high:+.4f})" in PAGE
 
 
 def test_every_run_is_scored_on_whole_texts() -> None:
