@@ -35,7 +35,7 @@ def main() -> None:
     quantize = QuantizeConfig(
         L=options.L, layers=layers, ctx=options.ctx, windows=options.windows, show_progress=True
     )
-    train = DistillConfig(steps=options.steps, ctx=options.ctx, show_progress=True)
+    train = DistillConfig(steps=options.steps, batch=4, ctx=options.ctx, show_progress=True)
 
     # quantize_model and distill change a loaded model in place, so the student is loaded by name.
     student = quantize_model(options.model, quantize)

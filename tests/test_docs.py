@@ -282,7 +282,7 @@ def test_the_model_example_of_the_readme(
     replaced = {
         '"smollm2-135m-instruct"': repr(str(tiny_directory)),
         'L=12, layers=("29",)': 'L=10, layers=("1.mlp.down_proj",), ctx=64, windows=2',
-        "steps=40, show_progress=True": "steps=2, batch=1, ctx=32, windows=2",
+        "steps=40, batch=2, ctx=256, show_progress=True": "steps=2, batch=1, ctx=32, windows=2",
     }
     names = run(blocks("README.md")[1], replaced)
     trained, loaded = (quantized_layers(names[m]) for m in ("student", "model"))
