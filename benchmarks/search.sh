@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The fourth search of docs/results.md: bash benchmarks/search.sh MODEL C4 TRAIN TEST FOLDER
+# The fourth search of docs/results.md, and the fifth, its last six: bash benchmarks/search.sh MODEL C4 TRAIN TEST FOLDER
 source "$(dirname "$0")/runs.sh"
 common="--compile --evaluate-every 1000000 --measure-every 60 --train latents,scales,norms --scale-lr 5e-3"
 soft="$common --estimator soft $cooling"
@@ -15,4 +15,10 @@ run experiment "--L 12" \
     "minutes/identity-7e-3=$identity --viterbi-every 4 --batch 8 $minutes --lr 7e-3" \
     "minutes/soft-1.6e-2=$soft --batch 32 $minutes --lr 1.6e-2" \
     "minutes/identity-1e-2=$identity --viterbi-every 4 --batch 8 $minutes --lr 1e-2" \
-    "minutes/soft-8e-3=$soft --batch 32 $minutes --lr 8e-3"
+    "minutes/soft-8e-3=$soft --batch 32 $minutes --lr 8e-3" \
+    "minutes/identity-16-9e-3=$identity --batch 16 $minutes --lr 9e-3" \
+    "minutes/soft-4e-3=$soft --batch 32 $minutes --lr 4e-3" \
+    "tokens/identity-2.2e-2-start-0.5=$identity $tokens --lr 2.2e-2 --start 0.5" \
+    "tokens/soft-7.5e-3-start-0.5=$soft $tokens --lr 7.5e-3 --start 0.5" \
+    "tokens/identity-3e-2-start-0.5=$identity $tokens --lr 3e-2 --start 0.5" \
+    "tokens/soft-4e-3-start-0.5=$soft $tokens --lr 4e-3 --start 0.5"
