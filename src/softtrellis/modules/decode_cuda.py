@@ -17,22 +17,25 @@ from softtrellis.quantizers.hard import TrellisCode
 from softtrellis.transforms.incoherence import padded_size
 from softtrellis.trellis.launch_cuda import (
     MAX_SHARED_BYTES,
+    MOST_PREPARED,
     TYPES,
     Kernel,
+    Prepared,
+    address,
     aligned,
     multiprocessors,
 )
 
 _MORE_THAN_HALF = 115 * 1024
 _STRIP, _UNIT_INPUTS = 32, 128
-_TABLE_ROWS = 1024
+_TABLE_ROWS, _POINTERS = 1024, 7
 _LEAST_UNITS = 4  # of a block: one for each scheduler of a multiprocessor
 _LEAST_BITS = 5  # of the channels that a product rotates together
 
 Inputs = Literal["global", "shared", "rotated"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Variant:
     """A kernel of ``decode.cu`` and what its template's parameters are.
 
@@ -199,8 +202,11 @@ def rotate_and_multiply(
     """
     norm = torch.empty(1, dtype=torch.float32, device=x.device)
     variant = ROTATING[code.name, code.order]
-    row = (signs, scales, norm), ((block or x.shape[1]).bit_length() - 1, TYPES[x.dtype])
-    partial = _launch(variant, x, codes, table, out, row, overlap=True, by_strips=by_strips)
+    row = (block or x.shape[1]).bit_length() - 1, TYPES[x.dtype]
+    pointers = address(signs), address(scales), address(norm)
+    partial = _launch(
+        variant, x, codes, table, out, row, pointers, overlap=True, by_strips=by_strips
+    )
     return partial, norm
 
 
@@ -244,8 +250,7 @@ def launch(
 ) -> Tensor:
     """``multiply`` by this variant, whatever the code."""
     x = x if aligned(x) else x.clone()
-    row = (None, None, None), (0, 0)
-    return _launch(variant, x, codes, table, out, row, overlap=overlap, by_strips=by_strips)
+    return _launch(variant, x, codes, table, out, overlap=overlap, by_strips=by_strips)
 
 
 def _launch(
@@ -254,22 +259,39 @@ def _launch(
     codes: Tensor,
     table: Tensor,
     out: int,
-    row: tuple[tuple[Tensor | None, ...], tuple[int, int]],
+    row: tuple[int, int] = (0, 0),
+    pointers: tuple[int, int, int] = (0, 0, 0),
     *,
     overlap: bool,
     by_strips: bool,
 ) -> Tensor:
-    """With what only variants that rotate have: signs, scales, norm; bits, type."""
+    """With what only variants that rotate have: bits and type; signs, scales and norm."""
     batch, inputs = x.shape
-    deal = Deal.of(out, inputs, variant.warps, multiprocessors(x.device))
-    partial = torch.empty(deal.shares, batch, out, dtype=torch.float32, device=x.device)
-    read = codes if aligned(codes) else codes.clone()
-    variant.kernel(
-        deal.grid,
-        variant.shared_bytes(batch, inputs),
-        x.device,
-        [read, table, x, partial, *row[0]],
-        [batch, out // 16, inputs // 16, deal.shares, deal.least, deal.more, *row[1], by_strips],
-        overlap=overlap and read is codes,  # a copy of the codes would be the kernel before
-    )
+    there = aligned(codes)
+    overlap = overlap and there  # a copy of the codes would be the kernel before
+    launch, shares = _prepared(variant, batch, inputs, out, row, overlap, by_strips, x.device)
+    partial = x.new_empty(shares, batch, out, dtype=torch.float32)
+    read = codes if there else codes.clone()
+    first = read.data_ptr(), table.data_ptr(), x.data_ptr(), partial.data_ptr()
+    launch(x.get_device(), [first + pointers])
     return partial
+
+
+@lru_cache(maxsize=MOST_PREPARED)
+def _prepared(
+    variant: Variant,
+    batch: int,
+    inputs: int,
+    out: int,
+    row: tuple[int, int],
+    overlap: bool,
+    by_strips: bool,
+    device: torch.device,
+) -> tuple[Prepared, int]:
+    """A product's launch, and the shares of its partial sums."""
+    deal = Deal.of(out, inputs, variant.warps, multiprocessors(device))
+    work = [batch, out // 16, inputs // 16, deal.shares, deal.least, deal.more]
+    structure = _POINTERS, [*work, *row, by_strips]
+    shared_bytes = variant.shared_bytes(batch, inputs)
+    launch = Prepared(variant.kernel, deal.grid, shared_bytes, [structure], overlap=overlap)
+    return launch, deal.shares
