@@ -150,7 +150,17 @@ def rotates(
     Those are one row without padding, of a multiple of 128 channels that fits a block's shared
     memory, whose transform is Sylvester's: of blocks, or of all channels, of a power of two.
     """
-    batch, inputs = x.shape
+    return (
+        x.dtype in TYPES
+        and aligned(x, scales)
+        and rotates_rows(code, x.shape[0], x.shape[1], multiple, block)
+    )
+
+
+def rotates_rows(
+    code: TrellisCode, batch: int, inputs: int, multiple: int, block: int | None
+) -> bool:
+    """What ``rotates`` says of aligned activations of these sizes."""
     order = block or inputs
     return (
         runs(code)
@@ -160,8 +170,6 @@ def rotates(
         and inputs % order == 0
         and order.bit_count() == 1
         and order >= 1 << _LEAST_BITS
-        and x.dtype in TYPES
-        and aligned(x, scales)
         and ROTATING[code.name, code.order].takes(batch, inputs)
     )
 
@@ -200,7 +208,7 @@ def rotate_and_multiply(
     Returns:
         What ``multiply`` returns, and float32 [1], the row's largest number, by which it divided.
     """
-    norm = torch.empty(1, dtype=torch.float32, device=x.device)
+    norm = x.new_empty(1, dtype=torch.float32)
     variant = ROTATING[code.name, code.order]
     row = (block or x.shape[1]).bit_length() - 1, TYPES[x.dtype]
     pointers = address(signs), address(scales), address(norm)
@@ -234,8 +242,13 @@ def multiply(
     Returns:
         float32 [shares, B, out], to be summed over the first dimension.
     """
-    variant = next(v for v in VARIANTS[code.name, code.order] if v.takes(*x.shape))
+    variant = _variant(code.name, code.order, *x.shape)
     return launch(variant, x, codes, table, out, overlap=overlap, by_strips=by_strips)
+
+
+@lru_cache(maxsize=MOST_PREPARED)
+def _variant(name: str, order: str, batch: int, inputs: int) -> Variant:
+    return next(v for v in VARIANTS[name, order] if v.takes(batch, inputs))
 
 
 def launch(

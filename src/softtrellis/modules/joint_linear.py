@@ -54,9 +54,8 @@ class JointLinear(nn.Module):
         if backend == "torch" or gradient or x.numel() == 0:
             return tuple(layer(x) for layer in layers)
         (block, multiple), code = (first.layer.block, first.layer.multiple), first.layer.code
-        rows = x.reshape(-1, first.in_features).contiguous()
         product = rotated_product(
-            rows, first.in_signs, first.in_scale, self.codes, first.table, code,
+            x.contiguous(), first.in_signs, first.in_scale, self.codes, first.table, code,
             [layer.layer.padded[0] for layer in layers], backend, multiple=multiple, block=block,
         )  # fmt: skip
         outputs = unrotated(
@@ -64,10 +63,7 @@ class JointLinear(nn.Module):
             [(y.out_signs, y.scale, y.out_scale, y.bias, y.out_features) for y in layers],
             factor=code_factor(code), dtype=x.dtype, backend=backend, block=block,
         )  # fmt: skip
-        return tuple(
-            y.reshape(*x.shape[:-1], layer.out_features)
-            for y, layer in zip(outputs, layers, strict=True)
-        )
+        return tuple(outputs)
 
 
 def _check_alike(first: QuantizedLinear, other: QuantizedLinear) -> None:

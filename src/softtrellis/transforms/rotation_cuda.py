@@ -22,7 +22,6 @@ from softtrellis.trellis.launch_cuda import (
     Kernel,
     Prepared,
     address,
-    aligned,
 )
 
 Name = Literal["rotate_input", "unrotate_output"]
@@ -170,11 +169,13 @@ def rotate_input(
     width = padded_size(features, multiple)
     target = x.new_empty(batch, width, dtype=torch.float16)
     norms = x.new_empty(batch, dtype=torch.float32)
-    rows = Rows(
-        batch, features, width, width, block, 0, 1.0, x.dtype, None, aligned(x, scales), False
-    )
+    source, scaling = x.data_ptr(), address(scales)
+    by_four = (source | scaling) % 16 == 0
+    rows = Rows(batch, features, width, width, block, 0, 1.0, x.dtype, None, by_four, False)
+    outer = source, target.data_ptr(), norms.data_ptr()
+    inner = signs.data_ptr(), scaling, 0, 0
     launches = _prepared("rotate_input", (rows,), launch, False, x.device)
-    _start(launches, x.get_device(), [(x, target, norms, signs, scales, None, None)])
+    _start(launches, x.get_device(), [(outer, inner)])
     return target, norms
 
 
@@ -212,6 +213,7 @@ def unrotate_outputs(
     block: int | None = None,
     launch: Launch | None = None,
     by_strips: bool = False,
+    rows: Sequence[int] | None = None,
 ) -> list[Tensor]:
     """``unrotate_output`` of several layers of the same inputs, up to four in one launch.
 
@@ -220,23 +222,27 @@ def unrotate_outputs(
         layers: signs, scale, scales, bias and features of each.
         by_strips: each 32 channels of the partials have been through Sylvester's transform; only
             for widths that ``by_strips`` names.
+        rows: the shape of the results without their channels, [B] if None.
     """
-    found, shapes, tensors = [], [], []
+    found, shapes, pointers = [], [], []
     for partial, (signs, scale, scales, bias, features) in zip(partials, layers, strict=True):
         splits, batch, width = partial.shape
-        y = partial.new_empty(batch, features, dtype=dtype)
-        by_four = aligned(partial, scales)
-        in_quads = block == QUAD_BLOCK and features % 4 == 0 and by_four and aligned(bias)
+        shape = (batch,) if rows is None else rows
+        y = partial.new_empty(*shape, features, dtype=dtype)
+        source, scaling, shift = partial.data_ptr(), address(scales), address(bias)
+        by_four = (source | scaling) % 16 == 0
+        in_quads = by_four and shift % 16 == 0 and features % 4 == 0 and block == QUAD_BLOCK
         shapes.append(
             Rows(
                 batch, features, width, partial.stride(1), block, splits, factor,
                 dtype, None if bias is None else bias.dtype, by_four, in_quads,
             )
         )  # fmt: skip
-        tensors.append((partial, y, norms, signs, scales, bias, scale))
+        outer = source, y.data_ptr(), norms.data_ptr()
+        pointers.append((outer, (signs.data_ptr(), scaling, shift, scale.data_ptr())))
         found.append(y)
     launches = _prepared("unrotate_output", tuple(shapes), launch, by_strips, norms.device)
-    _start(launches, norms.get_device(), tensors)
+    _start(launches, norms.get_device(), pointers)
     return found
 
 
@@ -282,17 +288,17 @@ class Rows(NamedTuple):
         ]
 
 
-_Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
-"""Of rows: source, target, norms, signs, scales, bias and scale."""
+_Pointers = tuple[tuple[int, int, int], tuple[int, int, int, int]]
+"""Of rows: source, target and norms; signs, scales, bias and scale."""
 
 
-def _start(launches: Sequence[_Launch], device: int, tensors: Sequence[_Tensors]) -> None:
+def _start(launches: Sequence[_Launch], device: int, rows: Sequence[_Pointers]) -> None:
     """Starts launches on the tensors of the rows that they were prepared for."""
     for prepared, jobs in launches:
-        pointers = [
-            [address(tensor) for tensor in (*tensors[i][:3], left, right, *tensors[i][3:])]
-            for i, (left, right) in jobs
-        ]
+        pointers = []
+        for i, (left, right) in jobs:
+            outer, inner = rows[i]
+            pointers.append((*outer, address(left), right.data_ptr(), *inner))
         prepared(device, pointers + pointers[-1:] * (JOBS - len(jobs)))
 
 

@@ -6,8 +6,9 @@ import ctypes
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, partial, reduce
 from importlib.resources import files
+from operator import or_
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ MAX_SHARED_BYTES = 227 * 1024
 
 MOST_PREPARED = 1024
 """Launches that are kept prepared, by their shapes."""
+
+_POINTER_BYTES = 8
 
 CARVEOUT = 100
 """Of a multiprocessor's memory, the percentage that kernels that overlap ask for as shared memory.
@@ -198,11 +201,8 @@ class Prepared:
         """
         if torch.cuda.current_device() != device:
             with torch.cuda.device(device):
-                self._start(device, pointers)
-        else:
-            self._start(device, pointers)
-
-    def _start(self, device: int, pointers: Sequence[Sequence[int]]) -> None:
+                self(device, pointers)
+            return
         stream = torch.cuda.current_stream(device).cuda_stream
         start = self._starts.get((device, stream))
         if start is None:
@@ -214,7 +214,7 @@ class Prepared:
         buffer = self._buffer()
         at = ctypes.addressof(buffer)
         # The driver reads addresses of parameters: of one, which follows its address in the buffer.
-        self._layout.pack_into(buffer, 0, at + ctypes.sizeof(ctypes.c_void_p), *fields)
+        self._layout.pack_into(buffer, 0, at + _POINTER_BYTES, *fields)
         _checked(start(at, 0))
 
     def _configured(self, device: int, stream: int) -> Callable[[int, int], tuple[Any, ...]]:
@@ -234,7 +234,7 @@ class Prepared:
 
 def aligned(*tensors: Tensor | None) -> bool:
     """Whether each of these, where there are some, starts where 16 bytes can be read at once."""
-    return all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in tensors)
+    return reduce(or_, map(address, tensors), 0) % 16 == 0
 
 
 def multiprocessors(device: torch.device) -> int:
