@@ -201,7 +201,7 @@ def rotate_and_multiply(
     It begins, and reads codes and table, while the kernel before it ends.
 
     Args:
-        x: float16, bfloat16 or float32 [1, in].
+        x: float16, bfloat16 or float32 [..., in] of one row.
         signs, scales, block: as in ``rotate_input``.
         codes, table, code, out, by_strips: as in ``multiply``.
 
@@ -210,10 +210,11 @@ def rotate_and_multiply(
     """
     norm = x.new_empty(1, dtype=torch.float32)
     variant = ROTATING[code.name, code.order]
-    row = (block or x.shape[1]).bit_length() - 1, TYPES[x.dtype]
+    inputs = x.numel()
+    row = (block or inputs).bit_length() - 1, TYPES[x.dtype]
     pointers = address(signs), address(scales), address(norm)
     partial = _launch(
-        variant, x, codes, table, out, row, pointers, overlap=True, by_strips=by_strips
+        variant, (1, inputs), x, codes, table, out, row, pointers, overlap=True, by_strips=by_strips
     )
     return partial, norm
 
@@ -263,11 +264,13 @@ def launch(
 ) -> Tensor:
     """``multiply`` by this variant, whatever the code."""
     x = x if aligned(x) else x.clone()
-    return _launch(variant, x, codes, table, out, overlap=overlap, by_strips=by_strips)
+    shape = x.shape[0], x.shape[1]
+    return _launch(variant, shape, x, codes, table, out, overlap=overlap, by_strips=by_strips)
 
 
 def _launch(
     variant: Variant,
+    shape: tuple[int, int],
     x: Tensor,
     codes: Tensor,
     table: Tensor,
@@ -278,9 +281,9 @@ def _launch(
     overlap: bool,
     by_strips: bool,
 ) -> Tensor:
-    """With what only variants that rotate have: bits and type; signs, scales and norm."""
-    batch, inputs = x.shape
-    there = aligned(codes)
+    """With x's shape and what only variants that rotate have: bits, type; signs, scales, norm."""
+    batch, inputs = shape
+    there = codes.data_ptr() % 16 == 0
     overlap = overlap and there  # a copy of the codes would be the kernel before
     launch, shares = _prepared(variant, batch, inputs, out, row, overlap, by_strips, x.device)
     partial = x.new_empty(shares, batch, out, dtype=torch.float32)

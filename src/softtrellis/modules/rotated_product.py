@@ -34,12 +34,14 @@ class RotatedProduct(NamedTuple):
         norms: float32 [B], what the rotated inputs were divided by.
         rows: the shape of x without its channels, of B elements.
         by_strips: whether they have gone through the transform of ``decode_cuda.multiply``.
+        in_cuda: whether ``rotation_cuda`` takes all of them.
     """
 
     partials: Sequence[Tensor]
     norms: Tensor
     rows: Sequence[int]
     by_strips: bool
+    in_cuda: bool
 
 
 def partial_product(
@@ -94,10 +96,9 @@ def rotated_product(
     The kernels read codes and table while the last kernel before them ends, which must not have
     written those.
     """
-    (*rows, inputs), whole = x.shape, sum(outs)
-    x = x.view(-1, inputs)
-    batch = len(x)
-    by_strips, itself = _way(code, batch, inputs, tuple(outs), backend, multiple, block)
+    *rows, inputs = x.shape
+    batch, whole = x.numel() // inputs, sum(outs)
+    by_strips, itself, in_cuda = _way(code, batch, inputs, tuple(outs), backend, multiple, block)
     there = codes.is_contiguous()
     if itself and there and x.dtype in TYPES and aligned(x, scales):
         partial, norms = decode_cuda.rotate_and_multiply(
@@ -106,14 +107,14 @@ def rotated_product(
     else:
         width = padded_size(inputs, multiple)
         rotated, norms = rotations(backend, width, block).rotate_input(
-            x, signs, scales, multiple=multiple, block=block
+            x.view(batch, inputs), signs, scales, multiple=multiple, block=block
         )
         partial = partial_product(
             rotated, codes.contiguous(), table, code, whole, backend,
             overlap=there, by_strips=by_strips,
         )  # fmt: skip
     partials = [partial] if len(outs) == 1 else partial.split(list(outs), -1)
-    return RotatedProduct(partials, norms, rows, by_strips)
+    return RotatedProduct(partials, norms, rows, by_strips, in_cuda)
 
 
 @lru_cache(maxsize=MOST_PREPARED)
@@ -125,13 +126,16 @@ def _way(
     backend: ResolvedDecodeBackend,
     multiple: int,
     block: int | None,
-) -> tuple[bool, bool]:
-    """Whether the product transforms strips of its outputs, and whether it rotates its inputs."""
+) -> tuple[bool, bool, bool]:
+    """Whether a product transforms strips of its outputs, whether it rotates its inputs where they
+    are aligned, and whether ``rotation_cuda`` takes all its outputs.
+    """
+    in_cuda = backend == "cuda" and all(rotation_cuda.runs(out, block) for out in outs)
     if backend != "cuda" or not decode_cuda.runs(code):
-        return False, False
+        return False, False, in_cuda
     by_strips = batch <= FUSED_ROWS and all(rotation_cuda.by_strips(out, block) for out in outs)
     itself = decode_cuda.rotates_rows(code, batch, inputs, multiple, block)
-    return by_strips, itself and decode_cuda.rotates_fast(inputs, sum(outs))
+    return by_strips, itself and decode_cuda.rotates_fast(inputs, sum(outs)), in_cuda
 
 
 def unrotated(
@@ -144,17 +148,18 @@ def unrotated(
     block: int | None,
 ) -> list[Tensor]:
     """Each layer's outputs [..., features], in one launch where CUDA C++ rotates them all."""
-    kernels = [rotations(backend, partial.shape[-1], block) for partial in product.partials]
-    if all(kernel is rotation_cuda for kernel in kernels):
+    if product.in_cuda:
         return rotation_cuda.unrotate_outputs(
             product.partials, product.norms, layers,
             factor=factor, dtype=dtype, block=block, by_strips=product.by_strips,
             rows=product.rows,
         )  # fmt: skip
     return [
-        kernel.unrotate_output(
+        rotations(backend, partial.shape[-1], block)
+        .unrotate_output(
             partial, product.norms, *layer[:4],
             features=layer[4], factor=factor, dtype=dtype, block=block,
-        ).view(*product.rows, layer[4])
-        for kernel, partial, layer in zip(kernels, product.partials, layers, strict=True)
+        )
+        .view(*product.rows, layer[4])
+        for partial, layer in zip(product.partials, layers, strict=True)
     ]  # fmt: skip

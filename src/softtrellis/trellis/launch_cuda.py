@@ -157,7 +157,8 @@ class Prepared:
     """A launch of a kernel, all but its pointers and its stream: made once, started many times.
 
     What the driver takes of it is made once for each device and stream, and then only read, so that
-    threads may share it. A stream's handle says all that a launch knows of it, also in a capture.
+    threads may share it. A stream's id in PyTorch stands for one handle of the driver's, whatever
+    is captured.
     """
 
     def __init__(
@@ -185,10 +186,10 @@ class Prepared:
         self._kernel, self._blocks, self._shared_bytes = kernel, blocks, shared_bytes
         self._cluster, self._overlap = cluster, overlap
         self._ints = [packed(numbers) for _, numbers in structures]
-        pointers = [f"{count}Q" for count, _ in structures]
-        ints = [f"{len(part)}s" for part in self._ints]
-        fields = "".join(map(str.__add__, pointers, ints))
-        self._layout = struct.Struct("Q" + fields)
+        fields = [
+            f"{count}Q{len(ints)}s" for (count, _), ints in zip(structures, self._ints, strict=True)
+        ]
+        self._layout = struct.Struct("Q" + "".join(fields))
         self._buffer = ctypes.c_char * self._layout.size
         self._starts: dict[tuple[int, int], Callable[[int, int], tuple[Any, ...]]] = {}
 
@@ -203,30 +204,30 @@ class Prepared:
             with torch.cuda.device(device):
                 self(device, pointers)
             return
-        stream = torch.cuda.current_stream(device).cuda_stream
-        start = self._starts.get((device, stream))
+        where = device, torch.accelerator.current_stream(device).stream_id
+        start = self._starts.get(where)
         if start is None:
-            start = self._starts[device, stream] = self._configured(device, stream)
+            start = self._starts[where] = self._configured(device)
         fields: list[int | bytes] = []
         for part, ints in zip(pointers, self._ints, strict=True):
-            fields += part
-            fields.append(ints)
+            fields += (*part, ints)
         buffer = self._buffer()
         at = ctypes.addressof(buffer)
         # The driver reads addresses of parameters: of one, which follows its address in the buffer.
         self._layout.pack_into(buffer, 0, at + _POINTER_BYTES, *fields)
         _checked(start(at, 0))
 
-    def _configured(self, device: int, stream: int) -> Callable[[int, int], tuple[Any, ...]]:
+    def _configured(self, device: int) -> Callable[[int, int], tuple[Any, ...]]:
         """The driver's launch, but for the addresses of the parameters and its "extra"."""
         from cuda.bindings import driver
 
         kernel, shared_bytes = self._kernel, self._shared_bytes
+        stream = torch.cuda.current_stream(device)
         function = _function(kernel.source, kernel.name, device, shared_bytes, self._overlap)
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = self._blocks, 1, 1
         config.blockDimX, config.blockDimY, config.blockDimZ = kernel.threads, 1, 1
-        config.sharedMemBytes, config.hStream = shared_bytes, stream
+        config.sharedMemBytes, config.hStream = shared_bytes, stream.cuda_stream
         config.attrs = _attributes(self._cluster, self._overlap)
         config.numAttrs = len(config.attrs)
         return partial(driver.cuLaunchKernelEx, config, function)
