@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
-from softtrellis.modules import decode_cuda, quantized_linear
+from softtrellis.modules import decode_cuda, joint_linear, quantized_linear
+from softtrellis.modules.joint_linear import JointLinear
 from softtrellis.modules.quantized_linear import LayerFormat, QuantizedLinear
 from softtrellis.quantizers.hard import TrellisCode
 from softtrellis.spec import TrellisSpec
@@ -47,7 +49,8 @@ class Machine:
         patch.setattr(launch_cuda, "_function", lambda source, name, *_: name)
         patch.setattr(decode_cuda, "multiprocessors", lambda _: 132)
         patch.setattr(driver, "cuLaunchKernelEx", self.start)
-        patch.setattr(quantized_linear, "resolve_decode_backend", lambda *_: "cuda")
+        for module in (quantized_linear, joint_linear):
+            patch.setattr(module, "resolve_decode_backend", lambda *_: "cuda")
 
     @contextmanager
     def on(self, device: int) -> Iterator[None]:
@@ -163,3 +166,27 @@ def test_what_is_not_aligned(machine: Machine) -> None:
     assert product.kernel == "hyb_rotating"
     assert product.pointers[0] not in (0, layer.codes.data_ptr())
     assert product.attributes == []
+
+
+def test_layers_of_one_product(machine: Machine) -> None:
+    joint = JointLinear([layer_of(HYB, None, True) for _ in range(5)])
+    for _ in range(2):
+        machine.launches = []
+        with torch.no_grad():
+            found = joint(torch.zeros(1, 2, 256, dtype=torch.bfloat16))
+        assert [y.shape for y in found] == [(1, 2, 512)] * 5
+        rotated = ["unrotate_columns"] * 2
+        assert kernels(machine.launches) == ["rotate_input", "hyb_rows_8", *rotated]
+        places = [y.data_ptr() for y in found]
+        assert machine.launches[2].pointers[1::9] == places[:4]
+        assert machine.launches[3].pointers[1::9] == places[4:] * 4
+    with pytest.raises(ValueError, match="x has 128 channels, the layers 256"), torch.no_grad():
+        joint(torch.zeros(4, 128))
+
+
+def test_tensors_without_memory_start_nothing(machine: Machine) -> None:
+    with FakeTensorMode(), torch.no_grad():
+        layer = layer_of(HYB, None, True)
+        y = layer(torch.zeros(1, 3, 256, dtype=torch.bfloat16))
+    assert (y.shape, y.dtype) == ((1, 3, 512), torch.bfloat16)
+    assert machine.launches == []

@@ -245,7 +245,7 @@ def quantized_linear(
     """
     layer = scale, in_signs, out_signs, in_scale, out_scale, bias
     sizes = out_features, multiple, block
-    if not torch.compiler.is_compiling():  # then the operator would only take time
+    if not torch.compiler.is_compiling() and type(x) is Tensor:  # an operator would only take time
         return _quantized_linear(x, codes, table, *layer, factor, *sizes, code, backend)
     y: Tensor = torch.ops.softtrellis.quantized_linear(
         x, codes, table, *layer, factor, *sizes, *_fields(code), backend

@@ -45,7 +45,7 @@ class JointLinear(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """[..., in_features] to [..., out_features] of every layer, in the dtype of ``x``.
 
-        See ``resolve_decode_backend`` for errors.
+        See ``resolve_decode_backend`` for errors; ValueError, too, for other ``in_features``.
         """
         layers: list[QuantizedLinear] = list(self.layers)  # type: ignore[arg-type]
         first = layers[0]
@@ -53,6 +53,8 @@ class JointLinear(nn.Module):
         gradient = torch.is_grad_enabled() and x.requires_grad
         if backend == "torch" or gradient or x.numel() == 0:
             return tuple(layer(x) for layer in layers)
+        if x.shape[-1] != first.in_features:
+            raise ValueError(f"x has {x.shape[-1]} channels, the layers {first.in_features}")
         (block, multiple), code = (first.layer.block, first.layer.multiple), first.layer.code
         product = rotated_product(
             x.contiguous(), first.in_signs, first.in_scale, self.codes, first.table, code,
