@@ -34,7 +34,7 @@ from bench_decode import (
     relative,
 )  # fmt: skip
 
-from softtrellis.modules import decode_cuda
+from softtrellis.modules import decode_cuda, rotated_product
 from softtrellis.modules.decode_cuda import ROTATING, VARIANTS, Variant
 from softtrellis.modules.joint_linear import JointLinear
 from softtrellis.modules.quantized_linear import QuantizedLinear
@@ -111,8 +111,8 @@ class Way:
         usual = Transform.launch
         variants = {key: [self.moved(v, sources) for v in vs] for key, vs in VARIANTS.items()}
         rotating = {key: self.moved(v, sources) for key, v in ROTATING.items()}
-        launch_cuda._function.cache_clear()  # which know their carve-out
         with ExitStack() as stack:
+            stack.callback(forget)
             for change in (
                 patch.dict(decode_cuda.VARIANTS, variants),
                 patch.dict(decode_cuda.ROTATING, rotating),
@@ -128,7 +128,20 @@ class Way:
                 stack.enter_context(change)
             if not self.columns:
                 stack.enter_context(patch.object(rotation_cuda, "by_strips", lambda *_: False))
+            forget()
             yield
+
+
+def forget() -> None:
+    """Launches that are kept prepared know their kernels, and functions their carve-out."""
+    for kept in (
+        launch_cuda._function,
+        decode_cuda._variant,
+        decode_cuda._prepared,
+        rotation_cuda._prepared,
+        rotated_product._way,
+    ):
+        kept.cache_clear()
 
 
 def layers_of(joint: JointLinear) -> list[QuantizedLinear]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import shutil
+import struct
 import subprocess
 from collections.abc import Sequence
 from importlib.resources import files
@@ -16,7 +17,7 @@ from torch import Tensor
 from softtrellis.codes.codebook import codebook
 from softtrellis.trellis import bcjr_cuda, bcjr_torch
 from softtrellis.trellis.bcjr_cuda import SHORT_SPEC
-from softtrellis.trellis.launch_cuda import _packed
+from softtrellis.trellis.launch_cuda import address, packed
 
 KERNELS = ("forward", "backward")
 HOST = Path(__file__).parent / "host"
@@ -63,7 +64,8 @@ class OnHost:
         scratch = addresses[-4]
         assert scratch is not None
         scratch.fill_(float("nan"))
-        self.run(_packed(addresses, numbers), blocks, self.threads, self.backwards)
+        pointers = struct.pack(f"{len(addresses)}Q", *map(address, addresses))
+        self.run(pointers + packed(numbers), blocks, self.threads, self.backwards)
 
 
 def relative(found: Tensor, exact: Tensor) -> float:

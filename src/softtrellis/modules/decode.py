@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
 from typing import Literal, get_args
 
@@ -27,6 +27,7 @@ DecodeBackend = Literal["auto", "torch", "triton", "cuda"]
 ResolvedDecodeBackend = Literal["torch", "triton", "cuda"]
 
 _log = logging.getLogger(__name__)
+_BACKENDS = get_args(DecodeBackend)
 _ONE_MAD_STEP = 147.800537109375
 
 
@@ -43,8 +44,8 @@ def resolve_decode_backend(backend: DecodeBackend, x: Tensor) -> ResolvedDecodeB
         ValueError: an unknown name, or activations that the backend does not take.
         RuntimeError: a backend whose package is not installed, or that this GPU cannot run.
     """
-    if backend not in get_args(DecodeBackend):
-        names = ", ".join(get_args(DecodeBackend))
+    if backend not in _BACKENDS:
+        names = ", ".join(_BACKENDS)
         raise ValueError(f"unknown backend {backend!r}; use one of {names}")
     if backend == "auto":
         if not x.is_cuda or x.dtype not in (torch.float16, torch.bfloat16):
@@ -59,7 +60,7 @@ def resolve_decode_backend(backend: DecodeBackend, x: Tensor) -> ResolvedDecodeB
             f"backend {backend!r} takes float16, bfloat16 or float32 activations, got {x.dtype}; "
             "use backend='torch'"
         )
-    if find_spec("triton") is None:
+    if not _has_triton():
         raise RuntimeError(f"backend {backend!r} needs triton; {install(backend)}")
     if not x.is_cuda and not (backend == "triton" and _interpreted()):
         raise ValueError(
@@ -94,9 +95,13 @@ def _read_interpreted() -> bool:
 _interpreted: Callable[[], bool] = torch.compiler.assume_constant_result(_read_interpreted)
 """Whether Triton runs its kernels in its interpreter, on the CPU (TRITON_INTERPRET=1)."""
 
+_kept_why_no_cuda = cache(why_no_cuda)
+_kept_has_triton = cache(lambda: find_spec("triton") is not None)
 _why_no_cuda: Callable[[torch.device], str | None] = torch.compiler.assume_constant_result(
-    why_no_cuda
+    lambda device: _kept_why_no_cuda(device)
 )
+_has_triton: Callable[[], bool] = torch.compiler.assume_constant_result(lambda: _kept_has_triton())
+"""Both once per process: asking again takes a large part of a product's time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,9 +210,10 @@ def decode_matmul(
 def quantized_linear(
     x: Tensor,
     codes: Tensor,
-    values: CodeValues,
+    table: Tensor,
     code: TrellisCode,
     *,
+    factor: float,
     scale: Tensor,
     in_signs: Tensor,
     out_signs: Tensor,
@@ -227,7 +233,8 @@ def quantized_linear(
 
     Args:
         x: [..., in] on a CUDA device, any floating dtype of at most 32 bits.
-        codes, values, code: as in ``decode_matmul``.
+        codes, code: as in ``decode_matmul``.
+        table, factor: see ``CodeValues``.
         scale, in_signs, out_signs, in_scale, out_scale, bias: buffers of ``QuantizedLinear``.
         out_features: outputs, before padding.
         multiple, block: of the rotation, see ``Incoherence``.
@@ -236,18 +243,49 @@ def quantized_linear(
     Returns:
         [..., out_features], x's dtype.
     """
+    layer = scale, in_signs, out_signs, in_scale, out_scale, bias
+    sizes = out_features, multiple, block
+    if not torch.compiler.is_compiling() and type(x) is Tensor:  # an operator would only take time
+        return _quantized_linear(x, codes, table, *layer, factor, *sizes, code, backend)
     y: Tensor = torch.ops.softtrellis.quantized_linear(
-        x.reshape(-1, x.shape[-1]), codes, values.table, scale, in_signs, out_signs, in_scale,
-        out_scale, bias, values.factor, out_features, multiple, block, *_fields(code),
-        backend,
+        x, codes, table, *layer, factor, *sizes, *_fields(code), backend
+    )
+    return y
+
+
+def _quantized_linear(
+    x: Tensor,
+    codes: Tensor,
+    table: Tensor,
+    scale: Tensor,
+    in_signs: Tensor,
+    out_signs: Tensor,
+    in_scale: Tensor | None,
+    out_scale: Tensor | None,
+    bias: Tensor | None,
+    factor: float,
+    out: int,
+    multiple: int,
+    block: int | None,
+    code: TrellisCode,
+    backend: ResolvedDecodeBackend,
+) -> Tensor:
+    if x.numel() == 0:
+        return x.new_empty(*x.shape[:-1], out)
+    product = rotated_product(
+        x.contiguous(), in_signs, in_scale, codes, table, code, [padded_size(out, multiple)],
+        backend, multiple=multiple, block=block,
     )  # fmt: skip
-    return y.reshape(*x.shape[:-1], out_features)
+    layers = [(out_signs, scale, out_scale, bias, out)]
+    (y,) = unrotated(product, layers, factor=factor, dtype=x.dtype, backend=backend, block=block)
+    return y
 
 
 def _fields(code: TrellisCode) -> tuple[str, int, int, int, str]:
     return code.name, code.spec.L, code.spec.k, code.spec.V, code.order
 
 
+@lru_cache(maxsize=256)
 def _code(
     name: str, L: int, k: int, V: int, order: TileOrder, flip: Flip = "second"
 ) -> TrellisCode:
@@ -314,16 +352,9 @@ def _quantized_linear_op(
     order: TileOrder,
     backend: ResolvedDecodeBackend,
 ) -> Tensor:
-    if x.shape[0] == 0:
-        return x.new_empty(0, out)
-    width, code = padded_size(out, multiple), _code(name, L, k, V, order)
-    product = rotated_product(
-        x.contiguous(), in_signs, in_scale, codes, table, code, [width], backend,
-        multiple=multiple, block=block,
-    )  # fmt: skip
-    layers = [(out_signs, scale, out_scale, bias, out)]
-    (y,) = unrotated(product, layers, factor=factor, dtype=x.dtype, backend=backend, block=block)
-    return y
+    layer = scale, in_signs, out_signs, in_scale, out_scale, bias
+    sizes, code = (out, multiple, block), _code(name, L, k, V, order)
+    return _quantized_linear(x, codes, table, *layer, factor, *sizes, code, backend)
 
 
 def _decode_matmul_shape(
@@ -346,7 +377,7 @@ def _quantized_linear_shape(
     out: int,
     *rest: str | int | None,
 ) -> Tensor:
-    return x.new_empty(x.shape[0], out)
+    return x.new_empty(*x.shape[:-1], out)
 
 
 torch.library.register_fake("softtrellis::decode_matmul", _decode_matmul_shape)

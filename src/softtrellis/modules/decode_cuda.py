@@ -17,22 +17,25 @@ from softtrellis.quantizers.hard import TrellisCode
 from softtrellis.transforms.incoherence import padded_size
 from softtrellis.trellis.launch_cuda import (
     MAX_SHARED_BYTES,
+    MOST_PREPARED,
     TYPES,
     Kernel,
+    Prepared,
+    address,
     aligned,
     multiprocessors,
 )
 
 _MORE_THAN_HALF = 115 * 1024
 _STRIP, _UNIT_INPUTS = 32, 128
-_TABLE_ROWS = 1024
+_TABLE_ROWS, _POINTERS = 1024, 7
 _LEAST_UNITS = 4  # of a block: one for each scheduler of a multiprocessor
 _LEAST_BITS = 5  # of the channels that a product rotates together
 
 Inputs = Literal["global", "shared", "rotated"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Variant:
     """A kernel of ``decode.cu`` and what its template's parameters are.
 
@@ -147,7 +150,17 @@ def rotates(
     Those are one row without padding, of a multiple of 128 channels that fits a block's shared
     memory, whose transform is Sylvester's: of blocks, or of all channels, of a power of two.
     """
-    batch, inputs = x.shape
+    return (
+        x.dtype in TYPES
+        and aligned(x, scales)
+        and rotates_rows(code, x.shape[0], x.shape[1], multiple, block)
+    )
+
+
+def rotates_rows(
+    code: TrellisCode, batch: int, inputs: int, multiple: int, block: int | None
+) -> bool:
+    """What ``rotates`` says of aligned activations of these sizes."""
     order = block or inputs
     return (
         runs(code)
@@ -157,8 +170,6 @@ def rotates(
         and inputs % order == 0
         and order.bit_count() == 1
         and order >= 1 << _LEAST_BITS
-        and x.dtype in TYPES
-        and aligned(x, scales)
         and ROTATING[code.name, code.order].takes(batch, inputs)
     )
 
@@ -190,17 +201,21 @@ def rotate_and_multiply(
     It begins, and reads codes and table, while the kernel before it ends.
 
     Args:
-        x: float16, bfloat16 or float32 [1, in].
+        x: float16, bfloat16 or float32 [..., in] of one row.
         signs, scales, block: as in ``rotate_input``.
         codes, table, code, out, by_strips: as in ``multiply``.
 
     Returns:
         What ``multiply`` returns, and float32 [1], the row's largest number, by which it divided.
     """
-    norm = torch.empty(1, dtype=torch.float32, device=x.device)
+    norm = x.new_empty(1, dtype=torch.float32)
     variant = ROTATING[code.name, code.order]
-    row = (signs, scales, norm), ((block or x.shape[1]).bit_length() - 1, TYPES[x.dtype])
-    partial = _launch(variant, x, codes, table, out, row, overlap=True, by_strips=by_strips)
+    inputs = x.numel()
+    row = (block or inputs).bit_length() - 1, TYPES[x.dtype]
+    pointers = address(signs), address(scales), address(norm)
+    partial = _launch(
+        variant, (1, inputs), x, codes, table, out, row, pointers, overlap=True, by_strips=by_strips
+    )
     return partial, norm
 
 
@@ -228,8 +243,13 @@ def multiply(
     Returns:
         float32 [shares, B, out], to be summed over the first dimension.
     """
-    variant = next(v for v in VARIANTS[code.name, code.order] if v.takes(*x.shape))
+    variant = _variant(code.name, code.order, *x.shape)
     return launch(variant, x, codes, table, out, overlap=overlap, by_strips=by_strips)
+
+
+@lru_cache(maxsize=MOST_PREPARED)
+def _variant(name: str, order: str, batch: int, inputs: int) -> Variant:
+    return next(v for v in VARIANTS[name, order] if v.takes(batch, inputs))
 
 
 def launch(
@@ -244,32 +264,50 @@ def launch(
 ) -> Tensor:
     """``multiply`` by this variant, whatever the code."""
     x = x if aligned(x) else x.clone()
-    row = (None, None, None), (0, 0)
-    return _launch(variant, x, codes, table, out, row, overlap=overlap, by_strips=by_strips)
+    shape = x.shape[0], x.shape[1]
+    return _launch(variant, shape, x, codes, table, out, overlap=overlap, by_strips=by_strips)
 
 
 def _launch(
     variant: Variant,
+    shape: tuple[int, int],
     x: Tensor,
     codes: Tensor,
     table: Tensor,
     out: int,
-    row: tuple[tuple[Tensor | None, ...], tuple[int, int]],
+    row: tuple[int, int] = (0, 0),
+    pointers: tuple[int, int, int] = (0, 0, 0),
     *,
     overlap: bool,
     by_strips: bool,
 ) -> Tensor:
-    """With what only variants that rotate have: signs, scales, norm; bits, type."""
-    batch, inputs = x.shape
-    deal = Deal.of(out, inputs, variant.warps, multiprocessors(x.device))
-    partial = torch.empty(deal.shares, batch, out, dtype=torch.float32, device=x.device)
-    read = codes if aligned(codes) else codes.clone()
-    variant.kernel(
-        deal.grid,
-        variant.shared_bytes(batch, inputs),
-        x.device,
-        [read, table, x, partial, *row[0]],
-        [batch, out // 16, inputs // 16, deal.shares, deal.least, deal.more, *row[1], by_strips],
-        overlap=overlap and read is codes,  # a copy of the codes would be the kernel before
-    )
+    """With x's shape and what only variants that rotate have: bits, type; signs, scales, norm."""
+    batch, inputs = shape
+    there = codes.data_ptr() % 16 == 0
+    overlap = overlap and there  # a copy of the codes would be the kernel before
+    launch, shares = _prepared(variant, batch, inputs, out, row, overlap, by_strips, x.device)
+    partial = x.new_empty(shares, batch, out, dtype=torch.float32)
+    read = codes if there else codes.clone()
+    first = read.data_ptr(), table.data_ptr(), x.data_ptr(), partial.data_ptr()
+    launch(x.get_device(), [first + pointers])
     return partial
+
+
+@lru_cache(maxsize=MOST_PREPARED)
+def _prepared(
+    variant: Variant,
+    batch: int,
+    inputs: int,
+    out: int,
+    row: tuple[int, int],
+    overlap: bool,
+    by_strips: bool,
+    device: torch.device,
+) -> tuple[Prepared, int]:
+    """A product's launch, and the shares of its partial sums."""
+    deal = Deal.of(out, inputs, variant.warps, multiprocessors(device))
+    work = [batch, out // 16, inputs // 16, deal.shares, deal.least, deal.more]
+    structure = _POINTERS, [*work, *row, by_strips]
+    shared_bytes = variant.shared_bytes(batch, inputs)
+    launch = Prepared(variant.kernel, deal.grid, shared_bytes, [structure], overlap=overlap)
+    return launch, deal.shares

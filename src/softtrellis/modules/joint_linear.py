@@ -45,7 +45,7 @@ class JointLinear(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """[..., in_features] to [..., out_features] of every layer, in the dtype of ``x``.
 
-        See ``resolve_decode_backend`` for errors.
+        See ``resolve_decode_backend`` for errors; ValueError, too, for other ``in_features``.
         """
         layers: list[QuantizedLinear] = list(self.layers)  # type: ignore[arg-type]
         first = layers[0]
@@ -53,10 +53,11 @@ class JointLinear(nn.Module):
         gradient = torch.is_grad_enabled() and x.requires_grad
         if backend == "torch" or gradient or x.numel() == 0:
             return tuple(layer(x) for layer in layers)
+        if x.shape[-1] != first.in_features:
+            raise ValueError(f"x has {x.shape[-1]} channels, the layers {first.in_features}")
         (block, multiple), code = (first.layer.block, first.layer.multiple), first.layer.code
-        rows = x.reshape(-1, first.in_features).contiguous()
         product = rotated_product(
-            rows, first.in_signs, first.in_scale, self.codes, first.table, code,
+            x.contiguous(), first.in_signs, first.in_scale, self.codes, first.table, code,
             [layer.layer.padded[0] for layer in layers], backend, multiple=multiple, block=block,
         )  # fmt: skip
         outputs = unrotated(
@@ -64,10 +65,7 @@ class JointLinear(nn.Module):
             [(y.out_signs, y.scale, y.out_scale, y.bias, y.out_features) for y in layers],
             factor=code_factor(code), dtype=x.dtype, backend=backend, block=block,
         )  # fmt: skip
-        return tuple(
-            y.reshape(*x.shape[:-1], layer.out_features)
-            for y, layer in zip(outputs, layers, strict=True)
-        )
+        return tuple(outputs)
 
 
 def _check_alike(first: QuantizedLinear, other: QuantizedLinear) -> None:

@@ -13,7 +13,6 @@ from torch.nn import functional
 from torch.utils.weak import WeakIdKeyDictionary
 
 from softtrellis.modules.decode import (
-    CodeValues,
     DecodeBackend,
     ResolvedDecodeBackend,
     code_factor,
@@ -228,20 +227,22 @@ class QuantizedLinear(nn.Module):
         backend = self._backend_for(x)
         if backend == "torch":
             return decoded_linear(x, self.weight, self.bias)
+        layer = self.layer
         return quantized_linear(
             x,
             self.codes,
-            CodeValues(self.codebook, self.table, self._factor),
-            self.layer.code,
+            self.table,
+            layer.code,
+            factor=self._factor,
             scale=self.scale,
             in_signs=self.in_signs,
             out_signs=self.out_signs,
             in_scale=self.in_scale,
             out_scale=self.out_scale,
             bias=self.bias,
-            out_features=self.layer.out_features,
-            multiple=self.layer.multiple,
-            block=self.layer.block,
+            out_features=layer.out_features,
+            multiple=layer.multiple,
+            block=layer.block,
             backend=backend,
         )
 

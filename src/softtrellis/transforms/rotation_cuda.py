@@ -5,9 +5,9 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from math import sqrt
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,13 +15,20 @@ from torch import Tensor
 from softtrellis.transforms.hadamard import hadamard_blocks, kronecker_factors
 from softtrellis.transforms.incoherence import padded_size
 from softtrellis.transforms.packed_signs import packed_bytes, packed_factors
-from softtrellis.trellis.launch_cuda import MAX_SHARED_BYTES, TYPES, Kernel, aligned
+from softtrellis.trellis.launch_cuda import (
+    MAX_SHARED_BYTES,
+    MOST_PREPARED,
+    TYPES,
+    Kernel,
+    Prepared,
+    address,
+)
 
 Name = Literal["rotate_input", "unrotate_output"]
 
 SOURCE, BLOCKS_SOURCE, COLUMNS_SOURCE = "rotation.cu", "rotation_blocks.cu", "rotation_columns.cu"
-JOBS = 4
-"""Transforms of one launch."""
+JOBS, POINTERS = 4, 9
+"""Transforms of one launch, and pointers of each."""
 
 CLUSTERS = (2, 4, 8)
 MIN_THREADS, MAX_THREADS = 256, 512
@@ -160,12 +167,15 @@ def rotate_input(
     """
     batch, features = x.shape
     width = padded_size(features, multiple)
-    target = torch.empty(batch, width, dtype=torch.float16, device=x.device)
-    norms = torch.empty(batch, dtype=torch.float32, device=x.device)
-    rotation = Rotation(
-        x, target, norms, signs, scales, None, None, features, width, width, block, 0, 1.0
-    )
-    _start("rotate_input", [rotation], launch)
+    target = x.new_empty(batch, width, dtype=torch.float16)
+    norms = x.new_empty(batch, dtype=torch.float32)
+    source, scaling = x.data_ptr(), address(scales)
+    by_four = (source | scaling) % 16 == 0
+    rows = Rows(batch, features, width, width, block, 0, 1.0, x.dtype, None, by_four, False)
+    outer = source, target.data_ptr(), norms.data_ptr()
+    inner = signs.data_ptr(), scaling, 0, 0
+    launches = _prepared("rotate_input", (rows,), launch, False, x.device)
+    _start(launches, x.get_device(), [(outer, inner)])
     return target, norms
 
 
@@ -203,6 +213,7 @@ def unrotate_outputs(
     block: int | None = None,
     launch: Launch | None = None,
     by_strips: bool = False,
+    rows: Sequence[int] | None = None,
 ) -> list[Tensor]:
     """``unrotate_output`` of several layers of the same inputs, up to four in one launch.
 
@@ -211,81 +222,84 @@ def unrotate_outputs(
         layers: signs, scale, scales, bias and features of each.
         by_strips: each 32 channels of the partials have been through Sylvester's transform; only
             for widths that ``by_strips`` names.
+        rows: the shape of the results without their channels, [B] if None.
     """
-    found, rotations = [], []
+    found, shapes, pointers = [], [], []
     for partial, (signs, scale, scales, bias, features) in zip(partials, layers, strict=True):
         splits, batch, width = partial.shape
-        y = torch.empty(batch, features, dtype=dtype, device=partial.device)
-        rotations.append(
-            Rotation(
-                partial, y, norms, signs, scales, bias, scale,
-                features, width, partial.stride(1), block, splits, factor,
+        shape = (batch,) if rows is None else rows
+        y = partial.new_empty(*shape, features, dtype=dtype)
+        source, scaling, shift = partial.data_ptr(), address(scales), address(bias)
+        by_four = (source | scaling) % 16 == 0
+        in_quads = by_four and shift % 16 == 0 and features % 4 == 0 and block == QUAD_BLOCK
+        shapes.append(
+            Rows(
+                batch, features, width, partial.stride(1), block, splits, factor,
+                dtype, None if bias is None else bias.dtype, by_four, in_quads,
             )
         )  # fmt: skip
+        outer = source, y.data_ptr(), norms.data_ptr()
+        pointers.append((outer, (signs.data_ptr(), scaling, shift, scale.data_ptr())))
         found.append(y)
-    if by_strips:
-        _start_columns(rotations)
-    elif launch is None and all(rotation.in_quads() for rotation in rotations):
-        _start_quads(rotations)
-    else:
-        _start("unrotate_output", rotations, launch)
+    launches = _prepared("unrotate_output", tuple(shapes), launch, by_strips, norms.device)
+    _start(launches, norms.get_device(), pointers)
     return found
 
 
-@dataclass(frozen=True, eq=False)
-class Rotation:
-    """Rows to rotate, as the kernel's comment describes them."""
+class Rows(NamedTuple):
+    """All of rows to rotate that their launch depends on, as the kernel's comment describes them.
 
-    source: Tensor
-    target: Tensor
-    norms: Tensor
-    signs: Tensor
-    scales: Tensor | None
-    bias: Tensor | None
-    scale: Tensor | None
+    Attributes:
+        batch, features, width, stride, block, splits, factor: as there.
+        dtype: of the activations.
+        bias: its dtype.
+        by_four: whether four channels of the source, and scales, can be read at once.
+        in_quads: whether ``rotation_blocks.cu`` takes them: it reads and writes four at once.
+    """
+
+    batch: int
     features: int
     width: int
     stride: int
     block: int | None
     splits: int
     factor: float
+    dtype: torch.dtype
+    bias: torch.dtype | None
+    by_four: bool
+    in_quads: bool
 
-    def in_quads(self) -> bool:
-        """Whether ``rotation_blocks.cu`` takes it: it reads and writes four channels at once."""
-        whole = self.block == QUAD_BLOCK and self.features % 4 == 0
-        return whole and aligned(self.source, self.scales, self.bias)
-
-    def parameters(
-        self, into: bool, transform: Transform, cut: Launch, first_block: int
-    ) -> tuple[list[Tensor | None], list[int]]:
+    def numbers(self, into: bool, transform: Transform, cut: Launch, first_block: int) -> list[int]:
         """Of the kernel, for one of its transforms, into a packed product's basis or out of it."""
-        activations, row = (self.source, self.features) if into else (self.target, self.stride)
-        if activations.dtype not in TYPES:
+        if self.dtype not in TYPES:
             names = ", ".join(str(dtype) for dtype in TYPES)
-            raise ValueError(f"activations must be one of {names}, got {activations.dtype}")
-        left, right = packed_factors(
-            transform.order,
-            None if transform.blocks else transform.a,
-            not into,
-            self.source.device,
-        )
-        by_four = aligned(self.source, self.scales)
-        by_four &= all(n % 4 == 0 for n in (row, transform.first, transform.b))
-        addresses = [
-            *(self.source, self.target, self.norms, left, right),
-            *(self.signs, self.scales, self.bias, self.scale),
-        ]
-        numbers = [
-            *(len(self.norms), self.features, self.stride),
+            raise ValueError(f"activations must be one of {names}, got {self.dtype}")
+        row = self.features if into else self.stride
+        quads = all(n % 4 == 0 for n in (row, transform.first, transform.b))
+        return [
+            *(self.batch, self.features, self.stride),
             *(transform.first, transform.a, transform.b),
             *(self.splits, cut.slices, _parts(transform, cut), cut.part_tiles),
             transform.group_shift(cut.slices),
-            *(TYPES[activations.dtype], 0 if self.bias is None else TYPES[self.bias.dtype]),
-            by_four,
+            *(TYPES[self.dtype], 0 if self.bias is None else TYPES[self.bias]),
+            self.by_four and quads,
             *struct.unpack("i", struct.pack("f", self.factor / sqrt(transform.order))),
             *(first_block, 0),
         ]
-        return addresses, numbers
+
+
+_Pointers = tuple[tuple[int, int, int], tuple[int, int, int, int]]
+"""Of rows: source, target and norms; signs, scales, bias and scale."""
+
+
+def _start(launches: Sequence[_Launch], device: int, rows: Sequence[_Pointers]) -> None:
+    """Starts launches on the tensors of the rows that they were prepared for."""
+    for prepared, jobs in launches:
+        pointers = []
+        for i, (left, right) in jobs:
+            outer, inner = rows[i]
+            pointers.append((*outer, address(left), right.data_ptr(), *inner))
+        prepared(device, pointers + pointers[-1:] * (JOBS - len(jobs)))
 
 
 def _parts(transform: Transform, cut: Launch) -> int:
@@ -293,39 +307,30 @@ def _parts(transform: Transform, cut: Launch) -> int:
     return 1 if transform.blocks else -(-transform.tiles // cut.part_tiles)
 
 
-_Job = tuple[Rotation, Transform]
+_Job = tuple[int, Rows, Transform]
+"""Rows, their place among all rows of a call, and one of their transforms."""
+_Factors = tuple[Tensor | None, Tensor]
+_Launch = tuple[Prepared, list[tuple[int, _Factors]]]
+"""A launch and, of each of its jobs, the place of its rows and the transform's factors."""
 
 
-def _start(name: Name, rotations: Sequence[Rotation], launch: Launch | None) -> None:
-    """All transforms of these rows, by clusters of blocks."""
-    for jobs in _launches([(r, t) for r in rotations for t in transforms(r.width, r.block)]):
-        cut = launch or max((t.launch() for _, t in jobs), key=lambda c: (c.slices, c.threads))
-        together = name == "rotate_input" or any(not t.blocks for _, t in jobs)
-        grids = [len(r.norms) * cut.slices * _parts(t, cut) for r, t in jobs]
-        shared, cluster = max(t.shared_bytes(cut) for _, t in jobs), cut.slices if together else 1
-        _launch(Kernel(SOURCE, name, cut.threads), jobs, [cut] * len(jobs), grids, shared, cluster)
-
-
-def _start_quads(rotations: Sequence[Rotation]) -> None:
-    """Out of blocks of 128 channels, a warp for each of them."""
-    for jobs in _launches([(r, transforms(r.width, r.block)[0]) for r in rotations]):
-        kernel = Kernel(BLOCKS_SOURCE, "unrotate_blocks", 32 * QUAD_WARPS)
-        grids = [-(-len(r.norms) * t.a // QUAD_WARPS) for r, t in jobs]
-        _launch(kernel, jobs, [t.launch() for _, t in jobs], grids)
-
-
-def _start_columns(rotations: Sequence[Rotation]) -> None:
-    """Of strips that products transformed: 8 blocks, times as many as rows of A need."""
-    for jobs in _launches([(r, t) for r in rotations if (t := strips_of(r.width, r.block))]):
-        cuts = [t.launch() for _, t in jobs]
-        grids = [
-            len(r.norms) * STRIP // 4 * _parts(t, cut)
-            for (r, t), cut in zip(jobs, cuts, strict=True)
-        ]
-        rows = max(-(-t.a // 32) * 32 for _, t in jobs)
-        threads = min(MAX_THREADS, max(MIN_THREADS, rows))
-        shared = max(t.column_bytes(cut) for (_, t), cut in zip(jobs, cuts, strict=True))
-        _launch(Kernel(COLUMNS_SOURCE, "unrotate_columns", threads), jobs, cuts, grids, shared)
+@lru_cache(maxsize=MOST_PREPARED)
+def _prepared(
+    name: Name,
+    shapes: tuple[Rows, ...],
+    cut: Launch | None,
+    by_strips: bool,
+    device: torch.device,
+) -> list[_Launch]:
+    """The launches that rotate these rows."""
+    rows = list(enumerate(shapes))
+    if by_strips:
+        found = [(i, r, t) for i, r in rows if (t := strips_of(r.width, r.block))]
+        return [_columns(jobs, device) for jobs in _launches(found)]
+    found = [(i, r, t) for i, r in rows for t in transforms(r.width, r.block)]
+    if cut is None and all(r.in_quads for r in shapes):
+        return [_quads(jobs, device) for jobs in _launches(found)]
+    return [_clusters(name, jobs, cut, device) for jobs in _launches(found)]
 
 
 def _launches(jobs: Sequence[_Job]) -> Iterator[Sequence[_Job]]:
@@ -333,28 +338,56 @@ def _launches(jobs: Sequence[_Job]) -> Iterator[Sequence[_Job]]:
     return (jobs[i : i + JOBS] for i in range(0, len(jobs), JOBS))
 
 
+def _clusters(
+    name: Name, jobs: Sequence[_Job], cut: Launch | None, device: torch.device
+) -> _Launch:
+    """All transforms of rows, by clusters of blocks."""
+    cut = cut or max((t.launch() for _, _, t in jobs), key=lambda c: (c.slices, c.threads))
+    together = name == "rotate_input" or any(not t.blocks for _, _, t in jobs)
+    grids = [r.batch * cut.slices * _parts(t, cut) for _, r, t in jobs]
+    shared, cluster = max(t.shared_bytes(cut) for _, _, t in jobs), cut.slices if together else 1
+    kernel = Kernel(SOURCE, name, cut.threads)
+    return _launch(kernel, jobs, [cut] * len(jobs), grids, device, shared, cluster)
+
+
+def _quads(jobs: Sequence[_Job], device: torch.device) -> _Launch:
+    """Out of blocks of 128 channels, a warp for each of them."""
+    kernel = Kernel(BLOCKS_SOURCE, "unrotate_blocks", 32 * QUAD_WARPS)
+    grids = [-(-r.batch * t.a // QUAD_WARPS) for _, r, t in jobs]
+    return _launch(kernel, jobs, [t.launch() for _, _, t in jobs], grids, device)
+
+
+def _columns(jobs: Sequence[_Job], device: torch.device) -> _Launch:
+    """Of strips that products transformed: 8 blocks, times as many as rows of A need."""
+    cuts = [t.launch() for _, _, t in jobs]
+    grids = [
+        r.batch * STRIP // 4 * _parts(t, cut) for (_, r, t), cut in zip(jobs, cuts, strict=True)
+    ]
+    rows = max(-(-t.a // 32) * 32 for _, _, t in jobs)
+    threads = min(MAX_THREADS, max(MIN_THREADS, rows))
+    shared = max(t.column_bytes(cut) for (_, _, t), cut in zip(jobs, cuts, strict=True))
+    kernel = Kernel(COLUMNS_SOURCE, "unrotate_columns", threads)
+    return _launch(kernel, jobs, cuts, grids, device, shared)
+
+
 def _launch(
     kernel: Kernel,
     jobs: Sequence[_Job],
     cuts: Sequence[Launch],
     grids: Sequence[int],
+    device: torch.device,
     shared_bytes: int = 0,
     cluster: int = 1,
-) -> None:
+) -> _Launch:
     """One launch, of so many blocks a job; those that are not there begin after all blocks."""
-    parameters, blocks = [], 0
-    for (rotation, transform), cut, grid in zip(jobs, cuts, grids, strict=True):
-        into = kernel.name == "rotate_input"
-        parameters.append(rotation.parameters(into, transform, cut, blocks))
+    into = kernel.name == "rotate_input"
+    numbers, factors, blocks = [], [], 0
+    for (i, rows, transform), cut, grid in zip(jobs, cuts, grids, strict=True):
+        numbers.append(rows.numbers(into, transform, cut, blocks))
+        a = None if transform.blocks else transform.a
+        factors.append((i, packed_factors(transform.order, a, not into, device)))
         blocks += grid
-    addresses, numbers = parameters[-1]
-    missing = [(addresses, [*numbers[:-2], blocks, 0])] * (JOBS - len(jobs))
-    kernel(
-        blocks,
-        shared_bytes,
-        jobs[0][0].source.device,
-        *parameters[0],
-        more=[*parameters[1:], *missing],
-        cluster=cluster,
-        overlap=True,
-    )
+    missing = [[*numbers[-1][:-2], blocks, 0]] * (JOBS - len(jobs))
+    structures = [(POINTERS, part) for part in (*numbers, *missing)]
+    prepared = Prepared(kernel, blocks, shared_bytes, structures, cluster=cluster, overlap=True)
+    return prepared, factors
