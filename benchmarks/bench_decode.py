@@ -189,7 +189,7 @@ def product_time(x: Tensor, codes: Tensor, table: Tensor, code: TrellisCode, out
 
 @torch.no_grad()
 def codes() -> None:
-    """Whole layers of 4096 x 11008 by the Triton kernels, correctness first."""
+    """Whole layers of 4096 x 11008 by the Triton kernels, and by CUDA's; correctness first."""
     with multiprocessing.get_context("spawn").Pool(12) as pool:
         pool.map(_compile, [(code, None) for code in OTHERS])
     (out, inputs), dense = SHAPES[0], {}
@@ -197,16 +197,17 @@ def codes() -> None:
         layer = random_layer(out, inputs, code, "torch")
         x = torch.randn(16, inputs, device="cuda", dtype=torch.bfloat16)
         exact = layer(x.float())
-        layer.backend = "triton"
-        wrong = relative(layer(x), exact)
-        weights, cells = many_codes(out, inputs, code.spec.k), []
-        for rows in (1, 16):
-            if rows not in dense:
-                dense[rows] = dense_time(x[:rows], out)
-            time = layer_time(layer, weights, x[:rows])
-            cells.append(f"{time:.2f} ({dense[rows] / time:.2f}x)")
-        name = f"{code.name}, L = {code.spec.L}, k = {code.spec.k}"
-        print(f"| {name} | {' | '.join(cells)} | error {wrong:.1e}", flush=True)
+        weights = many_codes(out, inputs, code.spec.k)
+        for backend in ("triton", "cuda") if decode_cuda.runs(code) else ("triton",):
+            layer.backend = backend
+            wrong, cells = relative(layer(x), exact), []
+            for rows in (1, 16):
+                if rows not in dense:
+                    dense[rows] = dense_time(x[:rows], out)
+                time = layer_time(layer, weights, x[:rows])
+                cells.append(f"{time:.2f} ({dense[rows] / time:.2f}x)")
+            name = f"{code.name}, L = {code.spec.L}, k = {code.spec.k}, {backend}"
+            print(f"| {name} | {' | '.join(cells)} | error {wrong:.1e}", flush=True)
 
 
 def _compile(case: tuple[TrellisCode, Launch | None]) -> None:
@@ -257,10 +258,8 @@ def rows() -> None:
                   f"decoded first {times[1]:.1f}", flush=True)  # fmt: skip
 
 
-def fused(
-    x: Tensor, codes: Tensor, table: Tensor, code: TrellisCode, out: int, i: int
-) -> list[Tensor]:
-    return [decode_cuda.multiply(part, codes[i], table, code, out) for part in x.split(16)]
+def fused(x: Tensor, codes: Tensor, table: Tensor, code: TrellisCode, out: int, i: int) -> Tensor:
+    return decode_cuda.multiply(x, codes[i], table, code, out)
 
 
 def decoded(x: Tensor, codes: Tensor, table: Tensor, code: TrellisCode, out: int, i: int) -> Tensor:

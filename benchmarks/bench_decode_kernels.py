@@ -40,7 +40,7 @@ from bench_decode import (
 
 from softtrellis.modules import decode_cuda
 from softtrellis.modules.decode import CodeValues, decode_matmul
-from softtrellis.modules.decode_cuda import VARIANTS, Deal, Inputs, Variant
+from softtrellis.modules.decode_cuda import VARIANTS, Deal, Inputs, Variant, kind_of
 from softtrellis.quantizers.hard import TrellisCode
 from softtrellis.trellis import launch_cuda
 from softtrellis.trellis.launch_cuda import Kernel
@@ -130,7 +130,7 @@ def write_variants(folder: Path) -> dict[TrellisCode, list[Variant]]:
     path, found = folder / "decode_variants.cu", defaultdict(list)
     for code, (rows, warps, registers, inputs) in itertools.product((HYB, MUL1), PRODUCTS):
         name = f"{code.name}_{rows}rows_{warps}warps_{registers}registers_{inputs}_x"
-        text += f"KERNEL({name}, {code.name.upper()}, {rows // 8}, {warps}, "
+        text += f"KERNEL({name}, {code.name.upper()}, 16, {rows // 8}, {warps}, "
         text += f"{inputs.upper()}, {registers})\n"
         kernel = Kernel(str(path), name, 32 * warps)
         found[code].append(Variant(kernel, rows, code == HYB, inputs))
@@ -168,7 +168,7 @@ def floor(kernel: Kernel, x: Tensor, codes: Tensor, table: Tensor, out: int, i: 
     partial_sums = torch.empty(deal.shares, 1, out, device=x.device)
     numbers = [1, out // 16, x.shape[1] // 16, deal.shares, deal.least, deal.more, 0, 0, 0]
     kernel(
-        deal.grid, VARIANTS["hyb", "rows"][0].shared_bytes(1, x.shape[1]), x.device,
+        deal.grid, VARIANTS["hyb", "rows", 16][0].shared_bytes(1, x.shape[1]), x.device,
         [codes[i], table, x, partial_sums, None, None, None], numbers,
     )  # fmt: skip
     return partial_sums
@@ -216,7 +216,7 @@ def rank_shape(
 ) -> None:
     x, table = torch.randn(batch, inputs, device="cuda").half(), values_of(code).table
     found: list[tuple[list[float], str]] = []
-    usual = next(v for v in VARIANTS[code.name, code.order] if v.takes(batch, inputs))
+    usual = next(v for v in VARIANTS[kind_of(code)] if v.takes(batch, inputs))
     for variant in [usual, *(v for v in variants if batch > v.rows - 8)]:
         if variant.takes(batch, inputs):
             times = [
@@ -249,7 +249,7 @@ def profile() -> None:
     missing = [m for m in METRICS if m.split(".")[0] not in known]
     print("not known to this ncu:", ", ".join(missing) or "none")
     for code in (HYB, MUL1):
-        name = VARIANTS[code.name, code.order][0].kernel.name
+        name = VARIANTS[kind_of(code)][0].kernel.name
         answer = subprocess.run(
             [ncu, "--csv", "--clock-control", "none", "--kernel-name", name,
              "--launch-skip", str(PROFILED_LAUNCHES - 2), "--launch-count", "2",

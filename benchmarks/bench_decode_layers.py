@@ -157,7 +157,7 @@ def padded(joint: JointLinear) -> tuple[list[int], int]:
 def usual_way(joint: JointLinear, rotating: bool | None = None) -> Way:
     """That of the package, or what it would do if the product rotated its row itself, or not."""
     first, (outs, _) = layers_of(joint)[0], padded(joint)
-    key = (first.layer.code.name, first.layer.code.order)
+    key = decode_cuda.kind_of(first.layer.code)
     if rotating is None:
         rotating = rotates(joint) and decode_cuda.rotates_fast(first.in_features, sum(outs))
     variant = ROTATING[key] if rotating else VARIANTS[key][0]
@@ -209,7 +209,7 @@ def edited(folder: Path, source: str, name: str, edits: list[Edit], more: str = 
 def written(folder: Path) -> dict[bool, Sources]:
     """Sources with products of all numbers of warps, by whether the next kernel begins early."""
     more = "".join(
-        f"KERNEL({code}_{name}_{warps}, {code.upper()}, 1, {warps}, {inputs}, {registers})\n"
+        f"KERNEL({code}_{name}_{warps}, {code.upper()}, 16, 1, {warps}, {inputs}, {registers})\n"
         for code, (name, inputs), (warps, registers) in product(
             ("hyb", "mul1"), (("rotating", "ROTATED"), ("one_row", "SHARED")), REGISTERS.items()
         )

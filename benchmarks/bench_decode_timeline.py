@@ -110,7 +110,7 @@ def timed(folder: Path, times: Tensor) -> Sources:
     return Sources(
         with_clock(
             folder, times, "decode.cu", marks(PRODUCT_POINTS, str(POINTS)),
-            {"multiply<CODE, ROWS8, WARPS, INPUTS>(p); ": str(POINTS + last)},
+            {"multiply<CODE, L, ROWS8, WARPS, INPUTS>(p); ": str(POINTS + last)},
         ),
         with_clock(
             folder, times, "rotation.cu", marks(ROTATION_POINTS, f"(INPUT ? 0 : {2 * POINTS})"),

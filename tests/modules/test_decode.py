@@ -227,6 +227,7 @@ def test_what_products_rotate_themselves() -> None:
         return decode_cuda.rotates(code, x, None, 128 if block else 16, block)
 
     hyb, mul1 = CODES[1], CODES[7]
+    assert rotates(CODES[5], 4096, None)
     assert all(rotates(hyb, inputs, None) for inputs in (128, 2048, 4096, 8192))
     assert all(rotates(mul1, inputs, 128) for inputs in (128, 4096, 11008, 14336))
     assert not any(rotates(hyb, inputs, None) for inputs in (16, 64, 576, 11008, 14336, 32768))
@@ -245,10 +246,11 @@ SHAPES = [(4096, 11008), (11008, 4096), (2048, 8192), (576, 1536), (1536, 576), 
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("rows", [*ROWS, 33, 48, 49])
+@pytest.mark.parametrize("code", [CODE, CODES[5]], ids=name_of)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_layer_at_full_size(shape: tuple[int, int], rows: int) -> None:
-    module = random_layer(LayerFormat(shape[1], shape[0], CODE, channel_scales=True))
+def test_layer_at_full_size(shape: tuple[int, int], code: TrellisCode, rows: int) -> None:
+    module = random_layer(LayerFormat(shape[1], shape[0], code, channel_scales=True))
     x = torch.randn(rows, shape[1], device=DEVICE, dtype=torch.bfloat16)
     exact = with_backend(module, "torch")(x.float())
     ours = with_backend(module, "auto")(x)
@@ -264,6 +266,7 @@ def test_layer_at_full_size(shape: tuple[int, int], rows: int) -> None:
 @pytest.mark.parametrize(
     ("code", "inputs", "block"),
     [(CODES[1], n, None) for n in (128, 256, 512, 1024, 2048, 4096, 8192)]
+    + [(CODES[5], n, None) for n in (128, 2048, 4096)]
     + [(CODES[7], n, b) for n, b in ((128, 128), (640, 32), (4096, None), (11008, 128))],
     ids=str,
 )
@@ -290,8 +293,8 @@ def test_product_that_rotates_its_row(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", range(1, 17))
-@pytest.mark.parametrize("code", [CODES[1], CODES[7]], ids=name_of)
+@pytest.mark.parametrize("rows", [*range(1, 17), 17, 33, 48])
+@pytest.mark.parametrize("code", [CODES[1], CODES[5], CODES[7]], ids=name_of)
 def test_product_in_cuda(code: TrellisCode, rows: int) -> None:
     for out, inputs in ((16, 16), (48, 80), (272, 320), (1536, 576)):
         codes, values = random_codes(out, inputs, 2), values_of(code)

@@ -37,8 +37,8 @@ def resolve_decode_backend(backend: DecodeBackend, x: Tensor) -> ResolvedDecodeB
     For float16 and bfloat16 activations on a CUDA device ``"auto"`` is ``"cuda"`` where that can
     run and ``"triton"`` elsewhere; it is ``"torch"`` for all others, as the kernels multiply in
     float16 and add in float32; for float32 on a CUDA device a warning is logged, once.
-    ``"cuda"`` is CUDA C++ for HYB and EXL3's mul1 at L = 16 and k = 2 and for rotations of up to
-    some 200,000 channels, and Triton for what that leaves.
+    ``"cuda"`` is CUDA C++ at k = 2 for HYB at L = 12 and 16 and EXL3's mul1, and for rotations of
+    up to some 200,000 channels, and Triton for what that leaves.
 
     Raises:
         ValueError: an unknown name, or activations that the backend does not take.
@@ -172,8 +172,8 @@ def decode_matmul(
     """Multiplies with the latent matrix of packed codes: ``x @ decode(codes).T``.
 
     The reference decodes the matrix in float32. The kernels round x and the values to float16 and
-    add in float32; up to 16 rows of x they never write the matrix to memory. Runs under
-    ``torch.compile``, and inside a CUDA graph once it has run before it. Not differentiable.
+    add in float32; up to 16 rows of x (48 in CUDA C++) they never write the matrix to memory. Runs
+    under ``torch.compile``, and inside a CUDA graph once it has run before it. Not differentiable.
 
     Args:
         x: [..., in], in a multiple of 16.

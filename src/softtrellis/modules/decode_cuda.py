@@ -1,7 +1,7 @@
 """Products with packed weights in CUDA C++: ``trellis/cuda/decode.cu``.
 
-For the two profiles at L = 16 and k = 2: HYB in the order "rows" and mul1 in EXL3's order. All else
-is left to ``decode_triton``.
+For k = 2: HYB in the order "rows" at L = 12 and 16, and mul1 in EXL3's order at L = 16. All else is
+left to ``decode_triton``.
 """
 
 from __future__ import annotations
@@ -26,9 +26,13 @@ from softtrellis.trellis.launch_cuda import (
     multiprocessors,
 )
 
+MOST_ROWS = 48
+"""Rows that ``multiply`` takes; for more, decoding to memory is faster (benchmarks/README.md)."""
+
 _MORE_THAN_HALF = 115 * 1024
 _STRIP, _UNIT_INPUTS = 32, 128
 _TABLE_ROWS, _POINTERS = 1024, 7
+_ROWS = 16  # of a launch
 _LEAST_UNITS = 4  # of a block: one for each scheduler of a multiprocessor
 _LEAST_BITS = 5  # of the channels that a product rotates together
 
@@ -116,30 +120,42 @@ class Deal:
         return cls(grid, least, more, shares)
 
 
-VARIANTS = {
-    ("hyb", "rows"): [
-        Variant(Kernel("decode.cu", "hyb_one_row", 384), 1, True, "shared"),
-        Variant(Kernel("decode.cu", "hyb_rows_8", 384), 8, True),
-        Variant(Kernel("decode.cu", "hyb_rows_16", 384), 16, True),
-    ],
-    ("mul1", "exl3"): [
+Kind = tuple[str, str, int]
+"""A code's name, the order of its tiles, and L."""
+
+VARIANTS: dict[Kind, list[Variant]] = {
+    **{
+        ("hyb", "rows", L): [
+            Variant(Kernel("decode.cu", f"{name}_one_row", 384), 1, True, "shared"),
+            Variant(Kernel("decode.cu", f"{name}_rows_8", 384), 8, True),
+            Variant(Kernel("decode.cu", f"{name}_rows_16", 384), 16, True),
+        ]
+        for L, name in ((12, "hyb12"), (16, "hyb"))
+    },
+    ("mul1", "exl3", 16): [
         Variant(Kernel("decode.cu", "mul1_one_row", 256), 1, False, "shared"),
         Variant(Kernel("decode.cu", "mul1_rows_8", 384), 8, False),
         Variant(Kernel("decode.cu", "mul1_rows_16", 384), 16, False),
     ],
 }
-"""By code and order; the first that takes the activations multiplies them."""
+"""The first that takes the activations multiplies them."""
 
-ROTATING = {
-    ("hyb", "rows"): Variant(Kernel("decode.cu", "hyb_rotating", 384), 1, True, "rotated"),
-    ("mul1", "exl3"): Variant(Kernel("decode.cu", "mul1_rotating", 256), 1, False, "rotated"),
+ROTATING: dict[Kind, Variant] = {
+    ("hyb", "rows", 12): Variant(Kernel("decode.cu", "hyb12_rotating", 384), 1, True, "rotated"),
+    ("hyb", "rows", 16): Variant(Kernel("decode.cu", "hyb_rotating", 384), 1, True, "rotated"),
+    ("mul1", "exl3", 16): Variant(Kernel("decode.cu", "mul1_rotating", 256), 1, False, "rotated"),
 }
 """Those that rotate the activations too."""
 
 
+def kind_of(code: TrellisCode) -> Kind:
+    """What a code's kernels are chosen by."""
+    return code.name, code.order, code.spec.L
+
+
 def runs(code: TrellisCode) -> bool:
     """Whether there is a CUDA kernel for this code."""
-    return (code.name, code.order) in VARIANTS and code.spec.L == 16 and code.spec.k == 2
+    return kind_of(code) in VARIANTS and code.spec.k == 2
 
 
 def rotates(
@@ -170,7 +186,7 @@ def rotates_rows(
         and inputs % order == 0
         and order.bit_count() == 1
         and order >= 1 << _LEAST_BITS
-        and ROTATING[code.name, code.order].takes(batch, inputs)
+        and ROTATING[kind_of(code)].takes(batch, inputs)
     )
 
 
@@ -209,7 +225,7 @@ def rotate_and_multiply(
         What ``multiply`` returns, and float32 [1], the row's largest number, by which it divided.
     """
     norm = x.new_empty(1, dtype=torch.float32)
-    variant = ROTATING[code.name, code.order]
+    variant = ROTATING[kind_of(code)]
     inputs = x.numel()
     row = (block or inputs).bit_length() - 1, TYPES[x.dtype]
     pointers = address(signs), address(scales), address(norm)
@@ -232,7 +248,7 @@ def multiply(
     """``decode_triton.multiply`` for the codes that ``runs`` names.
 
     Args:
-        x: float16 [B, in], in a multiple of 16; contiguous, B of 1 to 16.
+        x: float16 [B, in], in a multiple of 16; contiguous, B of 1 to ``MOST_ROWS``.
         codes: int16 [tiles, 32], contiguous.
         table: int32, as ``decode_table`` makes it.
         code: how the matrix was written.
@@ -243,13 +259,20 @@ def multiply(
     Returns:
         float32 [shares, B, out], to be summed over the first dimension.
     """
-    variant = _variant(code.name, code.order, *x.shape)
+    parts = -(-x.shape[0] // _ROWS)
+    if parts > 1:
+        found = (
+            multiply(rows, codes, table, code, out, overlap=overlap, by_strips=by_strips)
+            for rows in x.tensor_split(parts)
+        )
+        return torch.cat(list(found), 1)
+    variant = _variant(kind_of(code), *x.shape)
     return launch(variant, x, codes, table, out, overlap=overlap, by_strips=by_strips)
 
 
 @lru_cache(maxsize=MOST_PREPARED)
-def _variant(name: str, order: str, batch: int, inputs: int) -> Variant:
-    return next(v for v in VARIANTS[name, order] if v.takes(batch, inputs))
+def _variant(kind: Kind, batch: int, inputs: int) -> Variant:
+    return next(v for v in VARIANTS[kind] if v.takes(batch, inputs))
 
 
 def launch(

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from softtrellis.modules.decode import ResolvedDecodeBackend
 
 FUSED_ROWS = 16
-"""Most rows of x that the fused kernel takes; for more, the matrix is decoded to memory first."""
+"""Most rows of x that Triton's kernel takes; for more, the matrix is decoded to memory first."""
 
 Output = tuple[Tensor, Tensor, Tensor | None, Tensor | None, int]
 """Of a layer: signs, scale, scales, bias and features."""
@@ -56,7 +56,7 @@ def partial_product(
     by_strips: bool = False,
 ) -> Tensor:
     """float32 [splits, B, out]; see ``decode_triton.multiply`` and ``decode_cuda.multiply``."""
-    if x.shape[0] <= FUSED_ROWS and backend == "cuda" and decode_cuda.runs(code):
+    if backend == "cuda" and decode_cuda.runs(code) and x.shape[0] <= decode_cuda.MOST_ROWS:
         return decode_cuda.multiply(
             x, codes, table, code, out, overlap=overlap, by_strips=by_strips
         )
@@ -133,7 +133,8 @@ def _way(
     in_cuda = backend == "cuda" and all(rotation_cuda.runs(out, block) for out in outs)
     if backend != "cuda" or not decode_cuda.runs(code):
         return False, False, in_cuda
-    by_strips = batch <= FUSED_ROWS and all(rotation_cuda.by_strips(out, block) for out in outs)
+    by_strips = all(rotation_cuda.by_strips(out, block) for out in outs)
+    by_strips = by_strips and batch <= decode_cuda.MOST_ROWS
     itself = decode_cuda.rotates_rows(code, batch, inputs, multiple, block)
     return by_strips, itself and decode_cuda.rotates_fast(inputs, sum(outs)), in_cuda
 

@@ -1,4 +1,5 @@
-// Rows of activations times a packed matrix at L = 16, k = 2, which is decoded in registers only.
+// Rows of activations times a packed matrix at k = 2, which is decoded in registers only: HYB at
+// L = 12 and 16, mul1 at L = 16.
 //
 //   * A lane decodes a quarter of a tile: 16 bytes, and the 16 bits after them, which another lane
 //     holds. Lane 4 g + q takes quarter g % 4 of the tile at output block g / 4 of two and input
@@ -61,11 +62,11 @@ __device__ constexpr int output_of(int quarter, int half, int row) {
 }
 
 // A quarter of a tile, of which `weights` are the two from this bit on, as float16.
-template <Code CODE>
+template <Code CODE, int L>
 struct Quarter;
 
-template <>
-struct Quarter<HYB> {
+template <int L>
+struct Quarter<HYB, L> {
     u32 words[5], swapped[5];  // the stream begins in the high half of what is swapped
 
     __device__ __forceinline__ Quarter(const uint4 &v, u32 after)
@@ -73,21 +74,22 @@ struct Quarter<HYB> {
 #pragma unroll
         for (int i = 0; i < 5; ++i) swapped[i] = __byte_perm(words[i], 0, 0x1032);
     }
-    __device__ __forceinline__ u32 state(int bit) const {  // and anything above its 16 bits
+    __device__ __forceinline__ u32 bits_from(int bit) const {  // L of them, below anything
         const int i = bit / 32, offset = bit % 32;
-        if (offset == 0) return words[i];
-        if (offset <= 16) return swapped[i] >> (16 - offset);
-        return __funnelshift_r(swapped[i + 1], swapped[i], 48 - offset);
+        if (L == 16 && offset == 0) return words[i];
+        if (offset <= 32 - L) return swapped[i] >> (32 - L - offset);
+        return __funnelshift_r(swapped[i + 1], swapped[i], 64 - L - offset);
     }
     __device__ __forceinline__ u32 weights(int bit, u32 bank) const {
-        const u32 s = state(bit), twice = 2 * s;
+        // h(s) has 16 bits, which no bit of s above them changes.
+        const u32 s = L == 16 ? bits_from(bit) : bits_from(bit) & ((1 << L) - 1), twice = 2 * s;
         const u32 at = and_or(twice * s + twice, (TABLE_ROWS - 1) * LANES * 4, bank);
         return *(const u32 *)((const char *)shared + at);
     }
 };
 
 template <>
-struct Quarter<MUL1> {
+struct Quarter<MUL1, 16> {
     u32 pieces[8];  // [k]: 32 bits from bit 16 k on
 
     __device__ __forceinline__ Quarter(const uint4 &v, u32 after) {
@@ -149,7 +151,7 @@ __device__ __forceinline__ void copy_x(const Parameters &p, u32 to, int row_unit
             copy_16_bytes_or_0(to + 16 * i, &p.x[row * p.in_blocks][0] + i, i < p.in_blocks * 2);
 }
 
-template <Code CODE, int ROWS8, int WARPS, Inputs INPUTS>
+template <Code CODE, int L, int ROWS8, int WARPS, Inputs INPUTS>
 __device__ __forceinline__ void multiply(const Parameters &p) {
     const int lane = threadIdx.x % LANES, g = lane / 4, q = lane % 4, warp = threadIdx.x / LANES;
     const int row_units = (p.in_blocks + UNIT_BLOCKS - 1) / UNIT_BLOCKS;
@@ -261,7 +263,7 @@ __device__ __forceinline__ void multiply(const Parameters &p) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const u32 after = __shfl_sync(0xffffffffu, quarters[half].x, lane_after);
-                const Quarter<CODE> quarter(quarters[half], after);
+                const Quarter<CODE, L> quarter(quarters[half], after);
                 load(half);
                 if (half == 1) {
                     fetch(part + LEAD * UNIT_BLOCKS * TILE);
@@ -331,16 +333,20 @@ __device__ __forceinline__ void multiply(const Parameters &p) {
     }
 }
 
-#define KERNEL(NAME, CODE, ROWS8, WARPS, INPUTS, REGISTERS)                \
+#define KERNEL(NAME, CODE, L, ROWS8, WARPS, INPUTS, REGISTERS)             \
     extern "C" __global__ void __maxnreg__(REGISTERS) NAME(Parameters p) { \
-        multiply<CODE, ROWS8, WARPS, INPUTS>(p);                           \
+        multiply<CODE, L, ROWS8, WARPS, INPUTS>(p);                        \
     }
 
-KERNEL(hyb_rotating, HYB, 1, 12, ROTATED, 104)
-KERNEL(hyb_one_row, HYB, 1, 12, SHARED, 104)
-KERNEL(hyb_rows_8, HYB, 1, 12, GLOBAL, 128)
-KERNEL(hyb_rows_16, HYB, 2, 12, GLOBAL, 168)
-KERNEL(mul1_rotating, MUL1, 1, 8, ROTATED, 128)
-KERNEL(mul1_one_row, MUL1, 1, 8, SHARED, 128)
-KERNEL(mul1_rows_8, MUL1, 1, 12, GLOBAL, 128)
-KERNEL(mul1_rows_16, MUL1, 2, 12, GLOBAL, 168)
+KERNEL(hyb_rotating, HYB, 16, 1, 12, ROTATED, 104)
+KERNEL(hyb_one_row, HYB, 16, 1, 12, SHARED, 104)
+KERNEL(hyb_rows_8, HYB, 16, 1, 12, GLOBAL, 128)
+KERNEL(hyb_rows_16, HYB, 16, 2, 12, GLOBAL, 168)
+KERNEL(hyb12_rotating, HYB, 12, 1, 12, ROTATED, 104)
+KERNEL(hyb12_one_row, HYB, 12, 1, 12, SHARED, 104)
+KERNEL(hyb12_rows_8, HYB, 12, 1, 12, GLOBAL, 128)
+KERNEL(hyb12_rows_16, HYB, 12, 2, 12, GLOBAL, 168)
+KERNEL(mul1_rotating, MUL1, 16, 1, 8, ROTATED, 128)
+KERNEL(mul1_one_row, MUL1, 16, 1, 8, SHARED, 128)
+KERNEL(mul1_rows_8, MUL1, 16, 1, 12, GLOBAL, 128)
+KERNEL(mul1_rows_16, MUL1, 16, 2, 12, GLOBAL, 168)
