@@ -228,3 +228,22 @@ def test_how_many_steps_fit() -> None:
     assert schedules.reckoned_steps(slow, 60.0, settled=3) == 8
     assert schedules.reckoned_steps(slow[:2], 60.0, settled=3) == 4
     assert schedules.reckoned_steps([1.0, 1.0], 60.0) == 2
+
+
+def test_all_rates_end_where_they_are_told_to(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[float]] = []
+    original = trainer.set_learning_rates
+
+    def noted(optimizer: Any, rates: list[float]) -> None:
+        seen.append(list(rates))
+        original(optimizer, rates)
+
+    monkeypatch.setattr(trainer, "set_learning_rates", noted)
+    for end in (0.0, 0.5):
+        seen.clear()
+        change = {"steps": 4, "warmup": 0, "lr_end": end, "train": ("latents", "scales", "norms")}
+        result = setting.train(setting.student(), **change)
+        assert result.history[-1]["lr"] == pytest.approx(end * result.history[0]["lr"])
+        assert seen[-1] == pytest.approx([end * rate for rate in seen[0]])

@@ -96,6 +96,9 @@ def add_parser(commands: Commands) -> None:
         "sigma, and is at most 0.015",
     )
     parser.add_argument(
+        "--lr-end", type=float, default=0.1, help="what all rates end at, over their peaks"
+    )
+    parser.add_argument(
         "--scale-lr", type=float, default=5e-3, help="of scales and norms, over each one's size"
     )
     parser.add_argument("--table-lr", type=float, default=1e-3, help="of the table, likewise")
@@ -207,6 +210,7 @@ def config_of(options: argparse.Namespace) -> DistillConfig:
         t_min=options.t_min,
         schedule=options.schedule,
         lr=options.lr,
+        lr_end=options.lr_end,
         scale_lr=options.scale_lr,
         table_lr=options.table_lr,
         optimizer=options.optimizer,

@@ -33,7 +33,7 @@ from softtrellis.recipes.calibration import check_finite
 from softtrellis.recipes.optimizer import OptimizerName, check_optimizer
 from softtrellis.recipes.ranks import ONE, Ranks, shard_frozen_
 from softtrellis.recipes.run_state import digest
-from softtrellis.recipes.schedules import TemperatureSchedule, check_schedule
+from softtrellis.recipes.schedules import FINAL_LR_SHARE, TemperatureSchedule, check_schedule
 from softtrellis.recipes.seeds import check_seed
 from softtrellis.recipes.stages import DistillResult, Run
 from softtrellis.recipes.teacher_text import is_teacher_text
@@ -82,6 +82,7 @@ class DistillConfig:
         schedule: "exponential" or "cosine".
         lr: peak learning rate of the latents; "auto" is the one with which gradients of random
             sign would move them by 0.14 over the run, see ``rate_of_walk``.
+        lr_end: what all rates end at, half a cosine down, over their peaks.
         scale_lr: of scales, norms and biases.
         table_lr: of the table.
         optimizer: "adamw", or "adamw8bit", whose moments take a byte each (torchao).
@@ -133,6 +134,7 @@ class DistillConfig:
     t_min: float = 0.03
     schedule: TemperatureSchedule = "exponential"
     lr: float | Literal["auto"] = "auto"
+    lr_end: float = FINAL_LR_SHARE
     scale_lr: float = 5e-3
     table_lr: float = 1e-3
     optimizer: OptimizerName = "adamw"
@@ -218,7 +220,7 @@ class DistillConfig:
                 raise ValueError(f"{name} must be 0 (never) or more, got {getattr(self, name)}")
         if self.held_out < 0:
             raise ValueError(f"held_out must be 0 or more windows, got {self.held_out}")
-        for name in ("start", "finish_share"):
+        for name in ("start", "finish_share", "lr_end"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
         if self.finish is None and self.finish_share != DistillConfig.finish_share:

@@ -84,7 +84,9 @@ def cosine_to_zero(step: int, steps: int, *, lr: float) -> float:
     return lr * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def learning_rate_at(share: float, step: int, *, lr: float, warmup: int) -> float:
-    """Half a cosine from ``lr`` down to a tenth of it, times a linear warm-up of so many steps."""
-    cosine = FINAL_LR_SHARE + (1 - FINAL_LR_SHARE) * 0.5 * (1.0 + math.cos(math.pi * share))
+def learning_rate_at(
+    share: float, step: int, *, lr: float, warmup: int, end: float = FINAL_LR_SHARE
+) -> float:
+    """Half a cosine from ``lr`` down to ``end`` of it, times a linear warm-up of so many steps."""
+    cosine = end + (1 - end) * 0.5 * (1.0 + math.cos(math.pi * share))
     return lr * cosine * min(1.0, (step + 1) / (warmup + 1))

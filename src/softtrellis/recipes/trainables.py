@@ -126,7 +126,7 @@ class LearningRates:
         config: DistillConfig,
     ) -> None:
         """Takes ``config.lr``; "auto" is ``rate_of_walk`` of the steps, or of ``UNKNOWN_STEPS``."""
-        self._warmup = config.warmup
+        self._warmup, self._end = config.warmup, config.lr_end
         steps = config.steps or UNKNOWN_STEPS
         auto = config.lr == "auto"
         walk = rate_of_walk(steps, warmup=config.warmup, viterbi_every=config.viterbi_every)
@@ -146,4 +146,11 @@ class LearningRates:
     def at(self, share: float, step: int) -> list[float]:
         """Each group's at a share of the run, see ``learning_rate_at``."""
         peaks = (peak * (self.lr if latent else 1.0) for peak, latent in self._peaks)
-        return [learning_rate_at(share, step, lr=peak, warmup=self._warmup) for peak in peaks]
+        return [self._at(peak, share, step) for peak in peaks]
+
+    def of_latents(self, share: float, step: int) -> float:
+        """``lr`` likewise."""
+        return self._at(self.lr, share, step)
+
+    def _at(self, peak: float, share: float, step: int) -> float:
+        return learning_rate_at(share, step, lr=peak, warmup=self._warmup, end=self._end)

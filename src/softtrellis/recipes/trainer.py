@@ -45,7 +45,7 @@ from softtrellis.recipes.optimizer import (
 )
 from softtrellis.recipes.ranks import ONE, Ranks, whole_weight
 from softtrellis.recipes.replay import FixedPlaces
-from softtrellis.recipes.schedules import learning_rate_at, temperature_at
+from softtrellis.recipes.schedules import temperature_at
 from softtrellis.recipes.sharded_layers import ShardedLayers
 from softtrellis.recipes.sharded_state import spread
 from softtrellis.recipes.temperatures import check_temperatures, initial_temperature
@@ -207,7 +207,7 @@ class Trainer:
         record: dict[str, Any] = {
             "loss": total,
             "temperature": temperature,
-            "lr": learning_rate_at(share, step, lr=self.rates.lr, warmup=config.warmup),
+            "lr": self.rates.of_latents(share, step),
             "grad_norm": float(norm),
             "tokens": (step + 1) * config.batch * self.windows.shape[1],
         }
