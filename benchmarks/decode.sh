@@ -18,7 +18,7 @@ step() {
 }
 tests="tests/transforms/test_rotation.py tests/modules/test_joint_linear.py tests/modules/test_decode.py"
 # shellcheck disable=SC2086
-step tests 50 python3 -m pytest -q -m gpu -p no:cacheprovider $tests -k "not triton and not product_at_full_size"
+step tests 150 python3 -m pytest -q -m gpu -p no:cacheprovider $tests -k "not triton and not product_at_full_size"
 step layers 80 python3 benchmarks/bench_decode_layers.py
 step timeline 35 python3 benchmarks/bench_decode_timeline.py
 step integrations 60 python3 -m pytest -q -m gpu -p no:cacheprovider tests/integrations tests/cli/test_generate.py tests/io tests/modules/test_decoded_linear.py
