@@ -246,7 +246,7 @@ def quantized_linear(
     layer = scale, in_signs, out_signs, in_scale, out_scale, bias
     sizes = out_features, multiple, block
     if not torch.compiler.is_compiling() and type(x) is Tensor:  # an operator would only take time
-        return _quantized_linear(x, codes, table, *layer, factor, *sizes, code, backend)
+        return _quantized_linear(x, codes, table, layer, factor, sizes, code, backend)
     y: Tensor = torch.ops.softtrellis.quantized_linear(
         x, codes, table, *layer, factor, *sizes, *_fields(code), backend
     )
@@ -257,19 +257,13 @@ def _quantized_linear(
     x: Tensor,
     codes: Tensor,
     table: Tensor,
-    scale: Tensor,
-    in_signs: Tensor,
-    out_signs: Tensor,
-    in_scale: Tensor | None,
-    out_scale: Tensor | None,
-    bias: Tensor | None,
+    layer: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None],
     factor: float,
-    out: int,
-    multiple: int,
-    block: int | None,
+    sizes: tuple[int, int, int | None],
     code: TrellisCode,
     backend: ResolvedDecodeBackend,
 ) -> Tensor:
+    (scale, in_signs, out_signs, in_scale, out_scale, bias), (out, multiple, block) = layer, sizes
     if x.numel() == 0:
         return x.new_empty(*x.shape[:-1], out)
     product = rotated_product(
@@ -354,7 +348,7 @@ def _quantized_linear_op(
 ) -> Tensor:
     layer = scale, in_signs, out_signs, in_scale, out_scale, bias
     sizes, code = (out, multiple, block), _code(name, L, k, V, order)
-    return _quantized_linear(x, codes, table, *layer, factor, *sizes, code, backend)
+    return _quantized_linear(x, codes, table, layer, factor, sizes, code, backend)
 
 
 def _decode_matmul_shape(
