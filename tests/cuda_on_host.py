@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
-import torch
+from torch import Tensor
 
 HOST = Path(__file__).parent / "trellis" / "host"
 FLAGS = ("-O2", "-ffp-contract=off", "-std=c++17", "-fPIC", "-shared", "-w")
@@ -64,10 +64,10 @@ class Library:
         thread = getattr(self._library, f"thread_{name}")
         sizes = (blocks, threads, shared_bytes, int(backwards))
         fault = self._library.launch(thread, parameter, *sizes, readable, len(ranges))
-        assert fault is None, f"{name}: {fault.decode()}"
+        assert not fault, f"{name}: {fault.decode()}"
 
 
-def relative(found: torch.Tensor, exact: torch.Tensor) -> float:
+def relative(found: Tensor, exact: Tensor) -> float:
     """Error of finite numbers."""
-    assert bool(torch.isfinite(found).all())
+    assert bool(found.isfinite().all())
     return float((found.double() - exact.double()).norm() / exact.double().norm())

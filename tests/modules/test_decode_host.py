@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import product
 
 import pytest
@@ -18,6 +18,8 @@ from softtrellis.quantizers.hard import TrellisCode
 from softtrellis.spec import TrellisSpec
 from softtrellis.transforms.incoherence import Incoherence, pack_signs
 from softtrellis.trellis.launch_cuda import TYPES, Kernel, packed
+
+pytestmark = pytest.mark.usefixtures("one_thread", "poison")
 
 PRODUCTS = [variant for variants in decode_cuda.VARIANTS.values() for variant in variants]
 KERNELS = [variant.kernel.name for variant in [*PRODUCTS, *decode_cuda.ROTATING.values()]]
@@ -39,11 +41,11 @@ GUARD = 64
 
 
 class Machine:
-    """Launches on the host; each in the other order of threads than the one before it."""
+    """Launches on the host; a kernel's threads run in one order and the other by turns."""
 
     def __init__(self, library: Library) -> None:
         self.library, self.multiprocessors = library, 132
-        self.started: list[tuple[str, bool]] = []
+        self.started: list[str] = []
 
     def prepare(
         self,
@@ -75,14 +77,17 @@ class Launch:
         if self.kernel.name.startswith("hyb"):
             constants.append((table, 4096))
         if signs:
-            constants += [(signs, inputs // 8), (scales, 2 * inputs)]
+            constants.append((signs, inputs // 8))
+        if scales:
+            constants.append((scales, 2 * inputs))
 
         count = shares * batch * out_blocks * 16
         guarded = torch.full((count + 2 * GUARD,), torch.nan)
         sums = guarded[GUARD:-GUARD]
         addresses = codes, table, x, sums.data_ptr(), signs, scales, norm
-        name, backwards = self.kernel.name, len(self.machine.started) % 2 == 1
-        self.machine.started.append((name, backwards))
+        name, started = self.kernel.name, self.machine.started
+        backwards = started.count(name) % 2 == 1
+        started.append(name)
         self.machine.library.launch(
             name,
             struct.pack("7Q", *addresses) + packed(self.numbers),
@@ -101,13 +106,13 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
 
 
 @pytest.fixture
-def machine(library: Library, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+def machine(library: Library, monkeypatch: pytest.MonkeyPatch) -> Machine:
     machine = Machine(library)
     monkeypatch.setattr(decode_cuda, "Prepared", machine.prepare)
     monkeypatch.setattr(decode_cuda, "multiprocessors", lambda _: machine.multiprocessors)
     monkeypatch.setattr(decode_cuda, "_prepared", decode_cuda._prepared.__wrapped__)
     monkeypatch.setattr(decode_cuda, "_MORE_THAN_HALF", 0)  # no more than what is used
-    yield machine
+    return machine
 
 
 def problem(
@@ -125,7 +130,6 @@ def tolerance(code: TrellisCode) -> float:
     return 4e-4 if code.name == "hyb" else 3e-6  # HYB's table is float16
 
 
-@pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("name", CODES)
 def test_products(machine: Machine, name: str) -> None:
     code = CODES[name]
@@ -135,11 +139,10 @@ def test_products(machine: Machine, name: str) -> None:
         found = decode_cuda.multiply(x.half(), codes, values.table, code, out)
         exact = decode_matmul(x.half(), codes, values, code, out, backend="torch")
         assert relative(found.sum(0) * values.factor, exact) < tolerance(code), (out, inputs, rows)
-    kernels = [variant.kernel.name for variant in decode_cuda.VARIANTS[decode_cuda.kind_of(code)]]
-    assert set(machine.started) == set(product(kernels, (False, True)))
+    for variant in decode_cuda.VARIANTS[decode_cuda.kind_of(code)]:
+        assert machine.started.count(variant.kernel.name) > 1
 
 
-@pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("code", [HYB, SHORT, MUL1], ids=lambda code: f"{code.name}{code.spec.L}")
 def test_products_by_strips(machine: Machine, code: TrellisCode) -> None:
     sylvester = torch.ones(1, 1)
@@ -155,7 +158,6 @@ def test_products_by_strips(machine: Machine, code: TrellisCode) -> None:
         assert relative(found.sum(0) * values.factor, exact) < tolerance(code)
 
 
-@pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("code", [HYB, SHORT, MUL1], ids=lambda code: f"{code.name}{code.spec.L}")
 @pytest.mark.parametrize(
     ("inputs", "block", "dtype"),
@@ -172,20 +174,20 @@ def test_rotated_row(
 ) -> None:
     values, codes, x = problem(code, 48, inputs, 1)
     x = x.to(dtype)
-    scales = (torch.rand(inputs, generator=torch.Generator().manual_seed(0)) + 0.5).half()
+    channels = (torch.rand(inputs, generator=torch.Generator().manual_seed(0)) + 0.5).half()
     multiple = 128 if block else 16
     rotation = Incoherence.random(inputs, 48, seed=1, multiple=multiple, block=block)
-    assert decode_cuda.rotates(code, x, scales, multiple, block)
-    scaled = x.double() * scales.double()
-    largest = scaled.abs().max()
-    rotated = (rotation.rotate_input(scaled) / largest).half()
-    exact = decode_matmul(rotated, codes, values, code, 48, backend="torch")
     signs = pack_signs(rotation.in_signs)
-    for machine.multiprocessors in (5, 2):
+    for machine.multiprocessors, scales in ((5, channels), (2, None)):
+        assert decode_cuda.rotates(code, x, scales, multiple, block)
         found, norm = decode_cuda.rotate_and_multiply(
             x, signs, scales, codes, values.table, code, 48, block
         )
+        scaled = x.double() if scales is None else x.double() * scales.double()
+        largest = scaled.abs().max()
+        rotated = (rotation.rotate_input(scaled) / largest).half()
+        exact = decode_matmul(rotated, codes, values, code, 48, backend="torch")
         assert relative(found.sum(0) * values.factor, exact) < 4e-4
         assert relative(norm, largest) < 1e-6
     kernel = decode_cuda.ROTATING[decode_cuda.kind_of(code)].kernel.name
-    assert set(machine.started) == {(kernel, False), (kernel, True)}
+    assert machine.started == [kernel, kernel]

@@ -16,6 +16,8 @@ from softtrellis.trellis import bcjr_cuda, bcjr_torch
 from softtrellis.trellis.bcjr_cuda import SHORT_SPEC
 from softtrellis.trellis.launch_cuda import address, packed
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 KERNELS = ("forward", "backward")
 
 

@@ -1,6 +1,7 @@
 // Runs kernels on the host, one block after the other: g++ -DSOURCE=... -DKERNELS=... run.cpp
 // kernels.cpp in a copy of cuda/ with this folder in it.
 
+#include <cstdio>
 #include <ucontext.h>
 #include <vector>
 
@@ -31,27 +32,25 @@ static void (*thread)(const void *);
 static const void *parameter;
 static int came[128], turns[128], shared_bytes;
 static std::vector<Range> ranges;
-static const char *fault;
+static char fault[128];  // the first
 
 static Fibre &self() { return fibres[threadIdx.x]; }
 static bool checked(bool right, const char *otherwise) {
-    if (!right && !fault) fault = otherwise;
+    if (!right && !*fault)
+        snprintf(fault, sizeof fault, "%s: block %d, thread %d", otherwise, blockIdx.x, threadIdx.x);
     return right;
 }
 
 char *shared_memory() { return shared; }
 bool in_shared_memory(u32 from, int bytes) {
-    return checked(from + bytes <= shared_bytes && from % bytes == 0, "outside shared memory");
+    return checked(from + bytes <= shared_bytes && from % bytes == 0, "reads what it may not of shared memory");
 }
 bool in_global_memory(const void *from, int bytes) {
-    bool found = (uintptr_t)from % bytes == 0;
-    if (found) {
-        found = false;
-        for (const Range &range : ranges)
-            found |= range.begin <= from && (const char *)from + bytes <= range.end &&
-                     (!range.written || self().kernel_before_ended);
-    }
-    return checked(found, "outside what may be read of global memory");
+    bool found = false;
+    for (const Range &range : ranges)
+        found |= range.begin <= from && (const char *)from + bytes <= range.end &&
+                 (!range.written || self().kernel_before_ended);
+    return checked(found && (uintptr_t)from % bytes == 0, "reads what it may not of global memory");
 }
 void wait_for_the_kernel_before() { self().kernel_before_ended = true; }
 void copy_later(u32 to, const void *from) {
@@ -113,20 +112,21 @@ static void run_block(bool backwards) {
             swapcontext(&scheduler, &self().context);
             left -= self().done;
         }
-        if (!checked(any, "threads wait for ever")) return;
+        if (!checked(any, "waits for ever")) return;
     }
     for (int i = shared_bytes; i < ROOM; i++)
-        checked(shared[i] == (char)0xff, "written outside shared memory");
+        checked(shared[i] == (char)0xff, "writes beyond its shared memory");
 }
 
-// What was wrong, or null.
+// What was wrong, if anything.
 extern "C" const char *launch(void (*started)(const void *), const void *structures, int blocks,
                               int threads, int bytes, int backwards, const Range *readable,
                               int count) {
     thread = started, parameter = structures;
     blockDim.x = threads, gridDim.x = blocks, shared_bytes = bytes;
     ranges.assign(readable, readable + count);
-    fault = bytes > ROOM ? "too much shared memory" : nullptr;
-    for (blockIdx.x = 0; blockIdx.x < blocks && !fault; blockIdx.x++) run_block(backwards);
+    *fault = 0;
+    checked(bytes <= ROOM, "has too much shared memory");
+    for (blockIdx.x = 0; blockIdx.x < blocks && !*fault; blockIdx.x++) run_block(backwards);
     return fault;
 }
