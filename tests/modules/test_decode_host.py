@@ -33,9 +33,9 @@ CODES = {
     "hyb12-first": TrellisCode(SHORT.spec, "hyb", flip="first"),
     "mul1": MUL1,
 }
-# Outputs, inputs, multiprocessors: with few of them warps work for two strips, and with many,
-# several blocks for one.
-SHAPES = [(16, 16, 132), (48, 80, 132), (272, 320, 5), (560, 208, 3), (96, 1040, 7)]
+# Outputs, inputs, multiprocessors. Several blocks work for one strip where those are many, and in
+# the last shape warps for two strips, of which one lacks half of its outputs.
+SHAPES = [(16, 16, 132), (48, 80, 132), (272, 320, 5), (96, 1040, 7), (176, 1040, 3)]
 ROWS = (1, 3, 8, 9, 16, 17, 48)
 GUARD = 64
 

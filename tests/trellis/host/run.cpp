@@ -88,6 +88,18 @@ static void body() {
     leave();
 }
 
+// Lets each thread of a warp run until it waits; whether any did.
+static bool go_on(int warp, bool backwards) {
+    bool any = false;
+    for (int i = 0; i < 32; i++) {
+        threadIdx.x = warp * 32 + (backwards ? 31 - i : i);
+        if (self().done || waits(self())) continue;
+        any = true;
+        swapcontext(&scheduler, &self().context);
+    }
+    return any;
+}
+
 static void run_block(bool backwards) {
     static char *stacks = (char *)malloc((size_t)MOST * STACK);
     const int threads = blockDim.x;
@@ -103,17 +115,15 @@ static void run_block(bool backwards) {
         fibre.done = fibre.kernel_before_ended = false;
         fibre.barrier = -1;
     }
-    for (int left = threads; left > 0;) {
-        bool any = false;
-        for (int i = 0; i < threads; i++) {
-            threadIdx.x = backwards ? threads - 1 - i : i;
-            if (self().done || waits(self())) continue;
-            any = true;
-            swapcontext(&scheduler, &self().context);
-            left -= self().done;
+    for (bool any = true; any;) {
+        any = false;
+        for (int i = 0; i < threads / 32; i++) {
+            const int warp = backwards ? threads / 32 - 1 - i : i;
+            while (go_on(warp, backwards)) any = true;  // as far as it comes without the others
         }
-        if (!checked(any, "waits for ever")) return;
     }
+    for (threadIdx.x = 0; threadIdx.x < threads; threadIdx.x++)
+        checked(self().done, "waits for ever");
     for (int i = shared_bytes; i < ROOM; i++)
         checked(shared[i] == (char)0xff, "writes beyond its shared memory");
 }
