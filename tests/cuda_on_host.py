@@ -24,7 +24,7 @@ class Library:
         """Compiles them in an empty folder; skips the test without a compiler."""
         compiler = shutil.which("g++")
         if compiler is None:
-            pytest.skip("no g++")
+            pytest.skip("needs g++ to compile CUDA kernels for the host")
         for file in (files("softtrellis.trellis") / "cuda").iterdir():
             (folder / file.name).write_bytes(file.read_bytes())
         for path in HOST.iterdir():

@@ -1,6 +1,6 @@
-// What kernels need of CUDA's language in a build on the host, with a fibre for every thread. Fibres
-// change only where they wait for each other, and a warp runs as far as it comes without the others,
-// so that a missing barrier shows.
+// What kernels need of CUDA's language in a build on the host, with a fibre for every thread.
+// Fibres change only where they wait for each other, and a warp runs as far as it comes without the
+// others, so that a missing barrier shows.
 
 #pragma once
 

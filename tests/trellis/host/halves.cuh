@@ -9,7 +9,8 @@ typedef unsigned short u16;
 // A float16's bits are those of a float that is 2^112 times smaller, but for infinities and NaN.
 inline float of_half(u16 x) {
     const u32 rest = (x & 0x7fff) << 13;
-    const float y = x & 0x7c00 ^ 0x7c00 ? bits<float>(rest) * 0x1p112f : bits<float>(rest | 0x7f800000);
+    const bool finite = (x & 0x7c00) != 0x7c00;
+    const float y = finite ? bits<float>(rest) * 0x1p112f : bits<float>(rest | 0x7f800000);
     return x & 0x8000 ? -y : y;
 }
 

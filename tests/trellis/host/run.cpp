@@ -37,13 +37,15 @@ static char fault[128];  // the first
 static Fibre &self() { return fibres[threadIdx.x]; }
 static bool checked(bool right, const char *otherwise) {
     if (!right && !*fault)
-        snprintf(fault, sizeof fault, "%s: block %d, thread %d", otherwise, blockIdx.x, threadIdx.x);
+        snprintf(fault, sizeof fault, "%s: block %d, thread %d", otherwise, blockIdx.x,
+                 threadIdx.x);
     return right;
 }
 
 char *shared_memory() { return shared; }
 bool in_shared_memory(u32 from, int bytes) {
-    return checked(from + bytes <= shared_bytes && from % bytes == 0, "reads what it may not of shared memory");
+    return checked(from + bytes <= shared_bytes && from % bytes == 0,
+                   "reads what it may not of shared memory");
 }
 bool in_global_memory(const void *from, int bytes) {
     bool found = false;
@@ -124,6 +126,7 @@ static void run_block(bool backwards) {
     }
     for (threadIdx.x = 0; threadIdx.x < threads; threadIdx.x++)
         checked(self().done, "waits for ever");
+    threadIdx.x = -1;  // it could be any
     for (int i = shared_bytes; i < ROOM; i++)
         checked(shared[i] == (char)0xff, "writes beyond its shared memory");
 }
