@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
-import shutil
 import struct
-import subprocess
 from collections.abc import Sequence
-from importlib.resources import files
-from pathlib import Path
+from dataclasses import dataclass
 
 import pytest
 import torch
+from cuda_on_host import Library, relative
 from torch import Tensor
 
 from softtrellis.codes.codebook import codebook
@@ -19,38 +16,24 @@ from softtrellis.trellis import bcjr_cuda, bcjr_torch
 from softtrellis.trellis.bcjr_cuda import SHORT_SPEC
 from softtrellis.trellis.launch_cuda import address, packed
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 KERNELS = ("forward", "backward")
-HOST = Path(__file__).parent / "host"
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no g++")
-    folder = tmp_path_factory.mktemp("host")
-    for file in (files("softtrellis.trellis") / "cuda").iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    for path in HOST.iterdir():
-        shutil.copy(path, folder)
-    kernels = " ".join(f"KERNEL({name})" for name in KERNELS)
-    subprocess.run(
-        [
-            *(compiler, "-O2", "-ffp-contract=off", "-std=c++17", "-fPIC", "-shared", "-w"),
-            *('-DSOURCE="bcjr_short.cu"', f"-DKERNELS={kernels}", "run.cpp", "-o", "host.so"),
-        ],
-        cwd=folder,
-        check=True,
-    )
-    return ctypes.CDLL(str(folder / "host.so"))
+def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
+    return Library(tmp_path_factory.mktemp("host"), "bcjr_short.cu", KERNELS)
 
 
+@dataclass
 class OnHost:
     """Stands in for ``Kernel``; threads run one after the other, in this order or the other."""
 
-    def __init__(self, library: ctypes.CDLL, name: str, threads: int, backwards: bool) -> None:
-        self.run, self.threads = getattr(library, f"run_{name}"), threads
-        self.backwards = backwards
+    library: Library
+    name: str
+    threads: int
+    backwards: bool
 
     def __call__(
         self,
@@ -60,17 +43,12 @@ class OnHost:
         addresses: Sequence[Tensor | None],
         numbers: Sequence[int],
     ) -> None:
-        assert shared <= 227 << 10
         scratch = addresses[-4]
         assert scratch is not None
         scratch.fill_(float("nan"))
         pointers = struct.pack(f"{len(addresses)}Q", *map(address, addresses))
-        self.run(pointers + packed(numbers), blocks, self.threads, self.backwards)
-
-
-def relative(found: Tensor, exact: Tensor) -> float:
-    assert bool(torch.isfinite(found).all())
-    return float((found.double() - exact).norm() / exact.norm())
+        sizes = blocks, self.threads, shared
+        self.library.launch(self.name, pointers + packed(numbers), *sizes, backwards=self.backwards)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +56,7 @@ def relative(found: Tensor, exact: Tensor) -> float:
     [("hyb", "free"), ("hyb", "pinned"), ("hyb-first", "pinned"), ("gaussian", "free")],
 )
 def test_kernels_on_the_host(
-    library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, code: str, ends: str
+    library: Library, monkeypatch: pytest.MonkeyPatch, code: str, ends: str
 ) -> None:
     """What is certified is right; what is left are low temperatures, and other codebooks."""
     kernels = [OnHost(library, name, 256, ends == "pinned") for name in KERNELS]
