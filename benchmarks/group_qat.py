@@ -116,7 +116,11 @@ def run(experiment: Experiment, name: str, options: str, seed: int) -> None:
         step = len(log)
         share = pace.share(step)
         set_learning_rates(
-            optimizer, [learning_rate_at(share, step, lr=r, warmup=config.warmup) for r in rates]
+            optimizer,
+            [
+                learning_rate_at(share, step, lr=r, warmup=config.warmup, end=config.lr_end)
+                for r in rates
+            ],
         )
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         rows = windows[torch.randint(len(windows), (config.batch,), generator=generator)]

@@ -166,11 +166,12 @@ def rotates(
     Those are one row without padding, of a multiple of 128 channels that fits a block's shared
     memory, whose transform is Sylvester's: of blocks, or of all channels, of a power of two.
     """
-    return (
-        x.dtype in TYPES
-        and aligned(x, scales)
-        and rotates_rows(code, x.shape[0], x.shape[1], multiple, block)
-    )
+    return reads(x, scales) and rotates_rows(code, x.shape[0], x.shape[1], multiple, block)
+
+
+def reads(x: Tensor, scales: Tensor | None) -> bool:
+    """Whether ``rotate_and_multiply`` can read these activations, whatever their sizes."""
+    return x.dtype in TYPES and aligned(x, scales)
 
 
 def rotates_rows(

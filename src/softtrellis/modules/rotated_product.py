@@ -14,7 +14,7 @@ from softtrellis.modules import decode_cuda
 from softtrellis.quantizers.hard import TrellisCode
 from softtrellis.transforms import rotation_cuda
 from softtrellis.transforms.incoherence import padded_size
-from softtrellis.trellis.launch_cuda import MOST_PREPARED, TYPES, aligned
+from softtrellis.trellis.launch_cuda import MOST_PREPARED
 
 if TYPE_CHECKING:
     from softtrellis.modules.decode import ResolvedDecodeBackend
@@ -100,7 +100,7 @@ def rotated_product(
     batch, whole = x.numel() // inputs, sum(outs)
     by_strips, itself, in_cuda = _way(code, batch, inputs, tuple(outs), backend, multiple, block)
     there = codes.is_contiguous()
-    if itself and there and x.dtype in TYPES and aligned(x, scales):
+    if itself and there and decode_cuda.reads(x, scales):
         partial, norms = decode_cuda.rotate_and_multiply(
             x, signs, scales, codes, table, code, whole, block, by_strips=by_strips
         )
