@@ -182,6 +182,10 @@ def test_layers_of_one_product(machine: Machine) -> None:
         assert machine.launches[3].pointers[1::9] == places[4:] * 4
     with pytest.raises(ValueError, match="x has 128 channels, the layers 256"), torch.no_grad():
         joint(torch.zeros(4, 128))
+    machine.launches = []
+    with pytest.raises(ValueError, match="x has 128 channels, the layers 256"), torch.no_grad():
+        layer_of(HYB, None, True)(torch.zeros(4, 128))
+    assert machine.launches == []
 
 
 def test_tensors_without_memory_start_nothing(machine: Machine) -> None:

@@ -207,6 +207,12 @@ def decode_matmul(
     return y.reshape(*x.shape[:-1], out_features)
 
 
+def check_width(x: Tensor, in_features: int) -> None:
+    """ValueError for other channels than the codes are for, beyond which kernels would read."""
+    if x.shape[-1] != in_features:
+        raise ValueError(f"x has {x.shape[-1]} channels, the layers {in_features}")
+
+
 def quantized_linear(
     x: Tensor,
     codes: Tensor,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from softtrellis.modules.decode import code_factor, resolve_decode_backend
+from softtrellis.modules.decode import check_width, code_factor, resolve_decode_backend
 from softtrellis.modules.quantized_linear import QuantizedLinear
 from softtrellis.modules.rotated_product import rotated_product, unrotated
 
@@ -53,8 +53,7 @@ class JointLinear(nn.Module):
         gradient = torch.is_grad_enabled() and x.requires_grad
         if backend == "torch" or gradient or x.numel() == 0:
             return tuple(layer(x) for layer in layers)
-        if x.shape[-1] != first.in_features:
-            raise ValueError(f"x has {x.shape[-1]} channels, the layers {first.in_features}")
+        check_width(x, first.in_features)
         (block, multiple), code = (first.layer.block, first.layer.multiple), first.layer.code
         product = rotated_product(
             x.contiguous(), first.in_signs, first.in_scale, self.codes, first.table, code,

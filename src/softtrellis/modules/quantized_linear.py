@@ -15,6 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from softtrellis.modules.decode import (
     DecodeBackend,
     ResolvedDecodeBackend,
+    check_width,
     code_factor,
     decode_table,
     quantized_linear,
@@ -220,7 +221,8 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features], in the dtype of ``x``.
 
-        See ``resolve_decode_backend`` for errors.
+        See ``resolve_decode_backend`` for errors; of kernels ValueError, too, for other
+        ``in_features``.
         """
         if self.held_weight is not None:
             return functional.linear(x, self.held_weight.to(x.dtype), self.bias)
@@ -228,6 +230,7 @@ class QuantizedLinear(nn.Module):
         if backend == "torch":
             return decoded_linear(x, self.weight, self.bias)
         layer = self.layer
+        check_width(x, layer.in_features)
         return quantized_linear(
             x,
             self.codes,
