@@ -121,8 +121,47 @@ def test_outputs_inside_an_input_and_around_one(
             message = refused(*command, "-o", inside, code=2)
             assert message == f"{inside} is inside the input; choose another output directory"
         message = refused("export", qx, "--format", "dense", "-o", tmp_path, "--force", code=2)
-        assert message == f"the input is inside {tmp_path}; choose another output directory"
+        assert message == f"the input {qx} is inside {tmp_path}; choose another output directory"
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("folder", ["out", "out.partial"])
+@pytest.mark.parametrize("form", ["{}", "documents:{}"])
+def test_text_inside_the_output(
+    refused: Refused,
+    checkpoint: Path,
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+    folder: str,
+    form: str,
+) -> None:
+    inside = tmp_path / folder / "corpus" / "text.txt"
+    inside.parent.mkdir(parents=True)
+    shutil.copy(text, inside)
+    before = contents(tmp_path)
+    data = ["--data", "pydoc", form.format(inside)]
+    for command in (
+        ["quantize", model, *data, *QUANTIZE],
+        ["quantize", model, "--progressive", "1", "--progressive-data", *data[1:], *QUANTIZE],
+        ["train", checkpoint, "--teacher", model, *data],
+        ["quickstart", "--model", model, *data],
+    ):
+        message = refused(*command, "-o", tmp_path / "out", "--force", code=2)
+        place = tmp_path / folder
+        assert message == f"the input {inside} is inside {place}; choose another output directory"
+    assert contents(tmp_path) == before
+
+
+def test_sources_of_text_that_are_no_files(
+    softtrellis: Command, quantize: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that is called like one does not count."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "pydoc").symlink_to(tmp_path / "out" / "pydoc")
+    (tmp_path / "out" / "pydoc").touch()
+    monkeypatch.chdir(tmp_path)
+    assert softtrellis(*quantize(Path("out")), "--data", "pydoc", "--force").code == 0
 
 
 # Crashes

@@ -51,20 +51,34 @@ def joined(device: str) -> Iterator[Ranks]:
             raise SystemExit(1) from None
 
 
-def check_inputs(output: Path, *inputs: str) -> None:
+def check_inputs(output: Path, *inputs: str, data: Sequence[str] = ()) -> None:
     """UsageError if the output is one of the inputs, lies in one or holds one.
 
     ``--force`` would delete an input that is the output or in it, and an output in an input would
     become a part of it.
+
+    Args:
+        output: the output directory.
+        inputs: models and checkpoints; what does not exist is a name on a hub.
+        data: sources of text, as ``--data`` takes them.
     """
+    from softtrellis.io.files import partial_path
+    from softtrellis.io.text import path_of
+
     place = output.resolve()
-    for source in (Path(name).resolve() for name in inputs if Path(name).exists()):
+    models = [Path(name) for name in inputs if Path(name).exists()]
+    for source in (path.resolve() for path in models):
         if place == source or (place.exists() and place.samefile(source)):
             raise UsageError(f"{output} is also the input; choose another output directory")
         if place.is_relative_to(source):
             raise UsageError(f"{output} is inside the input; choose another output directory")
-        if source.is_relative_to(place):
-            raise UsageError(f"the input is inside {output}; choose another output directory")
+    texts = [path for path in map(path_of, data) if path is not None and path.exists()]
+    for path in (*models, *texts):
+        for folder in (output, partial_path(place)):
+            if folder.resolve() in path.resolve().parents:
+                raise UsageError(
+                    f"the input {path} is inside {folder}; choose another output directory"
+                )
 
 
 def check_json(name: str | None) -> None:

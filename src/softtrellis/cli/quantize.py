@@ -267,7 +267,8 @@ def run(options: argparse.Namespace) -> int:
         print(plan)
         return 0
     output = Path(options.output)
-    check_inputs(output, options.model)
+    texts = [*options.data, *(options.progressive_data or ())]
+    check_inputs(output, options.model, data=texts)
     check_output(output, force=options.force)
     with joined(options.device) as ranks:
         reports = quantize_to(

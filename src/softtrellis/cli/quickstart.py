@@ -59,6 +59,6 @@ def run(options: argparse.Namespace) -> int:
         if options.short:
             config = config.shortened()
     output = Path(options.output)
-    check_inputs(output, options.model)
+    check_inputs(output, options.model, data=options.data)
     quickstart(config, output, force=options.force)
     return 0

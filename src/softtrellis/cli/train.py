@@ -251,7 +251,7 @@ def run(options: argparse.Namespace) -> int:
         config = config_of(options)
     check_backend(options.backend, options.device)
     output = Path(options.output)
-    check_inputs(output, options.checkpoint, options.teacher)
+    check_inputs(output, options.checkpoint, options.teacher, data=options.data)
     if options.start == "auto" and _moved(Path(options.checkpoint)):
         config = replace(config, start=MOVED_START)
     with joined(options.device) as ranks:

@@ -222,24 +222,26 @@ def _space_after(text: str, start: int) -> int:
 
 def _check(source: str) -> None:
     """Raises unless the source has a known form and, as a path, exists."""
-    if source in ("pydoc", "wikitext2"):
-        return
-    if source.startswith("hf:"):
-        HubText.parse(source)
-        return
     if source == TEACHER:
         raise ValueError(
             f"'{TEACHER}' is sampled from the model, where that is trained or calibrated, and "
             f"stands alone: here, give {_FORMS}."
         )
-    path = _path_of(source)
+    if source.startswith("hf:"):
+        HubText.parse(source)
+    path = path_of(source)
+    if path is None:
+        return
     if path.is_dir():
         raise ValueError(f"'{path}' is a directory: give the text files in it one by one.")
     if not path.is_file():
         raise FileNotFoundError(f"No text at '{path}': give {_FORMS}.")
 
 
-def _path_of(source: str) -> Path:
+def path_of(source: str) -> Path | None:
+    """The file that a source of text names, whether or not it exists; None for other sources."""
+    if source in ("pydoc", "wikitext2", TEACHER) or source.startswith("hf:"):
+        return None
     return Path(source.removeprefix(DOCUMENTS))
 
 
@@ -252,7 +254,8 @@ def _documents(
         return [_wikitext2("test" if held_out else "train")]
     if source.startswith("hf:"):
         return hub_documents(source, held_out=held_out, tokenizer=tokenizer)
-    path = _path_of(source)
+    path = path_of(source)
+    assert path is not None
     if path.suffix == ".jsonl":
         return read_jsonl(path, tokenizer)
     text = _read(path)
