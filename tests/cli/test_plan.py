@@ -17,7 +17,9 @@ def test_the_table(softtrellis: Command, checkpoint: Path, model: Path, tmp_path
     assert "lr 0.01, 240 steps, warm-up 5, cosine" in result.out
     assert "0.09974" in result.out
     assert "towards the teacher" in result.out
-    assert "Codes " in result.out.splitlines()[-1]
+    start, verdict = result.out.splitlines()[-2:]
+    assert start.startswith("Predicted from the codewords (train --start 0); ")
+    assert "Codes " in verdict
     record = json.loads(file.read_text(encoding="utf-8"))
     assert list(record["layers"]) == LAYERS
     assert {len(tiles) for radii in record["layers"].values() for tiles in radii.values()} == {8}

@@ -28,7 +28,8 @@ def add_parser(commands: Commands) -> None:
         "softtrellis plan smollm2-2bit --teacher smollm2-135m-instruct --lr 0.01 --steps 100",
         "Compares how far AdamW can carry the latent weights with how far codewords are from where "
         "their codes change, measured on some tiles. Learning rates and radii are in units of the "
-        "weights' standard deviation (sigma), radii as root mean squares over a tile's weights.",
+        "weights' standard deviation (sigma), radii as root mean squares over a tile's weights. "
+        "It predicts for latents that start at the codewords, as with train --start 0.",
     )
     parser.add_argument("checkpoint", help="directory that 'softtrellis quantize' made")
     parser.add_argument(

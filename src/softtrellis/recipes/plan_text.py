@@ -18,6 +18,9 @@ QUANTILES = (0.05, 0.5, 0.95)
 HARDLY_ANY = 0.01
 """Share of tiles below which a run is warned of."""
 
+FROM_CODEWORDS = "Predicted from the codewords (train --start 0); its default start changed more."
+"""Above the verdict: what was measured of other starts is in docs/drift.md."""
+
 
 def warning_for(plan: Plan) -> str | None:
     """A sentence if the run cannot change codes, or hardly any; None if it can."""
@@ -126,9 +129,9 @@ def describe(plan: Plan) -> str:
     lines += [
         f"quantiles over {count} tiles of {len(plan.layers)} layers; the last columns are the "
         "tiles that such a",
-        "run carries out of their cells, along that direction; from the codewords, as train "
-        "--start 0 begins",
+        "run carries out of their cells, along that direction",
         "",
+        FROM_CODEWORDS,
         verdict_in_words(plan),
     ]
     return "\n".join(lines)
