@@ -180,11 +180,14 @@ def load_quantized(path: str | Path, config: LoadConfig | None = None) -> PreTra
 
     Returns:
         A transformers model in eval mode, with ``QuantizedLinear`` layers whose weights are
-        bitwise those that were saved.
+        bitwise those that were saved. Its ``save_pretrained`` and ``dequantize`` work as those of
+        a model of ``from_pretrained``.
 
     Raises:
         CheckpointError: not a checkpoint, damaged, altered, or from another version.
     """
+    from softtrellis.io.hf_quantizer import SofttrellisConfig, SofttrellisQuantizer
+
     config = config or LoadConfig()
     directory = Path(path)
     manifest = read_manifest(directory)
@@ -215,6 +218,7 @@ def load_quantized(path: str | Path, config: LoadConfig | None = None) -> PreTra
         cast_(model, config.dtype)
     model.to(torch.device(config.device))  # type: ignore[arg-type]
     share_codebooks_(model)
+    model.hf_quantizer = SofttrellisQuantizer(SofttrellisConfig())  # type: ignore[assignment]
     return model
 
 

@@ -1,9 +1,7 @@
-"""Loading checkpoints with transformers: importing this module registers the quantization method.
+"""What transformers reads and writes packed models by.
 
-import softtrellis.integrations.transformers
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("smollm2-2bit")
+``softtrellis.integrations.transformers`` registers it, for ``from_pretrained``; ``load_quantized``
+gives it to its models, for their ``save_pretrained``.
 """
 
 from __future__ import annotations
@@ -15,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -51,12 +48,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-# Some models initialise the weights of layers inside a module (GPT-2: c_proj.weight of attention),
-# except where they have this mark. Ours are methods.
-QuantizedLinear.weight._is_hf_initialized = True  # type: ignore[attr-defined]
-
-
-@register_quantization_config(FORMAT)
 class SofttrellisConfig(QuantizationConfigMixin):
     """``quantization_config`` of a checkpoint's config.json.
 
@@ -111,7 +102,6 @@ class SofttrellisConfig(QuantizationConfigMixin):
         self.__dict__.update(quantization_config(layers))
 
 
-@register_quantizer(FORMAT)
 class SofttrellisQuantizer(HfQuantizer):
     """Lets ``from_pretrained`` and ``save_pretrained`` read and write our tensors.
 
@@ -130,6 +120,11 @@ class SofttrellisQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         """Adapters can be trained on top; the codes stay as they are."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """``generate`` may compile the forward pass, as it does on a GPU with a static cache."""
         return True
 
     def update_weight_conversions(
@@ -198,7 +193,8 @@ class SofttrellisQuantizer(HfQuantizer):
     ) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         """All tensors, narrowed where nothing is lost, and the codes' tables.
 
-        Of a model with adapters that transformers put there, what it takes.
+        Of a model with adapters that transformers put there, what it takes; of one whose quantized
+        layers were all exchanged for dense ones, too.
 
         Raises:
             ValueError: a model with adapters that peft put there.
@@ -207,6 +203,9 @@ class SofttrellisQuantizer(HfQuantizer):
             return None, {}
         check_no_adapters(model)
         layers = quantized_layers(model)
+        if not layers:
+            self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
+            return None, {}
         self.quantization_config.describe({name: layer.layer for name, layer in layers.items()})
         model.config.quantization_config = self.quantization_config
         tensors = model.state_dict()
