@@ -95,15 +95,35 @@ def test_pace_by_steps() -> None:
 def test_pace_by_the_clock_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
     monkeypatch.setattr("softtrellis.recipes.schedules.time.monotonic", lambda: now)
-    for elapsed, length in ((0.0, 3.0), (20.0, 7.0)):
-        began, pace, shares = now, Pace(None, 100.0, step=4, elapsed=elapsed), list[float]()
+    for step, elapsed, length in ((0, 0.0, 3.0), (4, 20.0, 7.0)):
+        settled = 5.0 if step else None
+        pace = Pace(None, 100.0, step=step, elapsed=elapsed, settled=settled)
+        began, shares = now, list[float]()
         while not shares or shares[-1] < 1:
-            shares.append(pace.share(4 + len(shares)))
+            shares.append(pace.share(step + len(shares)))
             now += length
         assert shares == sorted(shares)
         assert 100 - 1.5 * length <= now - began + elapsed <= 100
+    resumed = Pace(None, 100.0, step=4, elapsed=20.0, settled=5.0)
+    assert resumed.share(4) == pytest.approx(15 / 95)
     pace = Pace(3, 1e9)
     assert [pace.share(step) for step in range(3)] == pytest.approx([0.0, 0.5, 1.0])
+
+
+def test_pace_by_the_clock_begins_after_a_first_step_that_compiles(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr("softtrellis.recipes.schedules.time.monotonic", lambda: now)
+    for first in (30.0, 70.0, 97.0):
+        began, pace, shares = now, Pace(None, 100.0), list[float]()
+        while not shares or shares[-1] < 1:
+            shares.append(pace.share(len(shares)))
+            now += 0.5 if len(shares) > 1 else first
+        assert now - began == pytest.approx(100.0, abs=0.5)
+        assert shares[:2] == [0.0, 0.0]
+        wanted = torch.linspace(0, 1, len(shares) - 1).tolist()
+        assert shares[1:] == pytest.approx(wanted, abs=2 / len(shares))
 
 
 def test_predicted_radius() -> None:

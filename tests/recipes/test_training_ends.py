@@ -151,7 +151,7 @@ def test_a_run_by_the_clock_is_warned_of_when_its_pace_is_known(
     caplog.clear()
     setting.train(student, lr=1e-4, **(change | {"minutes": 0.5}))  # over before the pace is known
     (warning,) = warnings_of(caplog)
-    assert warning.startswith("about 2 steps fit into 0.5 minutes")
+    assert warning.startswith("about 3 steps fit into 0.5 minutes")
     caplog.clear()
     setting.train(student, lr=0.2, **change)
     assert not warnings_of(caplog)
@@ -225,8 +225,8 @@ def test_how_many_steps_fit() -> None:
     assert schedules.reckoned_steps([30.0], 60.0) == 1
     assert schedules.reckoned_steps([70.0, 80.0], 60.0) == 2
     slow = [30.0, 40.0, 50.0, 52.0, 54.0]
-    assert schedules.reckoned_steps(slow, 60.0, settled=3) == 8
-    assert schedules.reckoned_steps(slow[:2], 60.0, settled=3) == 4
+    assert schedules.reckoned_steps(slow, 60.0, uneven=3) == 8
+    assert schedules.reckoned_steps(slow[:2], 60.0, uneven=3) == 4
     assert schedules.reckoned_steps([1.0, 1.0], 60.0) == 2
 
 

@@ -89,7 +89,8 @@ class DistillConfig:
         clip: gradients of a larger norm are scaled down to it; None never.
         steps: optimizer steps; in mode "greedy" for each decoder layer. None is no limit.
         minutes: ends the run, with its schedules, after so much time on the clock; None is no
-            limit. Such runs depend on the machine's speed.
+            limit. Schedules begin when the first step, which compiles, has ended. Such runs depend
+            on the machine's speed.
         warmup: steps of linear warm-up.
         batch: windows per step.
         micro_batch: windows that pass the model at once; None is ``batch``.

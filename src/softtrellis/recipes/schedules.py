@@ -19,13 +19,30 @@ def check_schedule(schedule: str) -> None:
 
 
 class Pace:
-    """How far a run is, from 0 at its first step to 1 at its last, by steps or by the clock."""
+    """How far a run is, from 0 at its first step to 1 at its last, by steps or by the clock.
+
+    By the clock the second step stands at 0, too, and the others at their share of the time that is
+    left then: the first one compiles, for up to a third of a run of two minutes, and schedules that
+    went on meanwhile would never be near their start.
+    """
 
     def __init__(
-        self, steps: int | None, seconds: float | None, *, step: int = 0, elapsed: float = 0.0
+        self,
+        steps: int | None,
+        seconds: float | None,
+        *,
+        step: int = 0,
+        elapsed: float = 0.0,
+        settled: float | None = None,
     ) -> None:
-        """Of a run of so many steps or seconds, whichever ends first, of which some are done."""
-        self._steps, self._seconds = steps, seconds
+        """Of a run of so many steps or seconds, whichever ends first, of which some are done.
+
+        Args:
+            steps, seconds: of the whole run; None is no limit.
+            step, elapsed: steps done, and the seconds they took.
+            settled: seconds that the first of them took; None where none is done.
+        """
+        self._steps, self._seconds, self._settled = steps, seconds, settled
         self._first, self._before, self._began = step, elapsed, time.monotonic()
 
     @property
@@ -36,30 +53,35 @@ class Pace:
     def share(self, step: int) -> float:
         """Where ``step`` stands, which is about to be taken; 1 for the last one.
 
-        By the clock a step is the last one if another one of the mean length would end too late.
+        By the clock a step is the last one if another one of the mean length, the first one apart,
+        would end too late.
         """
         shares = [0.0]
         if self._steps is not None:
             shares.append(step / (self._steps - 1) if self._steps > 1 else 1.0)
         if self._seconds is not None:
             elapsed = self.elapsed
-            length = (elapsed - self._before) / (step - self._first) if step > self._first else 0.0
-            left = self._seconds - 1.5 * length
-            shares.append(elapsed / left if left > 0 else 1.0)
+            if self._settled is None and step > 0:
+                self._settled = elapsed
+            begun = elapsed if self._settled is None else self._settled
+            timed = step - max(self._first, 1)
+            length = (elapsed - max(self._before, begun)) / timed if timed > 0 else 0.0
+            end = self._seconds - 1.5 * length
+            shares.append((elapsed - begun) / (end - begun) if end > begun else 1.0)
         return min(1.0, max(shares))
 
 
-def reckoned_steps(ends: Sequence[float], seconds: float, *, settled: int = 1) -> int:
+def reckoned_steps(ends: Sequence[float], seconds: float, *, uneven: int = 1) -> int:
     """How many steps fit into a run of so many seconds, from when its first steps ended.
 
     Args:
         ends: of all steps so far, in seconds since the start, one at least.
         seconds: of the whole run.
-        settled: first steps that do not count for the length of others where there are more: they
+        uneven: first steps that do not count for the length of others where there are more: they
             compile and fill caches.
     """
     done = len(ends)
-    first = min(settled, done - 1)
+    first = min(uneven, done - 1)
     length = (ends[-1] - ends[first - 1]) / (done - first) if first else ends[0]
     left = seconds - ends[-1]
     return done + int(left / length) if left > length > 0 else done

@@ -124,12 +124,13 @@ class Run:
         start = before[-1] if before else 0.0
         step, spent = len(own), own[-1]["seconds"] - start if own else 0.0
         seconds = None if config.minutes is None else 60 * config.minutes / stages
-        pace = Pace(config.steps, seconds, step=step, elapsed=spent)
         ends = [record["seconds"] - start for record in own]
-        settled = 1 + (WARM_UP + 1 if config.cuda_graphs else 0)
-        reckoning = settled + max(TIMED_STEPS, config.viterbi_every)
+        settled = ends[0] if ends else None
+        pace = Pace(config.steps, seconds, step=step, elapsed=spent, settled=settled)
+        uneven = 1 + (WARM_UP + 1 if config.cuda_graphs else 0)
+        reckoning = uneven + max(TIMED_STEPS, config.viterbi_every)
         if own and seconds is not None and step >= reckoning:
-            self._reckon(trainer, ends[:reckoning], seconds, settled)
+            self._reckon(trainer, ends[:reckoning], seconds, uneven)
         finished = bool(own) and own[-1]["share"] >= 1
         with StopRequest() as stop:
             while not finished:
@@ -144,7 +145,7 @@ class Run:
                 ends.append(record["seconds"] - start)
                 timed = step == reckoning or (finished and step < reckoning)
                 if timed and seconds is not None:
-                    steps = self._reckon(trainer, ends, seconds, settled)
+                    steps = self._reckon(trainer, ends, seconds, uneven)
                     if index == 0 and not warned and steps != config.steps:
                         fit = f"about {steps} steps fit into {seconds / 60:.3g} minutes, and with"
                         self._warn(trainer, steps, f"{fit} so many ")
@@ -174,14 +175,14 @@ class Run:
             _log.warning(when + warning)
         return warning is not None
 
-    def _reckon(self, trainer: Trainer, ends: Sequence[float], seconds: float, settled: int) -> int:
+    def _reckon(self, trainer: Trainer, ends: Sequence[float], seconds: float, uneven: int) -> int:
         """How many steps a stage of so many seconds will take; sets the learning rate "auto".
 
         See ``reckoned_steps``; with ``viterbi_every`` the timed steps hold a search, at least.
         The radii that a warning then measures are from where the first steps have led, which lowers
         them by no more than these steps' travel.
         """
-        steps = self.ranks.agree(reckoned_steps(ends, seconds, settled=settled))
+        steps = self.ranks.agree(reckoned_steps(ends, seconds, uneven=uneven))
         if self.config.steps is not None:
             steps = min(steps, self.config.steps)
         if self.config.lr == "auto":
