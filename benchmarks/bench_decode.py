@@ -197,9 +197,9 @@ def codes() -> None:
         layer = random_layer(out, inputs, code, "torch")
         x = torch.randn(16, inputs, device="cuda", dtype=torch.bfloat16)
         exact = layer(x.float())
-        weights = many_codes(out, inputs, code.spec.k)
+        own, weights = layer.codes, many_codes(out, inputs, code.spec.k)
         for backend in ("triton", "cuda") if decode_cuda.runs(code) else ("triton",):
-            layer.backend = backend
+            layer.backend, layer.codes = backend, own
             wrong, cells = relative(layer(x), exact), []
             for rows in (1, 16):
                 if rows not in dense:
