@@ -3,10 +3,10 @@
 source "$(dirname "$0")/runs.sh"
 common="--compile --evaluate-every 0 --measure-every 0 --train latents,scales,norms --scale-lr 5e-3"
 tokens="--batch 16 --steps 240" minutes="--minutes 2"
-soft="$common --estimator soft $cooling $tokens --lr 1.5e-2 --start 0.5"
+soft="$common --estimator soft $cooling $tokens --lr 7.5e-3 --start 0.5"
 identity="$common --estimator identity $tokens --lr 1.5e-2 --start 0.5"
 soft_minutes="$common --estimator soft $cooling $minutes --batch 32 --lr 8e-3 --start 0.5"
-identity_minutes="$common --estimator identity --viterbi-every 4 $minutes --batch 8 --lr 1e-2 --start 0.5"
+identity_minutes="$common --estimator identity $minutes --batch 16 --lr 9e-3 --start 0.5"
 through="$common --estimator straight_through $cooling $tokens --lr 1.5e-2 --start 0.5"
 native="--batch 16 --scale-lr 5e-3"
 run experiment "--L 12" "minutes/identity=$identity_minutes" "minutes/soft=$soft_minutes" --seeds 1 2

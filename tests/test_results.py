@@ -33,28 +33,47 @@ def spread(runs: list[Run], key: str, digits: int) -> str:
 
 
 def test_the_table_of_equal_tokens() -> None:
-    runs = read([DATA / f"{name}-models.jsonl.xz" for name in ("a5ef0bd", "0ffec44")], "")
+    runs = read(
+        [DATA / f"{name}-models.jsonl.xz" for name in ("a5ef0bd", "0ffec44", "b560f7f")], ""
+    )
     first = runs["tokens/identity-1.5e-2-start-0.5"]
     identity = [*first, *runs["tokens/identity"]]
     soft = [*runs["tokens/soft-1.5e-2-start-0.5"], *runs["tokens/soft"]]
     assert [run["seed"] for run in identity] == [0, 1, 2]
-    assert [run["seed"] for run in soft] == [0, 1]
-    minutes = [*runs["minutes/soft-8e-3"], *runs["minutes/soft"]]
-    others = [*runs["minutes/identity-1e-2"], *runs["minutes/identity"]]
+    slower = runs["tokens/soft-7.5e-3-start-0.5"]
+    minutes = runs["minutes/identity-16-9e-3"]
+    soft_minutes = [*runs["minutes/soft-8e-3"], *runs["minutes/soft"]]
+    rare = [*runs["minutes/identity-1e-2"], *runs["minutes/identity"]]
+    for found in (soft, slower, minutes, soft_minutes, rare):
+        assert [run["seed"] for run in found] == [0, 1, 2]
     for key, digits in (("perplexity", 2), ("kl", 4)):
-        assert f"**{spread(identity, key, digits)}**" in PAGE
-        assert f"| {spread(soft, key, digits)} |" in PAGE
-        assert f"**{spread(minutes, key, digits)}**" in PAGE
-        assert f"| {spread(others, key, digits)} |" in PAGE
-    assert f"| {words(soft, identity[:2], 3)}, the same seeds |" in PAGE
+        for best in (identity, minutes):
+            assert f"**{spread(best, key, digits)}**" in PAGE
+        for other in (soft, slower, soft_minutes, rare):
+            assert f"| {spread(other, key, digits)} |" in PAGE
+    for others in (soft, slower, minutes, soft_minutes, rare):
+        assert f"| {words(others, identity, 3)} |" in PAGE
+    ahead = difference(soft_minutes, minutes, "kl")
+    assert f"ahead by {ahead.mean:.3f} ({ahead.low:.3f} to {ahead.high:.3f}), three seeds" in PAGE
     own = {"through": 3, "scalar": 3, "native-3e-3": 2, "native-1.5e-2": 2}
     for name, digits in own.items():
         assert f"| {words(runs[f'tokens/{name}'], first, digits)}, the same seed |" in PAGE
-    assert f"| {words(minutes, identity, 3)} |" in PAGE
-    assert f"| {words(others, identity, 3)} |" in PAGE
     then_soft = read([DATA / "3815181-models.jsonl.xz"], "")["tokens/then-soft-0.2"]
     gain = difference(then_soft, first, "kl")
     assert f"({gain.mean:.4f},\n{gain.low:.4f} to {gain.high:.4f})" in PAGE
+
+
+def test_the_best_models() -> None:
+    runs = read([DATA / "b560f7f-models.jsonl.xz"], "")
+    names = ("ldlq12-7min", "ldlq12-7min-32", "ldlq16-7min", "ldlq16-15min", "tuned16-7min")
+    for name in (*names, "defaults16"):
+        (run,) = runs[name]
+        steps, seconds = len(run["log"]), round(run["seconds"])
+        cells = [cell.strip(" *") for cell in PAGE.replace("\n", "").split("|")]
+        row = [f"{run['perplexity']:.2f}", f"{run['kl']:.4f}"]
+        (at,) = [i for i in range(len(cells)) if cells[i : i + 2] == row]
+        assert cells[at - 1] == str(seconds), name
+        assert cells[at - 2].startswith(f"{steps}, "), name
 
 
 def test_the_tables_of_layers() -> None:
