@@ -1,6 +1,6 @@
 """The tables of the very small model in docs/ptq.md and docs/results.md, on a CPU.
 
-python benchmarks/smallest.py ptq|tokens|starts|long|searches|steps \
+python benchmarks/smallest.py ptq|tokens|starts|long|searches|steps|epochs \
     stories260k tinystories.txt [--seeds 0 1]
 """
 
@@ -63,6 +63,10 @@ STARTS: list[dict[str, Any]] = [
         for lr, x in ((2e-2, 0.0), (2e-2, 0.25), (1e-2, 0.5))
     ),
 ]
+AGAIN = {
+    **{"estimator": "identity", "batch": 1, "steps": 1000, "reencode_every": 50},
+    **{"lr": 7e-3, "lr_end": 0.0, "start": 0.5, "scale_lr": 5e-3},
+}
 HALF = {**IDENTITY, **LITTLE, "lr": 1e-2, "start": 0.5}
 LONG: list[dict[str, Any]] = [
     *({**HALF, "viterbi_every": every, "reencode_every": 32} for every in (1, 2, 4, 8, 16, 32)),
@@ -216,7 +220,17 @@ def steps(source: Source, text: Path, test: Tensor) -> None:
         report(name, source, tuned(source, text, windows, count, batch, lr), test[1::2])
 
 
-OTHERS = {"starts": starts, "long": long, "searches": searches, "steps": steps}
+def epochs(source: Source, text: Path, test: Tensor) -> None:
+    """Text that is seen five times, as it is and cut elsewhere, and as much that is seen once."""
+    windows, start = written(source, 4096), quantized(source, str(text), 64)
+    for seed in (0, 1):
+        again = AGAIN | {"seed": seed}
+        shifts = [again | {"shift_windows": shift} for shift in (False, True)]
+        trained(source, start, windows[:200], test, shifts)
+        trained(source, start, windows[1000:2000], test, [again])
+
+
+OTHERS = {"starts": starts, "long": long, "searches": searches, "steps": steps, "epochs": epochs}
 
 
 def main() -> None:

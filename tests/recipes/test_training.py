@@ -26,7 +26,12 @@ from softtrellis.recipes.optimizer import (
     scale_gradients_,
 )
 from softtrellis.recipes.qat import DistillConfig
-from softtrellis.recipes.training_text import DEFAULT_CTX, WindowOrder, window_length
+from softtrellis.recipes.training_text import (
+    DEFAULT_CTX,
+    TrainingWindows,
+    WindowOrder,
+    window_length,
+)
 
 
 def test_passes_in_parts_and_recomputed_ones_change_nothing(setting: Setting) -> None:
@@ -162,6 +167,40 @@ def test_every_epoch_has_one_permutation_from_the_seed(
     assert drawn[0] == 12
     middle = WindowOrder(5, batch, seed=7).rows(3)  # where a resumed run starts
     assert middle == expected[3 * batch : 4 * batch]
+
+
+def test_windows_of_later_epochs_begin_elsewhere() -> None:
+    text = torch.arange(5 * 7)
+    windows = TrainingWindows(text.view(5, 7), 5, seed=7, shift=True)
+    shifts = []
+    for epoch in range(6):
+        rows = windows.rows(epoch)  # a step is an epoch
+        assert sorted(rows) == list(range(5 * epoch, 5 * epoch + 5))
+        whole = windows.tokens(sorted(rows)).flatten()
+        shifts.append(int(whole[0]))
+        assert torch.equal(whole, text.roll(-shifts[-1]))
+        assert torch.equal(windows.tokens(rows[2:4]), windows.tokens(rows)[2:4])
+    assert shifts == [0, 4, 1, 5, 3, 0]
+    fixed = TrainingWindows(text.view(5, 7), 5, seed=7, shift=False)
+    assert [row % 5 for row in windows.rows(4)] == fixed.rows(4)
+    assert torch.equal(fixed.tokens([3, 0]), text.view(5, 7)[[3, 0]])
+
+
+def test_windows_are_shifted_where_no_layer_runs_again_for_it(setting: Setting) -> None:
+    student, change = setting.student(), {"steps": 9, "windows": 8, "batch": 4, "held_out": 0}
+    given, shifted, fixed = (
+        losses(setting.train(student, shift_windows=shift, **change))
+        for shift in (None, True, False)
+    )
+    assert given == shifted
+    assert given[:2] == fixed[:2]
+    assert given[2] != fixed[2]
+    change["layers"] = ("1",)
+    given, shifted, fixed = (
+        losses(setting.train(student, shift_windows=shift, **change))
+        for shift in (None, True, False)
+    )
+    assert given == fixed != shifted
 
 
 def test_steps_without_a_finite_gradient_are_left_out(

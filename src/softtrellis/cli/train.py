@@ -127,6 +127,12 @@ def add_parser(commands: Commands) -> None:
     )
     parser.add_argument("--windows", type=int, help="use at most so many windows of the text")
     parser.add_argument(
+        "--shift-windows",
+        action=argparse.BooleanOptionalAction,
+        help="after the first epoch cut the text into windows elsewhere, so that it is learned by "
+        "heart less; by default where no layer before the trained ones has to run again for it",
+    )
+    parser.add_argument(
         "--held-out",
         type=int,
         default=16,
@@ -223,6 +229,7 @@ def config_of(options: argparse.Namespace) -> DistillConfig:
         ctx=options.ctx,
         data=tuple(options.data),
         windows=options.windows,
+        shift_windows=options.shift_windows,
         held_out=options.held_out,
         evaluate_every=options.evaluate_every,
         checkpoint_layers=options.checkpoint_layers,

@@ -13,6 +13,7 @@ from softtrellis.recipes.network import Network, divergence
 from softtrellis.recipes.ranks import Ranks
 from softtrellis.recipes.replay import Replayed
 from softtrellis.recipes.sharded_layers import ShardedLayers
+from softtrellis.recipes.training_text import TrainingWindows
 
 _CACHE_BYTES = 2 << 30
 
@@ -20,8 +21,8 @@ _CACHE_BYTES = 2 << 30
 class Objective:
     """KL(teacher || student) on windows of text, of which every rank takes its share.
 
-    The decoder layers before the first trained one run once per window, while that fits the cache;
-    the whole teacher likewise.
+    The decoder layers before the first trained one run once per window, while that fits the cache
+    and windows come again; the whole teacher likewise.
     """
 
     def __init__(
@@ -29,7 +30,7 @@ class Objective:
         student: nn.Module,
         teacher: nn.Module,
         names: Sequence[str],
-        windows: Tensor,
+        windows: TrainingWindows,
         held_out: Tensor,
         ranks: Ranks,
         sharded: ShardedLayers | None = None,
@@ -43,13 +44,13 @@ class Objective:
         matrix products; ``graphs`` repeats passes as CUDA graphs.
         """
         self.windows, self.held_out, self._ranks = windows, held_out, ranks
-        self._sharded = sharded
+        self._sharded, window = sharded, windows.first[0]
         autocast = None if dtype == torch.float32 else dtype
         first = min(decoder_index(student, name) for name in names)
         inside = set(linear_names(student)) & quantized_layers(student).keys()
         before = [name for name in inside if decoder_index(student, name) < first]
         networks = (
-            Network(model, first, windows[0], autocast=autocast) for model in (teacher, student)
+            Network(model, first, window, autocast=autocast) for model in (teacher, student)
         )
         self._teacher, self._student = networks
         self._shared_prefix = self._teacher.first == self._student.first and not before
@@ -72,12 +73,12 @@ class Objective:
     @torch.no_grad()
     def _inputs(self, rows: Sequence[int], *, held_out: bool) -> list[tuple[Tensor, Tensor]]:
         """The student's prefix states and the teacher's features of every window, cached."""
-        windows = self.held_out if held_out else self.windows
+        again = held_out or not self.windows.shift
         missing = [row for row in rows if (held_out, row) not in self._cache]
         found = {row: self._cache[held_out, row] for row in rows if row not in missing}
         (needed,) = self._ranks.any(bool(missing))
         if missing:
-            ids = windows[missing]
+            ids = self.held_out[missing] if held_out else self.windows.tokens(missing)
             states = self._teacher.prefix(ids)
             targets = self._targets(states).unflatten(0, (len(missing), -1))
             if not self._shared_prefix:
@@ -85,11 +86,11 @@ class Objective:
             for row, state, target in zip(missing, states, targets, strict=True):
                 found[row] = state, target
                 size = sum(t.numel() * t.element_size() for t in (state, target))
-                if self._cached_bytes + size <= _CACHE_BYTES:
+                if again and self._cached_bytes + size <= _CACHE_BYTES:
                     self._cache[held_out, row] = state.clone(), target.clone()
                     self._cached_bytes += size
         elif needed:  # the teacher's parts that lie here
-            self._teacher.features(self._teacher.prefix(self.windows[:1]))
+            self._teacher.features(self._teacher.prefix(self.windows.first[:1]))
         return [found[row] for row in rows]
 
     def loss(self, rows: Sequence[int], *, held_out: bool = False) -> Tensor:

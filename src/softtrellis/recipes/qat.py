@@ -97,6 +97,9 @@ class DistillConfig:
         ctx: tokens per window; None is 1024, or all positions of a model that has fewer.
         data: texts, see ``load_documents``, or "teacher" for text that it writes.
         windows: at most so many windows are used; None is all there are.
+        shift_windows: after the first epoch cut the text into windows elsewhere, see
+            ``TrainingWindows``; None is where the first decoder layer is trained: no earlier one
+            has to run again then, only the teacher.
         held_out: at most so many windows of the text's last documents, which are not trained on
             (``hold_out``), choose the step whose code is kept; 0 keeps the last one's. Of a
             run's last steps, 0.004 nats apart, 16 windows of 512 tokens took a worse one in 0.5%
@@ -148,6 +151,7 @@ class DistillConfig:
     ctx: int | None = None
     data: tuple[str, ...] = ("pydoc",)
     windows: int | None = None
+    shift_windows: bool | None = None
     held_out: int = 16
     evaluate_every: int = 20
     checkpoint_layers: bool = False

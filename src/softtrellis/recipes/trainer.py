@@ -56,7 +56,7 @@ from softtrellis.recipes.trainables import (
     shared_tables,
     trained_parameters,
 )
-from softtrellis.recipes.training_text import WindowOrder
+from softtrellis.recipes.training_text import TrainingWindows
 from softtrellis.trellis.memory import halvings
 from softtrellis.trellis.packing import pack, unpack
 
@@ -102,14 +102,17 @@ class Trainer:
                 layer; they call all methods together.
         """
         self.student, self.names, self.config, self.ranks = student, names, config, ranks
-        self.windows, self.held_out = windows, held_out
-        self._order = WindowOrder(len(windows), config.batch, config.seed)
+        self.held_out = held_out
+        place = partial(decoder_index, student)
+        shift = config.shift_windows
+        shift = min(map(place, names)) == 0 if shift is None else shift
+        self._text = TrainingWindows(windows, config.batch, config.seed, shift=shift)
         cuda = next(student.parameters()).is_cuda
         dtype = compute_dtype(config.dtype, config.device)
         several = ranks.size > 1
         self._sharded = ShardedLayers(student, names, ranks, dtype=dtype) if several else None
         self._objective = Objective(
-            student, teacher, names, windows, held_out, ranks, self._sharded,
+            student, teacher, names, self._text, held_out, ranks, self._sharded,
             dtype=dtype, graphs=config.cuda_graphs,
         )  # fmt: skip
         student.requires_grad_(False)
@@ -117,7 +120,6 @@ class Trainer:
         modules = (get_quantized(student, name) for name in names)
         check_temperatures(modules, self.t_init, config.t_min)
         self.layers: dict[str, LatentLinear] = {}
-        place = partial(decoder_index, student)
         for _, members in groupby(sorted(names, key=place), place):
             replace_modules(student, members, self._make_layer)
             if self._sharded is not None:
@@ -178,7 +180,7 @@ class Trainer:
         kept = config.viterbi_every > 1 and layers[0].estimator == "identity"
         if kept and step % config.viterbi_every == 0:
             find_codes(layers)
-        rows, losses = self._order.rows(step), list[Tensor]()
+        rows, losses = self._text.rows(step), list[Tensor]()
         size = config.micro_batch or config.batch
         with torch.enable_grad():
             for table in self.tables:
@@ -209,7 +211,7 @@ class Trainer:
             "temperature": temperature,
             "lr": self.rates.of_latents(share, step),
             "grad_norm": float(norm),
-            "tokens": (step + 1) * config.batch * self.windows.shape[1],
+            "tokens": (step + 1) * config.batch * self._text.first.shape[1],
         }
         if not finite:
             record["skipped"] = self.skipped

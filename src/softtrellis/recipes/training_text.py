@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,6 +25,8 @@ SAMPLED_WINDOWS = 1024
 
 DEFAULT_CTX = 1024
 """Tokens of a window, of models that have as many positions."""
+
+_GOLDEN = (math.sqrt(5) - 1) / 2  # whose multiples, less whole numbers, are never near each other
 
 
 def window_length(ctx: int | None, model: PreTrainedModel) -> int:
@@ -86,12 +90,44 @@ class WindowOrder:
 
     def rows(self, step: int) -> list[int]:
         """Indices of the windows of a step, which may be those of two epochs or more."""
+        return [row for _, row in self.places(step)]
+
+    def places(self, step: int) -> list[tuple[int, int]]:
+        """Epoch and index of every window of a step."""
         first = step * self._batch
         positions = (divmod(i, self._count) for i in range(first, first + self._batch))
-        return [self._epoch(epoch)[place] for epoch, place in positions]
+        return [(epoch, self._epoch(epoch)[place]) for epoch, place in positions]
 
     def _epoch(self, epoch: int) -> list[int]:
         if epoch != self._permutation[0]:
             generator = epoch_generator(self._seed, epoch)
             self._permutation = epoch, torch.randperm(self._count, generator=generator).tolist()
         return self._permutation[1]
+
+
+class TrainingWindows:
+    """The windows of every step of a run.
+
+    Text that is seen again is learned by heart. So where ``shift`` is set only the first epoch has
+    the windows as they are given: those of epoch e begin e golden sections of a window later in
+    the text, full windows left out, and the last one ends with its beginning.
+    """
+
+    def __init__(self, windows: Tensor, batch: int, seed: int, *, shift: bool) -> None:
+        """Of windows int64 [n, ctx], which follow each other in the text, ``batch`` a step."""
+        self.first, self.shift = windows, shift
+        self._order = WindowOrder(len(windows), batch, seed)
+
+    def rows(self, step: int) -> list[int]:
+        """Numbers of the windows of a step: with ``shift`` each is used once."""
+        if not self.shift:
+            return self._order.rows(step)
+        return [epoch * len(self.first) + index for epoch, index in self._order.places(step)]
+
+    def tokens(self, rows: Sequence[int]) -> Tensor:
+        """int64 [rows, ctx], the windows of these numbers."""
+        count, ctx = self.first.shape
+        later = [int(ctx * (row // count * _GOLDEN % 1)) for row in rows]
+        starts = [row % count * ctx + shift for row, shift in zip(rows, later, strict=True)]
+        places = torch.tensor(starts)[:, None] + torch.arange(ctx)
+        return self.first.flatten()[places.to(self.first.device) % (count * ctx)]
