@@ -97,7 +97,10 @@ def test_env(softtrellis: Command) -> None:
         (["compress"], "invalid choice: 'compress'"),
         (["quantize", "m"], "required: -o/--output; see softtrellis quantize --help"),
         (["quantize", "m", "-o", "d", "--L", "many"], "--L: invalid int value: 'many'"),
-        (["quantize", "m", "-o", "d", "--wide"], "unrecognized arguments: --wide"),
+        (
+            ["quantize", "m", "-o", "d", "--wide"],
+            "unrecognized arguments: --wide; see softtrellis quantize --help",
+        ),
         (["train", "d", "-o", "e"], "required: --teacher"),
         (["train", "d", "--teacher", "m", "-o", "e", "--t-init", "hot"], "--t-init: invalid"),
         (["train", "d", "--teacher", "m", "-o", "e", "--mode", "all"], "--mode: invalid choice"),

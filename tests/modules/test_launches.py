@@ -180,10 +180,10 @@ def test_layers_of_one_product(machine: Machine) -> None:
         places = [y.data_ptr() for y in found]
         assert machine.launches[2].pointers[1::9] == places[:4]
         assert machine.launches[3].pointers[1::9] == places[4:] * 4
-    with pytest.raises(ValueError, match="x has 128 channels, the layers 256"), torch.no_grad():
+    with pytest.raises(ValueError, match="x has 128 channels and must have 256"), torch.no_grad():
         joint(torch.zeros(4, 128))
     machine.launches = []
-    with pytest.raises(ValueError, match="x has 128 channels, the layers 256"), torch.no_grad():
+    with pytest.raises(ValueError, match="x has 128 channels and must have 256"), torch.no_grad():
         layer_of(HYB, None, True)(torch.zeros(4, 128))
     assert machine.launches == []
 

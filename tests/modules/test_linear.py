@@ -46,6 +46,8 @@ def test_forward_is_the_decoded_weight(name: str) -> None:
     expected = torch.nn.functional.linear(x, module.weight(), module.bias)
     assert torch.equal(module(x), expected)
     assert torch.equal(module.dequantize()(x), expected)
+    with pytest.raises(ValueError, match="channels and must have"):
+        module(x[..., :-1])
     assert float((module.weight() - weight).square().mean() / weight.square().mean()) < 0.2
 
 

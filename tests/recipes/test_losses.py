@@ -96,15 +96,15 @@ def test_pace_by_the_clock_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None
     now = 1000.0
     monkeypatch.setattr("softtrellis.recipes.schedules.time.monotonic", lambda: now)
     for step, elapsed, length in ((0, 0.0, 3.0), (4, 20.0, 7.0)):
-        settled = 5.0 if step else None
-        pace = Pace(None, 100.0, step=step, elapsed=elapsed, settled=settled)
+        first = 5.0 if step else None
+        pace = Pace(None, 100.0, step=step, elapsed=elapsed, first=first)
         began, shares = now, list[float]()
         while not shares or shares[-1] < 1:
             shares.append(pace.share(step + len(shares)))
             now += length
         assert shares == sorted(shares)
         assert 100 - 1.5 * length <= now - began + elapsed <= 100
-    resumed = Pace(None, 100.0, step=4, elapsed=20.0, settled=5.0)
+    resumed = Pace(None, 100.0, step=4, elapsed=20.0, first=5.0)
     assert resumed.share(4) == pytest.approx(15 / 95)
     pace = Pace(3, 1e9)
     assert [pace.share(step) for step in range(3)] == pytest.approx([0.0, 0.5, 1.0])

@@ -68,8 +68,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code: 0, 1 for a failure, 2 for wrong usage."""
     debug, command = False, ""
     try:
-        options = build_parser().parse_args(arguments)
+        options, unknown = build_parser().parse_known_args(arguments)
         debug, command = options.debug, options.command
+        if unknown:
+            words = " ".join(unknown)
+            raise UsageError(f"unrecognized arguments: {words}; see softtrellis {command} --help")
         with termination(), warnings_shown():
             code: int = options.run(options)
         sys.stdout.flush()

@@ -210,7 +210,7 @@ def decode_matmul(
 def check_width(x: Tensor, in_features: int) -> None:
     """ValueError for other channels than the codes are for, beyond which kernels would read."""
     if x.shape[-1] != in_features:
-        raise ValueError(f"x has {x.shape[-1]} channels, the layers {in_features}")
+        raise ValueError(f"x has {x.shape[-1]} channels and must have {in_features}")
 
 
 def quantized_linear(

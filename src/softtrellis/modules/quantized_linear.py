@@ -221,16 +221,15 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features], in the dtype of ``x``.
 
-        See ``resolve_decode_backend`` for errors; of kernels ValueError, too, for other
-        ``in_features``.
+        See ``resolve_decode_backend`` for errors; ValueError, too, for other ``in_features``.
         """
+        layer = self.layer
+        check_width(x, layer.in_features)
         if self.held_weight is not None:
             return functional.linear(x, self.held_weight.to(x.dtype), self.bias)
         backend = self._backend_for(x)
         if backend == "torch":
             return decoded_linear(x, self.weight, self.bias)
-        layer = self.layer
-        check_width(x, layer.in_features)
         return quantized_linear(
             x,
             self.codes,

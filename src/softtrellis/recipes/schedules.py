@@ -33,17 +33,17 @@ class Pace:
         *,
         step: int = 0,
         elapsed: float = 0.0,
-        settled: float | None = None,
+        first: float | None = None,
     ) -> None:
         """Of a run of so many steps or seconds, whichever ends first, of which some are done.
 
         Args:
             steps, seconds: of the whole run; None is no limit.
             step, elapsed: steps done, and the seconds they took.
-            settled: seconds that the first of them took; None where none is done.
+            first: seconds that the first of them took; None where none is done.
         """
-        self._steps, self._seconds, self._settled = steps, seconds, settled
-        self._first, self._before, self._began = step, elapsed, time.monotonic()
+        self._steps, self._seconds, self._first = steps, seconds, first
+        self._done, self._before, self._began = step, elapsed, time.monotonic()
 
     @property
     def elapsed(self) -> float:
@@ -61,10 +61,10 @@ class Pace:
             shares.append(step / (self._steps - 1) if self._steps > 1 else 1.0)
         if self._seconds is not None:
             elapsed = self.elapsed
-            if self._settled is None and step > 0:
-                self._settled = elapsed
-            begun = elapsed if self._settled is None else self._settled
-            timed = step - max(self._first, 1)
+            if self._first is None and step > 0:
+                self._first = elapsed
+            begun = elapsed if self._first is None else self._first
+            timed = step - max(self._done, 1)
             length = (elapsed - max(self._before, begun)) / timed if timed > 0 else 0.0
             end = self._seconds - 1.5 * length
             shares.append((elapsed - begun) / (end - begun) if end > begun else 1.0)

@@ -125,8 +125,8 @@ class Run:
         step, spent = len(own), own[-1]["seconds"] - start if own else 0.0
         seconds = None if config.minutes is None else 60 * config.minutes / stages
         ends = [record["seconds"] - start for record in own]
-        settled = ends[0] if ends else None
-        pace = Pace(config.steps, seconds, step=step, elapsed=spent, settled=settled)
+        first = ends[0] if ends else None
+        pace = Pace(config.steps, seconds, step=step, elapsed=spent, first=first)
         uneven = 1 + (WARM_UP + 1 if config.cuda_graphs else 0)
         reckoning = uneven + max(TIMED_STEPS, config.viterbi_every)
         if own and seconds is not None and step >= reckoning:
