@@ -103,13 +103,11 @@ class Trainer:
         """
         self.student, self.names, self.config, self.ranks = student, names, config, ranks
         self.held_out = held_out
-        place = partial(decoder_index, student)
-        shift = config.shift_windows
+        place, shift = partial(decoder_index, student), config.shift_windows
         shift = min(map(place, names)) == 0 if shift is None else shift
         self._text = TrainingWindows(windows, config.batch, config.seed, shift=shift)
-        cuda = next(student.parameters()).is_cuda
+        cuda, several = next(student.parameters()).is_cuda, ranks.size > 1
         dtype = compute_dtype(config.dtype, config.device)
-        several = ranks.size > 1
         self._sharded = ShardedLayers(student, names, ranks, dtype=dtype) if several else None
         self._objective = Objective(
             student, teacher, names, self._text, held_out, ranks, self._sharded,
