@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +64,29 @@ def test_the_table_of_equal_tokens() -> None:
     assert f"({gain.mean:.4f},\n{gain.low:.4f} to {gain.high:.4f})" in PAGE
 
 
+def test_the_fifth_search() -> None:
+    runs = read([DATA / "b560f7f-models.jsonl.xz"], "")
+    tokens = ("identity-2.2e-2", "identity-3e-2", "soft-7.5e-3", "soft-4e-3")
+    names = [f"tokens/{name}-start-0.5" for name in tokens]
+    for name in (*names, "minutes/identity-16-9e-3", "minutes/soft-4e-3"):
+        run = runs[name][0]
+        ends = [record["seconds"] for record in run["log"]]
+        last = run["log"][-1]
+        cells = [
+            *(f"{last['heldout_kl_hard']:.4f}", f"{run['perplexity']:.2f}", f"{run['kl']:.4f}"),
+            *(f"{last['drift']:.3f}", f"{run['changed']:.3f}"),
+            f"{statistics.median(b - a for a, b in pairwise(ends)):.2f} |",
+        ]
+        assert " | ".join(cells) in PAGE.replace("*", ""), name
+
+
 def test_the_best_models() -> None:
     runs = read([DATA / "b560f7f-models.jsonl.xz"], "")
     names = ("ldlq12-7min", "ldlq12-7min-32", "ldlq16-7min", "ldlq16-15min", "tuned16-7min")
+    cells = [cell.strip(" *") for cell in PAGE.replace("\n", "").split("|")]
     for name in (*names, "defaults16"):
         (run,) = runs[name]
         steps, seconds = len(run["log"]), round(run["seconds"])
-        cells = [cell.strip(" *") for cell in PAGE.replace("\n", "").split("|")]
         row = [f"{run['perplexity']:.2f}", f"{run['kl']:.4f}"]
         (at,) = [i for i in range(len(cells)) if cells[i : i + 2] == row]
         assert cells[at - 1] == str(seconds), name

@@ -13,17 +13,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import pytest
 import torch
 from architectures import MOE, tiny_model
+from integrations.support import IDS, assert_same, save
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from softtrellis.integrations.transformers import SofttrellisConfig
 from softtrellis.io.checkpoint import (
     MANIFEST,
-    BaseModel,
     CheckpointError,
     load_quantized,
     read_manifest,
-    save_quantized,
 )
 from softtrellis.io.manifest import formats_json
 from softtrellis.io.narrow import packed_names
@@ -42,13 +41,6 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 FIXTURES = Path(__file__).resolve().parents[1] / "io"
-IDS = torch.arange(3, 19)[None]
-
-
-def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, directory: Path) -> Path:
-    directory.mkdir()
-    save_quantized(model, tokenizer, directory, base=BaseModel("tiny", "0" * 64, "mit"))
-    return directory
 
 
 @pytest.fixture
@@ -72,16 +64,6 @@ def checkpoint(
 def load(directory: Path, **options: Any) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, **options)
     return model
-
-
-def assert_same(found: PreTrainedModel, expected: PreTrainedModel) -> None:
-    """The same tensors and the same outputs, bit for bit."""
-    tensors, others = found.state_dict(), expected.state_dict()
-    assert tensors.keys() == others.keys()
-    for name, tensor in tensors.items():
-        assert tensor.dtype == others[name].dtype, name
-        assert torch.equal(tensor, others[name]), name
-    assert torch.equal(found(IDS).logits, expected(IDS).logits)
 
 
 def test_from_pretrained_gives_what_load_quantized_gives(checkpoint: Path) -> None:

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from integrations.support import IDS, assert_same, save
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, CompileConfig
 
 import softtrellis.integrations.transformers  # noqa: F401
-from softtrellis.io.checkpoint import BaseModel, load_quantized, save_quantized
+from softtrellis.io.checkpoint import load_quantized
 from softtrellis.io.sources import load_source
 from softtrellis.modules.replace import dequantize_, quantized_layers
 from softtrellis.recipes.ptq import QuantizeConfig, quantize_model
@@ -20,36 +21,27 @@ from softtrellis.recipes.ptq import QuantizeConfig, quantize_model
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-IDS = torch.arange(3, 19)[None]
 
-
-def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> Path:
+def quantized(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> Path:
     """Two layers in two codes, one of which has a table that is stored."""
     for layer, code in (("0.self_attn.q_proj", "hyb"), ("1.mlp.up_proj", "1mad")):
         config = QuantizeConfig(code=code, L=10, layers=(f"*.{layer}",), error_feedback=False)
         quantize_model(model, config)
-    directory.mkdir()
-    save_quantized(model, tokenizer, directory, base=BaseModel("tiny", "0" * 64, "mit"))
-    return directory
+    return save(model, tokenizer, directory)
 
 
 @pytest.fixture
 def model(
     tmp_path: Path, tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerBase
 ) -> PreTrainedModel:
-    return load_quantized(save(tiny_llama, tiny_tokenizer, tmp_path / "checkpoint"))
+    return load_quantized(quantized(tiny_llama, tiny_tokenizer, tmp_path / "checkpoint"))
 
 
 def assert_loads_again(model: PreTrainedModel, directory: Path) -> None:
     """What `save_pretrained` writes has the same tensors and outputs, bit for bit."""
     model.save_pretrained(directory, max_shard_size="20KB")
     again: Any = AutoModelForCausalLM.from_pretrained(directory)
-    tensors, found = model.state_dict(), again.state_dict()
-    assert found.keys() == tensors.keys()
-    for name, tensor in tensors.items():
-        assert found[name].dtype == tensor.dtype, name
-        assert torch.equal(found[name], tensor), name
-    assert torch.equal(again(IDS).logits, model(IDS).logits)
+    assert_same(again, model)
     assert len(quantized_layers(again)) == len(quantized_layers(model))
 
 
@@ -60,7 +52,7 @@ def test_saved_and_loaded_again(model: PreTrainedModel, tmp_path: Path) -> None:
 
 def test_stories260k_saved_and_loaded_again(stories260k: Path, tmp_path: Path) -> None:
     source = load_source(str(stories260k))
-    folder = save(source.model, source.tokenizer, tmp_path / "checkpoint")
+    folder = quantized(source.model, source.tokenizer, tmp_path / "checkpoint")
     assert_loads_again(load_quantized(folder), tmp_path / "again")
 
 

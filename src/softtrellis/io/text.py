@@ -252,10 +252,9 @@ def _documents(
         return pydoc_documents(held_out=held_out)
     if source == "wikitext2":
         return [_wikitext2("test" if held_out else "train")]
-    if source.startswith("hf:"):
-        return hub_documents(source, held_out=held_out, tokenizer=tokenizer)
     path = path_of(source)
-    assert path is not None
+    if path is None:
+        return hub_documents(source, held_out=held_out, tokenizer=tokenizer)
     if path.suffix == ".jsonl":
         return read_jsonl(path, tokenizer)
     text = _read(path)

@@ -29,7 +29,7 @@ class Objective:
         self,
         student: nn.Module,
         teacher: nn.Module,
-        names: Sequence[str],
+        first: int,
         windows: TrainingWindows,
         held_out: Tensor,
         ranks: Ranks,
@@ -40,13 +40,13 @@ class Objective:
     ) -> None:
         """See ``Trainer``.
 
-        ``sharded`` are the student's layers where several ranks share them, ``dtype`` is that of
-        matrix products; ``graphs`` repeats passes as CUDA graphs.
+        ``first`` is the first decoder layer that is trained; ``sharded`` are the student's layers
+        where several ranks share them, ``dtype`` is that of matrix products; ``graphs`` repeats
+        passes as CUDA graphs.
         """
         self.windows, self.held_out, self._ranks = windows, held_out, ranks
         self._sharded, window = sharded, windows.first[0]
         autocast = None if dtype == torch.float32 else dtype
-        first = min(decoder_index(student, name) for name in names)
         inside = set(linear_names(student)) & quantized_layers(student).keys()
         before = [name for name in inside if decoder_index(student, name) < first]
         networks = (

@@ -103,20 +103,20 @@ class Trainer:
         """
         self.student, self.names, self.config, self.ranks = student, names, config, ranks
         self.held_out = held_out
-        place, shift = partial(decoder_index, student), config.shift_windows
-        shift = min(map(place, names)) == 0 if shift is None else shift
+        place = partial(decoder_index, student)
+        first = min(map(place, names))
+        shift = first == 0 if config.shift_windows is None else config.shift_windows
         self._text = TrainingWindows(windows, config.batch, config.seed, shift=shift)
         cuda, several = next(student.parameters()).is_cuda, ranks.size > 1
         dtype = compute_dtype(config.dtype, config.device)
         self._sharded = ShardedLayers(student, names, ranks, dtype=dtype) if several else None
         self._objective = Objective(
-            student, teacher, names, self._text, held_out, ranks, self._sharded,
+            student, teacher, first, self._text, held_out, ranks, self._sharded,
             dtype=dtype, graphs=config.cuda_graphs,
         )  # fmt: skip
         student.requires_grad_(False)
         self.t_init = initial_temperature(config, teacher, student, names)
-        modules = (get_quantized(student, name) for name in names)
-        check_temperatures(modules, self.t_init, config.t_min)
+        check_temperatures(map(partial(get_quantized, student), names), self.t_init, config.t_min)
         self.layers: dict[str, LatentLinear] = {}
         for _, members in groupby(sorted(names, key=place), place):
             replace_modules(student, members, self._make_layer)
