@@ -1,11 +1,13 @@
 """Products with packed weights on one GPU: correctness first, then times with a cold L2 cache.
 
-    python benchmarks/bench_decode.py [check | table | codes | variants | rows | rotations | all]
+    python benchmarks/bench_decode.py [check | table | codes | variants | rows | host | rotations |
+        all]
 
 ``table`` compares whole layers (rotations of the activations included) and bare products with
 bf16 ``F.linear``; ``codes`` does so for what the Triton kernels run; ``variants`` ranks launches of
 these (those in CUDA C++ have ``bench_decode_kernels.py``); ``rows`` finds how many rows the fused
-kernel should take; ``rotations`` times those alone (bench_rotations.py). A time is that of a CUDA
+kernel should take; ``host`` times what a call keeps the CPU for; ``rotations`` times those alone
+(bench_rotations.py). A time is that of a CUDA
 graph of calls, each with weights of its own, over their number: the weights together are larger
 than the L2 cache, so they come from memory, as in a model; the kernels' instructions stay where
 they are, likewise.
@@ -21,6 +23,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -38,6 +41,7 @@ from softtrellis.spec import TrellisSpec
 
 SHAPES = ((4096, 11008), (11008, 4096), (2048, 8192), (576, 1536), (28672, 4096), (4096, 4096))
 BATCHES = (1, 2, 4, 8, 16)
+HOST_SHAPES = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336))
 HYB = TrellisCode(TrellisSpec(16, 2, 2), "hyb")
 MUL1 = TrellisCode(TrellisSpec(16, 2, 1), "mul1", normalize=False, order="exl3")
 OTHERS = [
@@ -258,6 +262,25 @@ def rows() -> None:
                   f"decoded first {times[1]:.1f}", flush=True)  # fmt: skip
 
 
+@torch.no_grad()
+def host() -> None:
+    """What a call of a layer keeps the host for, which does not wait for the GPU."""
+    for L, (out, inputs) in itertools.product((16, 12), HOST_SHAPES):
+        code = TrellisCode(TrellisSpec(L, 2, 2), "hyb")
+        form = LayerFormat(inputs, out, code, channel_scales=True, in_scales=True)
+        layer = QuantizedLinear(form, code.codebook()).cuda()
+        for rows in (1, 8):
+            x, best = torch.randn(1, rows, inputs, device="cuda", dtype=torch.bfloat16), math.inf
+            for _ in range(20):
+                layer(x)
+                torch.cuda.synchronize()
+                began = perf_counter()
+                for _ in range(100):
+                    layer(x)
+                best = min(best, perf_counter() - began)
+            print(f"{out}x{inputs}, L = {L}, {rows} rows: {best * 1e4:.1f} us a call", flush=True)
+
+
 def fused(x: Tensor, codes: Tensor, table: Tensor, code: TrellisCode, out: int, i: int) -> Tensor:
     return decode_cuda.multiply(x, codes[i], table, code, out)
 
@@ -279,7 +302,7 @@ def main() -> None:
         return
     if wanted in ("check", "all") and not check():
         sys.exit(1)
-    parts = {"table": table, "codes": codes, "variants": variants, "rows": rows}
+    parts = {"table": table, "codes": codes, "variants": variants, "rows": rows, "host": host}
     for name, part in parts.items():
         if wanted in (name, "all"):
             part()
