@@ -1,4 +1,4 @@
-"""docs/results.md against the runs that it is made of."""
+"""docs/results.md and docs/results-history.md against the runs that they are made of."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from softtrellis.evaluation.divergence import paired_bootstrap  # noqa: E402
 
 Run = dict[str, Any]
 
-DATA, PAGE = ROOT / "docs" / "results", (ROOT / "docs" / "results.md").read_text("utf-8")
+DATA = ROOT / "docs" / "results"
+PAGE = "".join(
+    (ROOT / "docs" / name).read_text("utf-8") for name in ("results.md", "results-history.md")
+)
 
 
 def words(a: list[Run], b: list[Run], digits: int) -> str:
@@ -42,7 +45,8 @@ def test_the_table_of_equal_tokens() -> None:
     soft = [*runs["tokens/soft-1.5e-2-start-0.5"], *runs["tokens/soft"]]
     assert [run["seed"] for run in identity] == [0, 1, 2]
     slower = runs["tokens/soft-7.5e-3-start-0.5"]
-    minutes = runs["minutes/identity-16-9e-3"]
+    later = read([DATA / "914f5ff-models.jsonl.xz"], "")
+    minutes = [*later["minutes/identity-16-9e-3"], *runs["minutes/identity-16-9e-3"][1:]]
     soft_minutes = [*runs["minutes/soft-8e-3"], *runs["minutes/soft"]]
     rare = [*runs["minutes/identity-1e-2"], *runs["minutes/identity"]]
     for found in (soft, slower, minutes, soft_minutes, rare):
@@ -56,6 +60,11 @@ def test_the_table_of_equal_tokens() -> None:
         assert f"| {words(others, identity, 3)} |" in PAGE
     ahead = difference(soft_minutes, minutes, "kl")
     assert f"ahead by {ahead.mean:.3f} ({ahead.low:.3f} to {ahead.high:.3f}), three seeds" in PAGE
+    tuned = read([DATA / "fba8764-models.jsonl.xz"], "")["tuned"]
+    for others in (identity, minutes, soft_minutes):
+        for key in ("kl", "nll"):
+            found = difference(others, tuned, key)
+            assert f"{found.mean:+.3f}, {found.low:+.3f} to {found.high:+.3f}" in PAGE
     own = {"through": 3, "scalar": 3, "native-3e-3": 2, "native-1.5e-2": 2}
     for name, digits in own.items():
         assert f"| {words(runs[f'tokens/{name}'], first, digits)}, the same seed |" in PAGE
@@ -81,16 +90,32 @@ def test_the_fifth_search() -> None:
 
 
 def test_the_best_models() -> None:
-    runs = read([DATA / "b560f7f-models.jsonl.xz"], "")
     names = ("ldlq12-7min", "ldlq12-7min-32", "ldlq16-7min", "ldlq16-15min", "tuned16-7min")
+    runs = read([DATA / "b560f7f-models.jsonl.xz"], "")
+    later = read([DATA / "914f5ff-models.jsonl.xz"], "")
+    found = [run for name in (*names, "defaults16") for run in runs[name]]
+    found += [run for name in later if not name.startswith("minutes/") for run in later[name]]
     cells = [cell.strip(" *") for cell in PAGE.replace("\n", "").split("|")]
-    for name in (*names, "defaults16"):
-        (run,) = runs[name]
+    for run in found:
         steps, seconds = len(run["log"]), round(run["seconds"])
         row = [f"{run['perplexity']:.2f}", f"{run['kl']:.4f}"]
-        (at,) = [i for i in range(len(cells)) if cells[i : i + 2] == row]
-        assert cells[at - 1] == str(seconds), name
-        assert cells[at - 2].startswith(f"{steps}, "), name
+        ends = [i for i in range(len(cells)) if cells[i : i + 2] == row]
+        assert any(
+            cells[i - 1] == str(seconds) and cells[i - 2].startswith(f"{steps}, ") for i in ends
+        ), run["name"]
+
+
+def test_windows_that_begin_elsewhere_and_text_of_another_kind() -> None:
+    runs = read([DATA / "914f5ff-models.jsonl.xz"], "")
+    shifted = runs["shift/ldlq12-7min"]
+    assert [run["seed"] for run in shifted] == [0, 1, 2]
+    assert spread(shifted, "perplexity", 2) in PAGE
+    first, mixed = shifted[:1], runs["mixed/ldlq12-7min"]
+    cost = difference(first, runs["control/ldlq12-7min"], "kl")
+    assert f"({cost.mean:+.4f}, {cost.low:+.4f} to {cost.high:+.4f})" in PAGE
+    for other in (first, shifted):
+        gain = difference(other, mixed, "kl")
+        assert f"{gain.mean:.4f} ({gain.low:.4f} to {gain.high:.4f})" in PAGE
 
 
 def test_the_tables_of_layers() -> None:
