@@ -26,10 +26,11 @@ from softtrellis.cli.train import config_of
 from softtrellis.evaluation.perplexity import WindowScores, score_many
 from softtrellis.io.checkpoint import base_of, save_quantized
 from softtrellis.io.sources import load_source
-from softtrellis.io.text import load_documents, token_windows, train_and_held_out_windows
+from softtrellis.io.text import load_documents, token_windows
 from softtrellis.modules.replace import dequantize_
 from softtrellis.recipes.ptq import quantize_model
-from softtrellis.recipes.qat import distill
+from softtrellis.recipes.qat import DistillConfig, distill
+from softtrellis.recipes.training_text import training_windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,11 +40,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What every experiment needs."""
     parser.add_argument("model")
     parser.add_argument("--calibration", required=True, help="text for the Hessians")
-    parser.add_argument("--train", required=True, help="text for training; documents:FILE")
+    parser.add_argument(
+        "--train",
+        nargs="+",
+        required=True,
+        help="texts for training: documents:FILE, teacher or both",
+    )
     parser.add_argument("--test", required=True, help="text that is reported")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--ctx", type=int, default=1024, help="tokens of a training window")
     parser.add_argument("--windows", type=int, default=4096, help="training windows")
+    parser.add_argument("--teacher-share", type=float, help="of them, as in softtrellis train")
     parser.add_argument("--held-out", type=int, default=32, help="windows that choose settings")
     parser.add_argument("--calibration-windows", type=int, default=128)
     parser.add_argument("--test-windows", type=int, help="by default all")
@@ -62,13 +69,16 @@ class Experiment:
         source = load_source(options.model)
         self.teacher, self.tokenizer = source.model, source.tokenizer
         self.base = base_of(source)
-        self.text = train_and_held_out_windows(
-            self.tokenizer,
-            [options.train],
-            options.ctx,
-            limit=options.windows,
-            held_out_windows=options.held_out,
+        text = DistillConfig(
+            data=tuple(options.train),
+            ctx=options.ctx,
+            windows=options.windows,
+            teacher_share=options.teacher_share,
+            held_out=options.held_out,
+            device=options.device,
+            show_progress=True,
         )
+        self.text = training_windows(text, self.teacher, self.tokenizer)
         test = load_documents([options.test], split="heldout")
         self.test = token_windows(
             self.tokenizer, test, options.test_ctx, limit=options.test_windows

@@ -167,6 +167,10 @@ def test_quantize_settings(refused: Refused, tmp_path: Path, options: str, messa
         ("--finish-share 0.5", "--finish-share must be left out where no finish is named"),
         ("--finish soft --finish-share 0", "--finish-share must be above 0 with finish"),
         ("--viterbi-every 4 --estimator soft", "--viterbi-every must be left out where neither"),
+        ("--teacher-share 0.5", "--teacher-share must be left out where the data are not"),
+        ("--data a teacher --teacher-share 1", "--teacher-share must be above 0 and below 1"),
+        ("--data a teacher --windows 1", "--windows must be at least 2 where the teacher"),
+        ("--data teacher a teacher", "'teacher' must be named once, got teacher a teacher"),
         ("--mode single", "--layers must name some layers in mode 'single'"),
     ],
 )

@@ -329,7 +329,6 @@ def test_packages_that_are_asked_for(setting: Setting, tmp_path: Path) -> None:
         ({"micro_batch": 0}, "micro_batch must be at least 1"),
         ({"held_out": -1}, "held_out must be 0"),
         ({"device": "tpu"}, "device"),
-        ({"data": ("teacher", "pydoc")}, "cannot be mixed"),
     ],
 )
 def test_configs_that_make_no_sense(change: dict[str, Any], message: str) -> None:

@@ -165,9 +165,11 @@ def layers_of(value: str | None) -> tuple[str, ...] | None:
     return patterns
 
 
-def add_data(parser: argparse.ArgumentParser, purpose: str, *, teacher: bool = False) -> None:
-    """``--data``; with ``teacher``, also text that the teacher writes."""
-    written = "; or 'teacher' alone: text that the full-precision model writes" if teacher else ""
+def add_data(parser: argparse.ArgumentParser, purpose: str, *, teacher: str | None = None) -> None:
+    """``--data``; with ``teacher``, which says beside what, also text that the teacher writes."""
+    written = ""
+    if teacher is not None:
+        written = f"; or 'teacher', {teacher}: text that the full-precision model writes"
     parser.add_argument(
         "--data",
         metavar="TEXT",

@@ -73,7 +73,7 @@ def add_parser(commands: Commands) -> None:
     )
     add_layers(parser)
     parser.add_argument("--skip", metavar="A,B,...", help="layers that stay as they are")
-    add_data(parser, "calibration text", teacher=True)
+    add_data(parser, "calibration text", teacher="alone")
     parser.add_argument("--ctx", type=int, default=512, help="tokens per calibration window")
     parser.add_argument("--windows", type=int, default=32, help="calibration windows")
     parser.add_argument(

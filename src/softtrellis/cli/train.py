@@ -46,7 +46,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("--teacher", required=True, help="the model that it was made from")
     add_output(parser, "the trained checkpoint with its log")
     add_layers(parser)
-    add_data(parser, "training text", teacher=True)
+    add_data(parser, "training text", teacher="alone or beside others")
     parser.add_argument(
         "--mode",
         choices=["single", "greedy", "joint"],
@@ -126,6 +126,13 @@ def add_parser(commands: Commands) -> None:
         help="tokens per window (default: 1024, or all positions of a model that has fewer)",
     )
     parser.add_argument("--windows", type=int, help="use at most so many windows of the text")
+    parser.add_argument(
+        "--teacher-share",
+        metavar="SHARE",
+        type=float,
+        help="of the windows those that the teacher writes, where --data names 'teacher' beside "
+        "other text, which gives the rest (default: 0.5)",
+    )
     parser.add_argument(
         "--shift-windows",
         action=argparse.BooleanOptionalAction,
@@ -229,6 +236,7 @@ def config_of(options: argparse.Namespace) -> DistillConfig:
         ctx=options.ctx,
         data=tuple(options.data),
         windows=options.windows,
+        teacher_share=options.teacher_share,
         shift_windows=options.shift_windows,
         held_out=options.held_out,
         evaluate_every=options.evaluate_every,

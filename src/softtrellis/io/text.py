@@ -224,8 +224,8 @@ def _check(source: str) -> None:
     """Raises unless the source has a known form and, as a path, exists."""
     if source == TEACHER:
         raise ValueError(
-            f"'{TEACHER}' is sampled from the model, where that is trained or calibrated, and "
-            f"stands alone: here, give {_FORMS}."
+            f"'{TEACHER}' is sampled from the model, where that is trained or calibrated: here, "
+            f"give {_FORMS}."
         )
     if source.startswith("hf:"):
         HubText.parse(source)

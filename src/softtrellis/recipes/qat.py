@@ -36,7 +36,7 @@ from softtrellis.recipes.run_state import digest
 from softtrellis.recipes.schedules import FINAL_LR_SHARE, TemperatureSchedule, check_schedule
 from softtrellis.recipes.seeds import check_seed
 from softtrellis.recipes.stages import DistillResult, Run
-from softtrellis.recipes.teacher_text import is_teacher_text
+from softtrellis.recipes.teacher_text import is_mixture
 from softtrellis.recipes.trainables import check_trainable
 from softtrellis.recipes.training_text import training_windows
 
@@ -95,8 +95,12 @@ class DistillConfig:
         batch: windows per step.
         micro_batch: windows that pass the model at once; None is ``batch``.
         ctx: tokens per window; None is 1024, or all positions of a model that has fewer.
-        data: texts, see ``load_documents``, or "teacher" for text that it writes.
+        data: texts, see ``load_documents``; or "teacher" for text that it writes; or both, mixed.
         windows: at most so many windows are used; None is all there are.
+        teacher_share: of the windows of a mixture, those that the teacher writes, above 0 and below
+            1; None is 0.5. The text gives the rest, and what is held out. Where it has fewer
+            windows, or ``windows`` is None, it gives all of them, and the teacher so many that they
+            are this share.
         shift_windows: after the first epoch cut the text into windows elsewhere, see
             ``TrainingWindows``; None is where the first decoder layer is trained: no earlier one
             has to run again then, only the teacher.
@@ -151,6 +155,7 @@ class DistillConfig:
     ctx: int | None = None
     data: tuple[str, ...] = ("pydoc",)
     windows: int | None = None
+    teacher_share: float | None = None
     shift_windows: bool | None = None
     held_out: int = 16
     evaluate_every: int = 20
@@ -179,7 +184,7 @@ class DistillConfig:
         check_device(self.device)
         check_seed(self.seed)
         compute_dtype(self.dtype, self.device)
-        is_teacher_text(self.data)
+        self._check_mixture()
         if self.mode not in get_args(Mode):
             raise ValueError(f"unknown mode {self.mode!r}; use one of {', '.join(get_args(Mode))}")
         if self.mode == "single" and self.layers is None:
@@ -236,6 +241,18 @@ class DistillConfig:
             raise ValueError(
                 f"finish_share must be above 0 with finish {self.finish!r}, which would not be used"
             )
+
+    def _check_mixture(self) -> None:
+        mixed, share = is_mixture(self.data), self.teacher_share
+        if share is not None and not mixed:
+            raise ValueError(
+                "teacher_share must be left out where the data are not 'teacher' and other text, "
+                f"got {share}"
+            )
+        if share is not None and not 0 < share < 1:
+            raise ValueError(f"teacher_share must be above 0 and below 1, got {share}")
+        if mixed and self.windows == 1:
+            raise ValueError("windows must be at least 2 where the teacher writes some, got 1")
 
 
 def distill(

@@ -29,11 +29,25 @@ def is_teacher_text(sources: Sequence[str]) -> bool:
     """Whether the text is to be sampled from the teacher instead of loaded.
 
     Raises:
-        ValueError: "teacher" beside other sources.
+        ValueError: "teacher" beside other sources, which only training takes.
     """
     if TEACHER in sources and len(sources) > 1:
-        raise ValueError(f"'{TEACHER}' cannot be mixed with other text: give it alone.")
+        raise ValueError(
+            f"'{TEACHER}' cannot be mixed with other text for calibration, only for training: "
+            "give it alone."
+        )
     return TEACHER in sources
+
+
+def is_mixture(sources: Sequence[str]) -> bool:
+    """Whether some of the text is to be loaded, and the rest sampled from the teacher.
+
+    Raises:
+        ValueError: "teacher" more than once.
+    """
+    if sources.count(TEACHER) > 1:
+        raise ValueError(f"'{TEACHER}' must be named once, got {' '.join(sources)}")
+    return TEACHER in sources and len(sources) > 1
 
 
 def sample_windows(

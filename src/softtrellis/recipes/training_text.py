@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -10,18 +11,27 @@ import torch
 from torch import Tensor
 
 from softtrellis.io.sources import cache_directory
-from softtrellis.io.text import stream_documents, token_windows, train_and_held_out_windows
+from softtrellis.io.text import (
+    TEACHER,
+    stream_documents,
+    token_windows,
+    train_and_held_out_windows,
+)
 from softtrellis.recipes.seeds import epoch_generator
-from softtrellis.recipes.teacher_text import is_teacher_text, sample_windows
+from softtrellis.recipes.teacher_text import is_mixture, sample_windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from softtrellis.recipes.qat import DistillConfig
 
-SAMPLED_WINDOWS = 1024
-"""Windows that the teacher writes where ``windows`` does not say."""
+_log = logging.getLogger(__name__)
 
+SAMPLED_WINDOWS = 1024
+"""Windows that the teacher writes, alone, where ``windows`` does not say."""
+
+TEACHER_SHARE = 0.5
+"""Of the windows of a mixture, where ``teacher_share`` does not say."""
 
 DEFAULT_CTX = 1024
 """Tokens of a window, of models that have as many positions."""
@@ -49,34 +59,72 @@ def training_windows(
 ) -> tuple[Tensor, Tensor]:
     """Windows int64 [n, ctx] to train on, and [held_out, ctx] at most that are never trained on.
 
+    Of a mixture, see ``DistillConfig.teacher_share``, first those of the text, then the teacher's.
+
     Raises:
         ValueError: less than one window of text, and what ``window_length`` and
             ``stream_documents`` raise.
     """
     ctx = window_length(config.ctx, teacher)
-    if is_teacher_text(config.data):
+    if is_mixture(config.data):
+        return _mixed(config, teacher, tokenizer, ctx)
+    if TEACHER in config.data:
         count = config.windows or SAMPLED_WINDOWS
-        both = sample_windows(
-            teacher,
-            tokenizer,
-            count + config.held_out,
-            ctx,
-            seed=config.seed,
-            device=config.device,
-            cache=cache_directory() / "teacher_text",
-            show_progress=config.show_progress,
-        )
+        both = _sampled(config, teacher, tokenizer, count + config.held_out, ctx)
         return both[:count], both[count:]
+    return _loaded(config, tokenizer, config.data, ctx, config.windows)
+
+
+def _mixed(
+    config: DistillConfig, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ctx: int
+) -> tuple[Tensor, Tensor]:
+    share = TEACHER_SHARE if config.teacher_share is None else config.teacher_share
+    limit, count = None, 0
+    if config.windows is not None:
+        count = min(max(round(config.windows * share), 1), config.windows - 1)
+        limit = config.windows - count
+    sources = [source for source in config.data if source != TEACHER]
+    text, held_out = _loaded(config, tokenizer, sources, ctx, limit)
+    if limit is None or len(text) < limit:
+        count = max(round(len(text) * share / (1 - share)), 1)
+        few = "" if limit is None else f", fewer than {limit}"
+        written = f"the teacher writes {count}, a share of {count / (len(text) + count):.3g}"
+        _log.warning(f"the text has {len(text)} windows{few}: {written}, slowly the first time")
+    return torch.cat((text, _sampled(config, teacher, tokenizer, count, ctx))), held_out
+
+
+def _sampled(
+    config: DistillConfig,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    ctx: int,
+) -> Tensor:
+    return sample_windows(
+        teacher,
+        tokenizer,
+        count,
+        ctx,
+        seed=config.seed,
+        device=config.device,
+        cache=cache_directory() / "teacher_text",
+        show_progress=config.show_progress,
+    )
+
+
+def _loaded(
+    config: DistillConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    sources: Sequence[str],
+    ctx: int,
+    limit: int | None,
+) -> tuple[Tensor, Tensor]:
     if config.held_out:
         return train_and_held_out_windows(
-            tokenizer,
-            config.data,
-            ctx,
-            limit=config.windows,
-            held_out_windows=config.held_out,
+            tokenizer, sources, ctx, limit=limit, held_out_windows=config.held_out
         )
-    documents = stream_documents(config.data, split="train", tokenizer=tokenizer)
-    windows = token_windows(tokenizer, documents, ctx, limit=config.windows)
+    documents = stream_documents(sources, split="train", tokenizer=tokenizer)
+    windows = token_windows(tokenizer, documents, ctx, limit=limit)
     return windows, windows[:0]
 
 
@@ -111,7 +159,8 @@ class TrainingWindows:
     Text that is seen again is learned by heart. So where ``shift`` is set only the first epoch has
     the windows as they are given: those of epoch e begin e golden sections of a window later in
     the text, full windows left out, and the last one ends with its beginning. Windows that the
-    teacher wrote follow each other like documents; it was for such that it was measured.
+    teacher wrote follow each other, and the text that they are mixed with, like documents; it was
+    for the teacher's alone that it was measured.
     """
 
     def __init__(self, windows: Tensor, batch: int, seed: int, *, shift: bool) -> None:
