@@ -1,10 +1,17 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from softtrellis.recipes.ptq import QuantizeConfig, quantize_model
-from softtrellis.recipes.teacher_text import GREEDY_TOKENS, is_teacher_text, sample_windows
+from softtrellis.recipes.teacher_text import (
+    GREEDY_TOKENS,
+    _windows_at_once,
+    is_teacher_text,
+    sample_windows,
+)
 
 
 @pytest.fixture
@@ -176,3 +183,27 @@ def test_on_a_gpu(tiny_llama, tiny_tokenizer):
     assert windows.device.type == "cpu"
     again = sample_windows(tiny_llama.to("cuda"), tiny_tokenizer, 8, 32, seed=0)
     assert torch.equal(again, windows)
+
+
+def test_a_gpu_draws_as_many_windows_at_once_as_take_a_quarter_of_its_memory(
+    tiny_llama, monkeypatch
+):
+    config = tiny_llama.config
+    window = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 64 * 2
+    gpu = torch.device("cuda")
+    for windows, expected in ((0, 1), (1, 1), (7, 4), (8, 8), (1 << 20, 1024)):
+        memory = SimpleNamespace(total_memory=4 * window * windows)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, memory=memory: memory)
+        assert _windows_at_once(tiny_llama, 64, torch.bfloat16, gpu) == expected
+    assert _windows_at_once(tiny_llama, 64, torch.float32, torch.device("cpu")) == 128
+
+
+def test_another_dtype_leaves_the_model_as_it_was(tiny_llama, tiny_tokenizer, tmp_path):
+    before = {name: tensor.clone() for name, tensor in tiny_llama.state_dict().items()}
+    settings = {"seed": 0, "cache": tmp_path}
+    sample_windows(tiny_llama, tiny_tokenizer, 3, 8, **settings)
+    low = sample_windows(tiny_llama, tiny_tokenizer, 3, 8, dtype=torch.float64, **settings)
+    assert low.shape == (3, 8)
+    assert tiny_llama.dtype == torch.float32
+    assert all(torch.equal(before[name], t) for name, t in tiny_llama.state_dict().items())
+    assert len(list(tmp_path.iterdir())) == 2  # another text, under another name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -60,8 +61,9 @@ def sample_windows(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    batch: int = 128,
+    batch: int | None = None,
     device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
     cache: Path | None = None,
     show_progress: bool = False,
 ) -> Tensor:
@@ -85,9 +87,10 @@ def sample_windows(
         temperature: divides the logits.
         top_k: draw from so many most likely tokens only; None is all.
         top_p: draw from the most likely tokens of this total probability only; None is all.
-        batch: windows at once; their keys and values take most of the memory, so large models
-            take fewer.
+        batch: windows at once; their keys and values take most of the memory. None: 128 on a CPU,
+            and on a GPU as many as take a quarter of its memory, a power of two, at most 1024.
         device: where the model runs; None is where it is. It is moved there and back.
+        dtype: what the model runs in; None is its own. In another one a copy of it runs.
         cache: a directory that keeps the windows, under a name made of the model and all settings,
             and gives them back without sampling. None keeps nothing.
         show_progress: show a progress bar.
@@ -100,7 +103,7 @@ def sample_windows(
             in ``cache``.
     """
     for name, value, least in (("count", count, 1), ("ctx", ctx, 2), ("batch", batch, 1)):
-        if value < least:
+        if value is not None and value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}.")
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature must be a positive number, got {temperature}.")
@@ -109,12 +112,16 @@ def sample_windows(
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}.")
     place = model.device if device is None else torch.device(device)
+    dtype = model.dtype if dtype is None else dtype
+    batch = _windows_at_once(model, ctx, dtype, place) if batch is None else batch
     path = None
     if cache is not None:
-        settings = (count, ctx, seed, temperature, top_k, top_p, batch, place.type)
+        settings = (count, ctx, seed, temperature, top_k, top_p, batch, place.type, str(dtype))
         path = cache / f"teacher-{_key(model, tokenizer, settings)}.safetensors"
         if path.is_file():
             return _read(path, count, ctx)
+    if model.dtype != dtype:
+        model = copy.deepcopy(model).to(dtype)  # type: ignore[arg-type]
     drawn = {"do_sample": True, "temperature": temperature, "top_k": top_k or 0}
     drawn["top_p"] = 1.0 if top_p is None else top_p
     windows: list[Tensor] = []
@@ -136,6 +143,20 @@ def sample_windows(
         path.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(path, {"windows": found}, {})
     return found
+
+
+def _windows_at_once(
+    model: PreTrainedModel, ctx: int, dtype: torch.dtype, device: torch.device
+) -> int:
+    if device.type == "cpu":
+        return 128
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    stored = 2 * config.num_hidden_layers * getattr(config, "num_key_value_heads", heads) * width
+    most: int = torch.cuda.get_device_properties(device).total_memory // 4
+    fit = most // (int(stored) * ctx * dtype.itemsize)
+    return min(1 << max(fit.bit_length() - 1, 0), 1024)
 
 
 def _extend(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from softtrellis.backend import compute_dtype
 from softtrellis.io.sources import cache_directory
 from softtrellis.io.text import (
     TEACHER,
@@ -107,6 +108,7 @@ def _sampled(
         ctx,
         seed=config.seed,
         device=config.device,
+        dtype=compute_dtype(config.dtype, config.device),
         cache=cache_directory() / "teacher_text",
         show_progress=config.show_progress,
     )
