@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from softtrellis.cli.main import build_parser
 from softtrellis.cli.quantize import configs
@@ -29,10 +29,12 @@ from softtrellis.io.sources import load_source
 from softtrellis.io.text import load_documents, token_windows, train_and_held_out_windows
 from softtrellis.modules.replace import dequantize_
 from softtrellis.recipes.ptq import quantize_model
-from softtrellis.recipes.qat import distill
+from softtrellis.recipes.qat import DistillConfig, distill
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from softtrellis.recipes.stages import DistillResult
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -93,11 +95,20 @@ class Experiment:
             self._quantized[words] = model
         return copy.deepcopy(self._quantized[words])
 
-    def score(self, model: nn.Module) -> WindowScores:
-        """The hard model on the test text, with the KL divergence from the teacher."""
+    def train(self, model: PreTrainedModel, config: DistillConfig) -> DistillResult:
+        """Trains a model in place."""
+        return distill(model, config, teacher=self.teacher, text=self.text)
+
+    def score(self, model: nn.Module, windows: Tensor | None = None) -> WindowScores:
+        """The hard model on windows of text, with the KL divergence from the teacher.
+
+        Args:
+            windows: int64 [n, ctx]; None is the test text.
+        """
         dequantize_(model)
         models = {"teacher": self.teacher.to(self.device), "model": model.to(self.device)}
-        scores = score_many(models, self.test, "teacher", batch_size=4, chunk=2048)
+        windows = self.test if windows is None else windows
+        scores = score_many(models, windows, "teacher", batch_size=4, chunk=2048)
         model.cpu()
         return scores["model"]
 
@@ -135,7 +146,7 @@ class Experiment:
             )
             if o.device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            result = distill(model, config, teacher=self.teacher, text=self.text)
+            result = self.train(model, config)
             if o.device == "cuda":
                 record["peak_bytes"] = torch.cuda.max_memory_allocated()
             log = [{k: v for k, v in r.items() if k != "layers"} for r in result.history]
