@@ -19,9 +19,9 @@ settings, rates and seeds, and are called CLAIM/LAYERS/START/ESTIMATOR-T@LR. Tem
 ``claims_tables.py`` chooses the rate; the test text is only reported.
 
 Runs of one claim have the same steps and text. ``--trainable latents,scales,norms``, the default,
-trains scales and norms, too: where no code changes, what is gained is theirs. With others, "latents"
-say, names begin with CLAIM-latents. Several processes with the same ``--claims FOLDER`` share the
-runs; each needs a FILE of its own.
+trains scales and norms, too: where no code changes, what is gained is theirs. With "latents", say,
+names begin with CLAIM-latents. Several processes with the same ``--claims FOLDER`` share the runs;
+each needs a FILE of its own.
 """
 
 from __future__ import annotations
@@ -62,11 +62,8 @@ def settings(texts: Sequence[str]) -> Iterator[tuple[str, str]]:
             yield f"{kind}@{lr:g}", f"--estimator {estimator}{cooling} --start 0 --lr {lr:g}"
 
 
-def runs(
-    experiment: LayerExperiment, name: str, chosen: Sequence[int], start: str, common: str, seed: int
-) -> None:
+def runs(experiment: LayerExperiment, name: str, quantize: str, common: str, seed: int) -> None:
     """All settings, trained from one PTQ of some layers."""
-    quantize = f"--layers {','.join(map(str, chosen))}{STARTS[start]}"
     for setting, train in settings(experiment.options.settings):
         experiment.run(f"{name}/{setting}", f"{train} {common}", quantize=quantize, seed=seed)
 
@@ -75,9 +72,9 @@ def single(experiment: LayerExperiment, name: str, start: str, common: str, seed
     """Does BCJR beat PTQ on one layer, and what does a high temperature do to it?"""
     common += f" --steps {experiment.options.steps} --measure-every 0 --evaluate-every 0"
     for layer in experiment.options.layers:
-        ptq = f"{name}/{layer}/{start}"
-        experiment.run(ptq, None, quantize=f"--layers {layer}{STARTS[start]}", seed=seed)
-        runs(experiment, ptq, [layer], start, common, seed)
+        ptq, quantize = f"{name}/{layer}/{start}", f"--layers {layer}{STARTS[start]}"
+        experiment.run(ptq, None, quantize=quantize, seed=seed)
+        runs(experiment, ptq, quantize, common, seed)
 
 
 def pairs(experiment: LayerExperiment, name: str, start: str, common: str, seed: int) -> None:
@@ -89,7 +86,7 @@ def pairs(experiment: LayerExperiment, name: str, start: str, common: str, seed:
             numbers = ",".join(map(str, chosen))
             ptq, quantize = f"{name}/{numbers}/{start}", f"--layers {numbers}{STARTS[start]}"
             experiment.run(ptq, None, quantize=quantize, seed=seed)
-            runs(experiment, ptq, chosen, start, common, seed)
+            runs(experiment, ptq, quantize, common, seed)
 
 
 def drift(experiment: LayerExperiment, name: str, start: str, common: str, seed: int) -> None:
@@ -139,7 +136,8 @@ def overshoot(experiment: LayerExperiment, name: str, start: str, common: str, s
     common += f" --steps {experiment.options.steps} --measure-every 0"
     common += f" --evaluate-every {experiment.options.trajectory_every}"
     for layer in experiment.options.layers:
-        runs(experiment, f"{name}/{layer}/{start}", [layer], start, common, seed)
+        ptq, quantize = f"{name}/{layer}/{start}", f"--layers {layer}{STARTS[start]}"
+        runs(experiment, ptq, quantize, common, seed)
 
 
 CLAIMS = {"single": single, "pairs": pairs, "drift": drift, "overshoot": overshoot}

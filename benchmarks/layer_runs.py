@@ -11,13 +11,14 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from results_tables import Record, by_seed, difference, per_token
 from torch import Tensor
 
 from softtrellis.evaluation.divergence import Interval, paired_bootstrap
-from softtrellis.recipes.drift import drift_budget, learning_rates, predicted_radius
+from softtrellis.recipes.drift import drift_budget, learning_rates
 
 CLAIMS = ("single", "pairs", "drift", "overshoot")
 UNSAID = {"fba8764": "latents", "a5ef0bd": "latents,scales,norms"}
@@ -81,29 +82,36 @@ def rate_of(record: Record) -> float:
 def single_and_pairs(records: Iterable[Record]) -> dict[Setting, dict[float, Seeds]]:
     """Runs of the claims single and pairs, which are the same where layers are, by learning rate.
 
-    PTQ has the rate 0.
+    PTQ has the rate 0. Of runs that were made again, those scored on held-out windows count.
     """
     found: dict[Setting, dict[float, Seeds]] = defaultdict(lambda: defaultdict(dict))
     for record in records:
         if claim_of(record) in ("single", "pairs") and "windows" in record:
             lr = rate_of(record) if record["train"] else 0.0
-            found[setting_of(record)][lr].setdefault(record["seed"], record)
+            seeds = found[setting_of(record)][lr]
+            if record["seed"] not in seeds or "heldout" in record:
+                seeds[record["seed"]] = record
     return found
 
 
 def heldout(record: Record) -> float:
     """KL of a run's hard code on held-out windows, in nats per token."""
-    return sum(record["heldout"]["kl"]) / sum(record["heldout"]["tokens"])
+    return float(sum(record["heldout"]["kl"]) / sum(record["heldout"]["tokens"]))
 
 
 def best_rate(rates: dict[float, Seeds]) -> float:
     """The one with the least divergence on held-out text; of one rate none needs to be known."""
     if len(rates) == 1:
         return next(iter(rates))
-    common = set.intersection(*(set(seeds) for seeds in rates.values()))
+    scored = {
+        lr: {seed for seed, record in seeds.items() if "heldout" in record}
+        for lr, seeds in rates.items()
+    }
+    scored = {lr: seeds for lr, seeds in scored.items() if seeds}
+    common = set.intersection(*scored.values()) if scored else set()
     if not common:
         raise ValueError(f"no seed has all learning rates {sorted(rates)}")
-    return min(rates, key=lambda lr: sum(heldout(rates[lr][seed]) for seed in common))
+    return min(scored, key=lambda lr: sum(heldout(rates[lr][seed]) for seed in common))
 
 
 @dataclass(frozen=True)
@@ -188,8 +196,8 @@ def unions(records: Iterable[Record]) -> list[Union]:
 
         more = paired_bootstrap(gain.mean(0), total.mean(0), weight)
         seeds = dict(zip(common, mean(gain - total).tolist(), strict=True))
-        overall = [float(mean(x).mean()) for x in (gain, total)]
-        found.append(Union(setting, *overall, more, seeds))
+        own, parted = (float(mean(x).mean()) for x in (gain, total))
+        found.append(Union(setting, own, parted, more, seeds))
     return sorted(found, key=lambda u: (str(u.setting.trainable), u.setting.start, str(u.setting)))
 
 
@@ -293,6 +301,25 @@ def _in_codewords(run: Record, runs: list[Record]) -> float:
     return (counted - base) / (1 - base)
 
 
+def trajectories(records: Iterable[Record]) -> dict[Setting, list[Record]]:
+    """Runs of the claim overshoot, all seeds, with the rate whose last code is the best.
+
+    By its divergence on held-out text.
+    """
+    found: dict[Setting, dict[float, Seeds]] = defaultdict(lambda: defaultdict(dict))
+    for record in records:
+        if claim_of(record) == "overshoot":
+            seeds = found[setting_of(record)][rate_of(record)]
+            if record["seed"] not in seeds or "heldout" in record:
+                seeds[record["seed"]] = record
+
+    def last(seeds: Seeds) -> float:
+        return statistics.mean(float(r["log"][-1]["heldout_kl_hard"]) for r in seeds.values())
+
+    return {setting: list(min(rates.values(), key=last).values())
+            for setting, rates in found.items()}  # fmt: skip
+
+
 def wilson(share: float, count: int, z: float = 1.959964) -> tuple[float, float]:
     """95% interval of a share of so many."""
     middle = share + z * z / (2 * count)
@@ -302,16 +329,22 @@ def wilson(share: float, count: int, z: float = 1.959964) -> tuple[float, float]
 
 
 def escape_curve(records: Iterable[Record], ray: str) -> tuple[list[float], list[float]]:
-    """Distances in sigma and the share of tiles with a radius below, along a kind of direction."""
-    points: dict[float, float] = {}
-    radii: list[float] = []
+    """Distances in sigma and the share of tiles with a radius below, along a kind of direction.
+
+    Of fba8764 only the distances are known that were asked for. Linear layers count by their tiles.
+    """
+    asked: dict[float, float] = {}
+    radii: list[tuple[float, float]] = []
     for record in records:
         if "shares" in record:
             for kind in ("random", "consistent", "drift"):
-                points[record[kind]] = record["shares"][f"{ray}/{kind}"]
-        for layer in record.get("radii", {}).values():
-            radii += layer[ray]
-    if radii:
-        radii = sorted(radii)
-        return radii, [(i + 1) / len(radii) for i in range(len(radii))]
-    return sorted(points), [points[distance] for distance in sorted(points)]
+                asked[record[kind]] = record["shares"][f"{ray}/{kind}"]
+        for key, layer in record.get("radii", {}).items():
+            weight = record["tiles"][key] / len(layer[ray])
+            radii += [(radius, weight) for radius in layer[ray]]
+    if not radii:
+        return sorted(asked), [asked[distance] for distance in sorted(asked)]
+    total = sum(weight for _, weight in radii)
+    radii.sort()
+    below = accumulate(weight for _, weight in radii)
+    return [radius for radius, _ in radii], [weight / total for weight in below]
