@@ -245,43 +245,52 @@ class Moved:
 
 
 def moved(records: Iterable[Record]) -> list[Moved]:
-    """All runs of the claim drift, by their settings and rates."""
+    """All runs of the claim drift, by their settings and rates.
+
+    Of runs that were made again, those with figures of every linear layer count.
+    """
     records = [record for record in records if claim_of(record) == "drift"]
     others = {(r["name"], r["seed"]): r for r in records if "windows" not in r}
     runs = [r for r in records if "windows" in r and r["train"]]
-    found = []
-    for run in runs:
-        name, last = run["name"], run["log"][-1]
-        setting, lr = setting_of(run), rate_of(run)
-        old = others.get((f"{name}/prediction", run["seed"]))
-        if old is not None:
-            shares = old["shares"]["random/drift"], old["shares"]["random/consistent"]
-            changed = _in_codewords(run, runs)
-            found.append(
-                Moved(setting, lr, run["seed"], last["drift"], old["radius"], changed, *shares,
-                      {}, 0, last["heldout_kl_hard"])
-            )  # fmt: skip
-            continue
-        radii = others["/".join([*name.split("/")[:3], "radii"]), run["seed"]]
-        agreed = drift_budget(learning_rates(lr, len(run["log"]))).consistent
-        layers = {
-            key: (layer["drift"], layer["changed_tiles"], _share(radii, key, layer["drift"]))
-            for key, layer in last["by_layer"].items()
-        }
-        tiles = radii["tiles"]
+    found: dict[tuple[Setting, float, int], Moved] = {}
+    for run in sorted(runs, key=lambda run: "by_layer" in run["log"][-1]):
+        name, seed = run["name"], run["seed"]
+        old = others.get((f"{name}/prediction", seed))
+        if old is None:
+            one = _by_layer(run, others["/".join([*name.split("/")[:3], "radii"]), seed])
+        else:
+            one = _predicted(run, old, _in_codewords(run, runs))
+        found[one.setting, one.lr, seed] = one
+    return sorted(found.values(), key=lambda m: (str(m.setting), m.lr, m.seed))
 
-        def mean(shares: dict[str, float], tiles: dict[str, int] = tiles) -> float:
-            return sum(tiles[key] * share for key, share in shares.items()) / sum(tiles.values())
 
-        found.append(
-            Moved(
-                setting, lr, run["seed"], last["drift"], radii["paper"], last["changed_tiles"],
-                mean({key: share for key, (_, _, share) in layers.items()}),
-                mean({key: _share(radii, key, agreed) for key in layers}),
-                layers, sum(tiles.values()), heldout(run),
-            )
-        )  # fmt: skip
-    return sorted(found, key=lambda m: (str(m.setting), m.lr, m.seed))
+def _predicted(run: Record, old: Record, changed: float) -> Moved:
+    """A run of fba8764, which has a record of what was predicted."""
+    last, shares = run["log"][-1], old["shares"]
+    return Moved(
+        setting_of(run), rate_of(run), run["seed"], last["drift"], old["radius"], changed,
+        shares["random/drift"], shares["random/consistent"], {}, 0, last["heldout_kl_hard"],
+    )  # fmt: skip
+
+
+def _by_layer(run: Record, radii: Record) -> Moved:
+    last, lr, tiles = run["log"][-1], rate_of(run), radii["tiles"]
+    agreed = drift_budget(learning_rates(lr, len(run["log"]))).consistent
+    layers = {
+        key: (layer["drift"], layer["changed_tiles"], _share(radii, key, layer["drift"]))
+        for key, layer in last["by_layer"].items()
+    }
+
+    def mean(shares: dict[str, float]) -> float:
+        total: float = sum(tiles[key] * share for key, share in shares.items())
+        return total / float(sum(tiles.values()))
+
+    return Moved(
+        setting_of(run), lr, run["seed"], last["drift"], radii["paper"], last["changed_tiles"],
+        mean({key: share for key, (_, _, share) in layers.items()}),
+        mean({key: _share(radii, key, agreed) for key in layers}),
+        layers, sum(tiles.values()), heldout(run),
+    )  # fmt: skip
 
 
 def _share(radii: Record, layer: str, distance: float, ray: str = "random") -> float:
