@@ -28,6 +28,7 @@ from layer_runs import (
     claim_of,
     escape_curve,
     moved,
+    setting_of,
     trajectories,
     unions,
 )
@@ -83,9 +84,9 @@ def bars(ax: Axes, found: Sequence[tuple[Setting, Any, dict[int, float]]]) -> No
             if len(seeds) > 1:
                 ax.plot([x] * len(seeds), list(seeds.values()), "k.", markersize=4)
             label = None
-    names = [f"{'+'.join(map(str, layers))}\n{STARTS['ldlq' if ldlq else 'viterbi']}"
+    names = ["+".join(map(str, layers)) + ("\nLDLQ" if ldlq else "\nViterbi")
              for ldlq, _, layers in groups]  # fmt: skip
-    ax.set_xticks(range(len(names)), names, fontsize=8)
+    ax.set_xticks(range(len(names)), names, fontsize=8 if len(names) < 10 else 7)
     ax.axhline(0, color="black", linewidth=0.8)
     ax.legend(fontsize=8)
 
@@ -136,8 +137,9 @@ def drift(ax: Axes, found: tuple[list[Moved], list[Record]]) -> None:
     ax.set_yticks([0, 1e-3, 1e-2, 1e-1, 1], ["0", "0.001", "0.01", "0.1", "1"])
     ax.set(xlabel="drift of latents, root mean square, sigma")
     ax.set_ylabel("share of tiles that changed\n(linear below 0.001)")
-    layers = sorted({"+".join(map(str, run.setting.layers)) for run in runs}, key=int)
-    ax.set_title(f"3. Drift, layer {', '.join(layers)}, {trained(runs[0].setting)}")
+    setting = runs[0].setting
+    layers = "+".join(map(str, setting.layers))
+    ax.set_title(f"3. Drift, layer {layers} from {STARTS[setting.start]}, {trained(setting)}")
     ax.legend(fontsize=8, loc="upper left")
 
 
@@ -204,13 +206,24 @@ def trained(setting: Setting) -> str:
     return f"{setting.trainable} trained".replace(",", ", ")
 
 
-def split(found: Sequence[Any], by_start: bool = False) -> list[list[Any]]:
-    """Results by what training changed, and by the start if asked for."""
+def split(found: Sequence[Any], *keys: str) -> list[list[Any]]:
+    """Results by what training changed, and by other attributes of their settings."""
     parts: dict[Any, list[Any]] = defaultdict(list)
     for one in found:
         setting = one[0] if isinstance(one, tuple) else one.setting
-        parts[str(setting.trainable), setting.start if by_start else ""].append(one)
+        parts[str(setting.trainable), *(getattr(setting, key) for key in keys)].append(one)
     return [parts[key] for key in sorted(parts)]
+
+
+def radii_of(records: list[Record], setting: Setting) -> list[Record]:
+    """What the radii of a setting's layers predict; fba8764 names none, and looked at one layer."""
+    return [
+        record
+        for record in records
+        if claim_of(record) == "drift"
+        and ("quantize" not in record or setting_of(record).layers == setting.layers)
+        and ("quantize" not in record or setting_of(record).start == setting.start)
+    ]
 
 
 def rows_of(records: list[Record]) -> list[list[Panel]]:
@@ -221,13 +234,15 @@ def rows_of(records: list[Record]) -> list[list[Panel]]:
     lines = [(setting, record, STYLES[numbers.index(setting.layers) % len(STYLES)])
              for setting, seeds in runs.items() for record in seeds]  # fmt: skip
     scored = [line for line in lines if "test_start" in line[1]["log"][0]]
-    predicted = [record for record in records if claim_of(record) == "drift"]
     rows: list[list[Panel]] = [
         [(single, part) for part in split(layers)],
         [(pairs, part) for part in split(unions(records))],
-        [(drift, (part, predicted)) for part in split(moved(records))],
-        [(overshoot, part) for part in split(lines, by_start=True)],
-        [(tested, part) for part in split(scored, by_start=True)],
+        [
+            (drift, (part, radii_of(records, part[0].setting)))
+            for part in split(moved(records), "layers", "start")
+        ],
+        [(overshoot, part) for part in split(lines, "start")],
+        [(tested, part) for part in split(scored, "start")],
     ]
     return [row for row in rows if row]
 
