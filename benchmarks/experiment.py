@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from softtrellis.cli.main import build_parser
 from softtrellis.cli.quantize import configs
@@ -34,6 +34,8 @@ from softtrellis.recipes.training_text import training_windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from softtrellis.recipes.stages import DistillResult
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -103,11 +105,20 @@ class Experiment:
             self._quantized[words] = model
         return copy.deepcopy(self._quantized[words])
 
-    def score(self, model: nn.Module) -> WindowScores:
-        """The hard model on the test text, with the KL divergence from the teacher."""
+    def train(self, model: PreTrainedModel, config: DistillConfig) -> DistillResult:
+        """Trains a model in place."""
+        return distill(model, config, teacher=self.teacher, text=self.text)
+
+    def score(self, model: nn.Module, windows: Tensor | None = None) -> WindowScores:
+        """The hard model on windows of text, with the KL divergence from the teacher.
+
+        Args:
+            windows: int64 [n, ctx]; None is the test text.
+        """
         dequantize_(model)
         models = {"teacher": self.teacher.to(self.device), "model": model.to(self.device)}
-        scores = score_many(models, self.test, "teacher", batch_size=4, chunk=2048)
+        windows = self.test if windows is None else windows
+        scores = score_many(models, windows, "teacher", batch_size=4, chunk=2048)
         model.cpu()
         return scores["model"]
 
@@ -134,10 +145,16 @@ class Experiment:
         if not self.claim(name, seed):
             return None
         model = self.quantized(quantize, seed=seed)
-        record: dict[str, Any] = {"name": name, "seed": seed, "train": train, "quantize": quantize}
+        o = self.options
+        record: dict[str, Any] = {
+            "name": name,
+            "seed": seed,
+            "train": train,
+            "quantize": f"{o.quantize} {quantize}".strip(),
+            "training_text": {n: getattr(o, n) for n in ("ctx", "windows", "teacher_share")},
+        }
         began = time.perf_counter()
         if train is not None:
-            o = self.options
             line = f"train x --teacher x -o x --ctx {o.ctx} --device {o.device} --seed {seed} "
             line += f"--held-out {o.held_out} --save-minutes 0 {train}"
             config = replace(
@@ -145,7 +162,7 @@ class Experiment:
             )
             if o.device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            result = distill(model, config, teacher=self.teacher, text=self.text)
+            result = self.train(model, config)
             if o.device == "cuda":
                 record["peak_bytes"] = torch.cuda.max_memory_allocated()
             log = [{k: v for k, v in r.items() if k != "layers"} for r in result.history]

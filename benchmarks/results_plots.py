@@ -1,10 +1,9 @@
-"""Plots of docs/results.md from the JSON lines of the experiments.
+"""The plot of whole models of docs/results.md from the JSON lines of the experiments.
 
-    python benchmarks/results_plots.py docs/results.png --overshoot docs/results/*-claims.jsonl.xz \
-        --models docs/results/*-models.jsonl.xz
+    python benchmarks/results_plots.py docs/results.png docs/results/*-models.jsonl.xz
 
-One panel for each: the hard code's divergence on held-out text along the trajectory, and the
-divergence on the test text against the seconds of training, from the start that a run had.
+Divergence on the test text against the seconds of training, from the start that a run had.
+``claims_plots.py`` plots the runs of single layers.
 """
 
 from __future__ import annotations
@@ -23,9 +22,12 @@ from results_tables import read
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLORS = {"1.0": "tab:red", "0.3": "tab:orange", "0.1": "tab:blue"}
 KL_TICKS = (0.35, 0.4, 0.5, 0.6, 0.8, 1.0, 1.4)
-STYLES = ("-", "--", ":")
+LABELS = {
+    "through": "straight-through",
+    "scalar": "scalar, same basis",
+    "native": "scalar, native basis",
+}
 MARKERS = {
     "identity": ("o", "tab:blue"),
     "soft": ("^", "tab:orange"),
@@ -45,21 +47,6 @@ def kind_of(record: dict[str, Any]) -> str | None:
     return next(itertools.chain(by_name, by_train), None)
 
 
-def overshoot(ax: Axes, records: list[dict[str, Any]]) -> None:
-    """Runs named overshoot/LAYER/T: divergence of the hard code while the temperature falls."""
-    layers = sorted({int(record["name"].split("/")[1]) for record in records})
-    for record in sorted(records, key=lambda r: int(r["name"].split("/")[1])):
-        _, layer, start = record["name"].split("/")
-        log = [entry for entry in record["log"] if "heldout_kl_hard" in entry]
-        steps = [0, *(entry["step"] + 1 for entry in log)]
-        values = [record["log"][0]["heldout_kl_start"], *(e["heldout_kl_hard"] for e in log)]
-        style = STYLES[layers.index(int(layer))]
-        ax.plot(steps, values, style, color=COLORS[start], label=f"layer {layer}, from T = {start}")
-    ax.set(yscale="log", xlabel="step", ylabel="held-out KL of the hard code, nats per token")
-    ax.set_title("High temperatures overshoot")
-    ax.legend(fontsize=8)
-
-
 def models(ax: Axes, records: list[dict[str, Any]]) -> None:
     """Runs of whole models: divergence against the seconds of training."""
     for kind, (marker, color) in MARKERS.items():
@@ -68,7 +55,7 @@ def models(ax: Axes, records: list[dict[str, Any]]) -> None:
             part = [r for r in chosen if r["name"].startswith("tuned") == tuned]
             seconds, kl = [r["log"][-1]["seconds"] for r in part], [r["kl"] for r in part]
             if part:
-                label = f"{kind}, from tuned PTQ (its time on top)" if tuned else kind
+                label = LABELS.get(kind, kind) + (", from tuned PTQ (its time on top)" * tuned)
                 fill = "none" if tuned else color
                 ax.plot(seconds, kl, marker, color=color, markerfacecolor=fill, label=label)
     for record in {r["name"]: r for r in records}.values():
@@ -84,20 +71,24 @@ def models(ax: Axes, records: list[dict[str, Any]]) -> None:
     ax.legend(fontsize=8)
 
 
+def draw(records: list[dict[str, Any]], picture: Path) -> None:
+    """The one panel, of the runs that were scored on all of the test text."""
+    most = max(len(record["windows"]["kl"]) for record in records)
+    records = [record for record in records if len(record["windows"]["kl"]) == most]
+    figure, ax = plt.subplots(figsize=(8.6, 5.6), layout="constrained")
+    models(ax, records)
+    figure.savefig(picture, dpi=110)
+    plt.close(figure)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("picture", type=Path)
-    parser.add_argument("--overshoot", type=Path, nargs="+", default=[])
-    parser.add_argument("--models", type=Path, nargs="+", default=[])
-    options = parser.parse_args()
-    panels = [(overshoot, options.overshoot, "overshoot/"), (models, options.models, "")]
-    panels = [panel for panel in panels if panel[1]]
-    _, axes = plt.subplots(
-        1, len(panels), figsize=(6.4 * len(panels), 4.4), squeeze=False, layout="constrained"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for ax, (draw, paths, prefix) in zip(axes[0], panels, strict=True):
-        draw(ax, [record for seeds in read(paths, prefix).values() for record in seeds])
-    plt.savefig(options.picture, dpi=110)
+    parser.add_argument("picture", type=Path)
+    parser.add_argument("files", type=Path, nargs="+")
+    options = parser.parse_args()
+    draw([run for seeds in read(options.files, "").values() for run in seeds], options.picture)
 
 
 if __name__ == "__main__":

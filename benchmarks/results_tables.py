@@ -1,12 +1,15 @@
-"""Tables of docs/results.md from the JSON lines of the experiments.
+"""Tables of whole models of docs/results.md from the JSON lines of the experiments.
 
-    python benchmarks/results_tables.py docs/results/*-claims.jsonl.xz [--prefix single/4]
-        [--against NAME] [--union pairs/ --parts soft]
+    python benchmarks/results_tables.py docs/results/b560f7f-models.jsonl.xz --prefix tokens/
+    python benchmarks/results_tables.py docs/results/{a5ef0bd,b560f7f}-models.jsonl.xz --rows \
+        "identity=tokens/identity-1.5e-2-start-0.5+tokens/identity" \
+        "soft=tokens/soft-7.5e-3-start-0.5" --against identity
 
 Per run: steps, seconds, perplexity, KL to the teacher, and with --against the paired difference of
-both from that run, with 95% intervals (10,000 resamples of windows; seeds of a run are averaged
-window by window). --union adds, for every set of layers, how much more training gained there than
-on its layers one by one.
+both from that run, of the seeds that both have, with 95% intervals: over windows of the test text
+(10,000 resamples, seeds averaged window by window) and, of several seeds, over these (t, paired by
+seed). --rows names the rows, in their order; what one setting's seeds are called in several files
+is joined by "+".
 """
 
 from __future__ import annotations
@@ -25,7 +28,11 @@ from torch import Tensor
 
 from softtrellis.evaluation.divergence import Interval, paired_bootstrap
 
-Runs = dict[str, list[dict[str, Any]]]
+Record = dict[str, Any]
+Runs = dict[str, list[Record]]
+
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""The 97.5% quantiles of Student's t with 1, 2, ... degrees of freedom."""
 
 
 def lines(path: Path) -> list[str]:
@@ -34,15 +41,46 @@ def lines(path: Path) -> list[str]:
     return (lzma.decompress(data) if path.suffix == ".xz" else data).decode("utf-8").splitlines()
 
 
+def read_records(paths: list[Path]) -> list[Record]:
+    """All records, each with the commit that its file is named by."""
+    return [
+        json.loads(line) | {"commit": path.name.partition("-")[0]}
+        for path in paths
+        for line in lines(path)
+    ]
+
+
 def read(paths: list[Path], prefix: str) -> Runs:
     """Scored runs by name, one record per seed."""
     runs: Runs = defaultdict(list)
-    for path in paths:
-        for line in lines(path):
-            record = json.loads(line)
-            if "windows" in record and record["name"].startswith(prefix):
-                runs[record["name"]].append(record)
+    for record in read_records(paths):
+        if "windows" in record and record["name"].startswith(prefix):
+            runs[record["name"]].append(record)
     return runs
+
+
+def rows(runs: Runs, texts: list[str]) -> Runs:
+    """Of "LABEL=NAME+NAME" or "NAME+NAME": the runs of these names by label.
+
+    Raises:
+        ValueError: a name without runs.
+    """
+    chosen: Runs = {}
+    for text in texts:
+        label, _, names = text.rpartition("=")
+        for name in names.split("+"):
+            if name not in runs:
+                raise ValueError(f"no run is called {name!r}; there are {', '.join(runs)}")
+            chosen.setdefault(label or names, []).extend(runs[name])
+    return chosen
+
+
+def check_seeds(runs: Runs) -> None:
+    """ValueError where one seed has two runs of a name, in two files say."""
+    for name, records in runs.items():
+        seeds = [record["seed"] for record in records]
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"{name} has a seed twice, {seeds}: name fewer files")
 
 
 def per_token(records: list[dict[str, Any]], metric: str) -> tuple[Tensor, Tensor]:
@@ -58,9 +96,42 @@ def difference(a: list[dict[str, Any]], b: list[dict[str, Any]], metric: str) ->
     return paired_bootstrap(x, y, tokens)
 
 
+def same_seeds(a: list[Record], b: list[Record]) -> tuple[list[Record], list[Record]]:
+    """The runs of the seeds that both have, in the same order."""
+    first, second = ({record["seed"]: record for record in runs} for runs in (a, b))
+    common = sorted(first.keys() & second.keys())
+    return [first[seed] for seed in common], [second[seed] for seed in common]
+
+
+def by_seed(a: list[Record], b: list[Record], metric: str) -> dict[int, float]:
+    """a - b in nats per token, of every seed that both have."""
+    found = {}
+    for one, other in zip(*same_seeds(a, b), strict=True):
+        (x, tokens), (y, _) = per_token([one], metric), per_token([other], metric)
+        found[one["seed"]] = float(((x - y) * tokens).sum() / tokens.sum())
+    return found
+
+
+def over_seeds(differences: dict[int, float]) -> Interval:
+    """Their mean with the 95% interval of Student's t; of two seeds at least."""
+    values = list(differences.values())
+    half = T_975[len(values) - 2] * statistics.stdev(values) / math.sqrt(len(values))
+    mean = statistics.mean(values)
+    return Interval(mean, mean - half, mean + half)
+
+
 def words(interval: Interval) -> str:
     """As in the tables."""
     return f"{interval.mean:+.4f} ({interval.low:+.4f} to {interval.high:+.4f})"
+
+
+def seeds_in_words(differences: dict[int, float]) -> str:
+    """Every seed's, and the interval over them."""
+    each = ", ".join(f"{seed}: {value:+.4f}" for seed, value in sorted(differences.items()))
+    if len(differences) < 2:
+        return each
+    found = over_seeds(differences)
+    return f"{each}; {found.low:+.4f} to {found.high:+.4f}"
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -74,62 +145,42 @@ def table(runs: Runs, against: str | None) -> str:
     """One row per run."""
     head = ["run", "seeds", "steps", "seconds", "perplexity", "KL"]
     if against:
-        head += [f"KL minus {against}", "log loss minus the same"]
+        head += [f"KL minus {against}, windows", "by seed", "log loss minus the same", "by seed"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name, records in runs.items():
         steps = {len(record.get("log", ())) for record in records}
         row = [
             name,
-            str(len(records)),
+            ", ".join(str(record["seed"]) for record in records),
             "-".join(map(str, sorted({min(steps), max(steps)}))),
             f"{statistics.mean(record['seconds'] for record in records):.0f}",
             spread([record["perplexity"] for record in records], 2),
             spread([record["kl"] for record in records], 4),
         ]
         if against:
+            pair = same_seeds(records, runs[against])
             for metric in ("kl", "nll"):
-                found = difference(records, runs[against], metric)
-                row.append("" if name == against else words(found))
+                none = name == against or not pair[0]
+                row.append("" if none else words(difference(*pair, metric)))
+                row.append("" if none else seeds_in_words(by_seed(*pair, metric)))
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
 
 
-def unions(runs: Runs, prefix: str, parts: str) -> str:
-    """Gains of sets of layers against the sum of their layers' gains, in nats of log loss."""
-    gains: dict[str, Tensor] = {}
-    tokens = torch.empty(0)
-    for name, records in runs.items():
-        if name.startswith(prefix) and f"{name}/{parts}" in runs:
-            before, tokens = per_token(records, "nll")
-            after, _ = per_token(runs[f"{name}/{parts}"], "nll")
-            gains[name.removeprefix(prefix)] = before - after
-    lines = ["| layers | gain | sum of single gains | more than the sum |", "|---|---|---|---|"]
-    for layers, gain in gains.items():
-        members = layers.split(",")
-        if len(members) > 1 and all(member in gains for member in members):
-            total = torch.stack([gains[member] for member in members]).sum(0)
-            more = paired_bootstrap(gain, total, tokens)
-            mean = [float((x * tokens).sum() / tokens.sum()) for x in (gain, total)]
-            lines.append(f"| {layers} | {mean[0]:.4f} | {mean[1]:.4f} | {words(more)} |")
-    return "\n".join(lines)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("files", type=Path, nargs="+")
-    parser.add_argument("--prefix", default="")
-    parser.add_argument("--against")
-    parser.add_argument("--union", metavar="PREFIX")
-    parser.add_argument("--parts", default="soft")
+    parser.add_argument("--prefix", default="", help="of the names of runs")
+    parser.add_argument("--rows", nargs="+", metavar="LABEL=NAME+NAME")
+    parser.add_argument("--against", metavar="LABEL")
     options = parser.parse_args()
     runs = read(options.files, options.prefix)
+    if options.rows:
+        runs = rows(runs, options.rows)
+    check_seeds(runs)
     print(table(runs, options.against))
-    if options.union is not None:
-        print()
-        print(unions(runs, options.union, options.parts))
-    best = min(runs, key=lambda name: statistics.mean(r["kl"] for r in runs[name]), default="")
-    if best and not math.isnan(runs[best][0]["kl"]):
-        print(f"\nleast KL: {best}")
 
 
 if __name__ == "__main__":

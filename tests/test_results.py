@@ -8,12 +8,34 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from results_tables import difference, per_token, read  # noqa: E402
+import claims_plots  # noqa: E402
+import results_plots  # noqa: E402
+from claims import settings  # noqa: E402
+from layer_runs import (  # noqa: E402
+    best_rate,
+    changes,
+    escape_curve,
+    moved,
+    unions,
+    wilson,
+)
+from results_tables import (  # noqa: E402
+    by_seed,
+    check_seeds,
+    difference,
+    over_seeds,
+    per_token,
+    read,
+    read_records,
+    rows,
+    same_seeds,
+)
 
 from softtrellis.evaluation.divergence import paired_bootstrap  # noqa: E402
 
@@ -159,3 +181,115 @@ def test_every_run_is_scored_on_whole_texts() -> None:
         for run in runs:
             (windows,) = {len(scores) for scores in run["windows"].values()}
             assert windows in (148, 16), run["name"]  # 16 in the third search
+
+
+def claims(*commits: str) -> list[Run]:
+    return read_records([DATA / f"{commit}-claims.jsonl.xz" for commit in commits])
+
+
+def test_claims_by_their_options_are_those_of_the_page() -> None:
+    records = claims("0ffec44", "a5ef0bd", "fba8764")
+    found = unions(records)
+    assert len(found) == 8  # four sets, two estimators
+    for union in found:
+        assert f"{union.more.mean:+.4f} ({union.more.low:+.4f} to {union.more.high:+.4f})" in PAGE
+        assert union.seeds[0] == pytest.approx(union.gain - union.total)
+    singles = [c for c in changes(records) if c.setting.layers in ((4,), (20,))]
+    assert {c.setting.trainable for c in singles} == {"latents", "latents,scales,norms"}
+    for change in singles:
+        digits = f"{change.windows.mean:+.4f} ({change.windows.low:+.4f}"
+        if change.setting.start == "viterbi":
+            assert digits in PAGE
+            assert f"{change.ptq:.4f}" in PAGE
+
+
+def test_the_grid_of_drifts() -> None:
+    runs = {(str(m.setting.kind), m.lr, m.setting.steps): m for m in moved(claims("fba8764"))}
+    assert len(runs) == 28
+    for run in (runs["identity", 0.01, 40], runs["soft-0.1", 1e-5, 40]):
+        assert run.changed == run.predicted == 0  # 0.428 in states
+    known = {("identity", 0.1, 40): "0.98 | 1 | 1", ("soft-0.1", 0.1, 40): "0.030 | 0 | 1"}
+    for key, cells in known.items():
+        run, (share, predicted, agreeing) = runs[key], cells.split(" | ")
+        assert f"{run.changed:.{len(share) - 2}f}" == share
+        assert (run.predicted, run.agreeing) == (float(predicted), float(agreeing))
+        assert cells in PAGE
+    distances, shares = escape_curve(claims("fba8764"), "random")
+    assert shares == sorted(shares)
+    assert distances == sorted(distances)
+
+
+def test_a_grid_with_radii_of_every_linear_layer() -> None:
+    train = "--estimator identity --lr 0.1 --steps 2 --train latents"
+    layers = {"q": {"drift": 0.1, "changed_tiles": 0.5}, "k": {"drift": 0.3, "changed_tiles": 1}}
+    run = {
+        "name": "drift-latents/4/ldlq/identity@0.1/2",
+        "quantize": "--layers 4",
+        "train": train,
+        "seed": 0,
+        "windows": {},
+        "heldout": {"kl": [1, 2], "tokens": [3, 3]},
+        "log": [{}, {"drift": 0.2, "changed_tiles": 0.625, "by_layer": layers}],
+    }
+    radii = {
+        "name": "drift-latents/4/ldlq/radii",
+        "seed": 0,
+        "paper": 0.01,
+        "tiles": {"q": 30, "k": 10},
+        "radii": {"q": {"random": [0.05, 0.2]}, "k": {"random": [0.1, 0.2]}},
+    }
+    (found,) = moved([run, radii])
+    assert found.layers == {"q": (0.1, 0.5, 0.5), "k": (0.3, 1, 1)}
+    assert (found.predicted, found.tiles, found.heldout) == (0.625, 40, 0.5)
+    assert found.agreeing == 0  # two steps of warm-up lead no further than 0.02
+    assert escape_curve([radii], "random") == ([0.05, 0.1, 0.2, 0.2], [0.375, 0.5, 0.625, 1])
+    low, high = wilson(0.625, 40)
+    assert (low, high) == pytest.approx((0.4703, 0.7578), abs=1e-4)
+
+
+def test_rates_are_chosen_on_held_out_text() -> None:
+    def seeds(*kl: float) -> dict[int, Run]:
+        return {seed: {"heldout": {"kl": [x], "tokens": [1]}} for seed, x in enumerate(kl)}
+
+    assert best_rate({0.1: seeds(0.3, 0.3), 0.2: seeds(0.2, 0.5), 0.3: seeds(0.35)}) == 0.2
+    assert best_rate({0.1: seeds(0.3, 0.3), 0.2: seeds(0.2, 0.5)}) == 0.1
+    with pytest.raises(ValueError, match="no seed"):
+        best_rate({0.1: {0: {}}, 0.2: {0: {}}})
+
+
+def test_rows_of_several_files_and_intervals_over_seeds() -> None:
+    runs = read([DATA / f"{name}-models.jsonl.xz" for name in ("0ffec44", "b560f7f")], "minutes/")
+    chosen = rows(
+        runs, ["soft=minutes/soft-8e-3+minutes/soft", "identity=minutes/identity-16-9e-3"]
+    )
+    check_seeds(chosen)
+    pair = same_seeds(chosen["soft"], chosen["identity"])
+    found = by_seed(*pair, "kl")
+    assert {seed: round(value, 3) for seed, value in found.items()} == {
+        0: 0.018,
+        1: 0.062,
+        2: 0.061,
+    }
+    over = over_seeds(found)
+    assert over.mean == pytest.approx(difference(*pair, "kl").mean)
+    assert over.low < 0 < over.high  # what the interval over windows does not say
+    assert over_seeds({0: 1.0, 1: 2.0, 2: 3.0}).high == pytest.approx(2 + 4.303 / 3**0.5)
+    with pytest.raises(ValueError, match="no run is called 'tuned'"):
+        rows(runs, ["tuned"])
+    twice = rows(runs, ["minutes/soft+minutes/soft"])
+    with pytest.raises(ValueError, match="a seed twice"):
+        check_seeds(twice)
+
+
+def test_plots_are_made_of_the_data(tmp_path: Path) -> None:
+    claims_plots.draw(claims("0ffec44", "a5ef0bd", "fba8764"), tmp_path / "claims.png")
+    models = read([DATA / "b560f7f-models.jsonl.xz"], "")
+    results_plots.draw([run for seeds in models.values() for run in seeds], tmp_path / "models.png")
+    for name in ("claims", "models"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+
+
+def test_settings_of_claims() -> None:
+    found = list(settings(["identity@1e-2", "soft-0.3@6e-2,1e-1"]))
+    assert [name for name, _ in found] == ["identity@0.01", "soft-0.3@0.06", "soft-0.3@0.1"]
+    assert found[1][1] == "--estimator soft --t-init 0.3 --t-min 0.03 --start 0 --lr 0.06"

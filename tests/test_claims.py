@@ -1,0 +1,99 @@
+"""benchmarks/claims.py, from the command line to its tables, on a model of two small layers."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import claims
+import claims_plots
+from experiment import Experiment
+from layer_experiment import LayerExperiment
+from layer_runs import changes, moved, trajectories, unions
+from results_tables import read_records
+
+from softtrellis.recipes.trainer import START
+
+Record = dict[str, Any]
+
+
+class Claim(Protocol):
+    def __call__(self, claim: str, *options: str) -> list[Record]: ...
+
+
+@pytest.fixture
+def run_claim(
+    tiny_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> Claim:
+    letters = torch.randint(97, 123, (6000,), generator=torch.Generator().manual_seed(0))
+    text, results = tmp_path / "text.txt", tmp_path / "runs.jsonl"
+    text.write_text("".join(map(chr, letters.tolist())), encoding="utf-8")
+
+    def run(claim: str, *options: str) -> list[Record]:
+        words = [claim, str(tiny_directory), "--calibration", str(text), "--train", str(text)]
+        words += ["--test", str(text), "--device", "cpu", "--ctx", "32", "--test-ctx", "32"]
+        words += ["--held-out", "2", "--test-windows", "4", "--calibration-windows", "4"]
+        words += ["--batch", "2", "--quantize", "--code gaussian --L 6", "--json", str(results)]
+        monkeypatch.setattr(sys, "argv", ["claims.py", *words, *options])
+        claims.main()
+        return read_records([results])
+
+    return run
+
+
+def test_single_and_pairs(run_claim: Claim) -> None:
+    some = "--steps", "2", "--starts", "viterbi", "--seeds", "0", "1"
+    records = run_claim("single", "--layers", "0", "1", *some, "--settings", "identity@1e-2,1e-1")
+    assert len(records) == 2 * 2 * 3
+    records = run_claim("pairs", "--layers", "0", "1", *some, "--settings", "identity@1e-1")
+    names = [record["name"] for record in records]
+    assert "single/0/viterbi/identity@0.01" in names
+    assert "pairs/0,1/viterbi/identity@0.1" in names
+    assert [change.rates for change in changes(records)] == [2, 1, 2]  # 0, both, 1
+    (union,) = unions(records)
+    assert union.setting.layers == (0, 1)
+    assert list(union.seeds) == [0, 1]
+    alone = run_claim("pairs", "--trainable", "latents", "--layers", "1", "--steps", "2")
+    assert alone[-1]["name"] == "pairs-latents/1/ldlq/soft-0.1@0.1"
+
+
+def test_drift(run_claim: Claim, tmp_path: Path) -> None:
+    some = "--layers", "1", "--grid-steps", "3", "--radii-tiles", "14"
+    records = run_claim("drift", *some, "--settings", "identity@1e-7,1")
+    still, far = moved(records)
+    assert still.changed == 0  # counted against the start
+    assert 0 < far.changed <= 1
+    assert len(still.layers) == 7
+    (radii,) = (record for record in records if "radii" in record)
+    assert still.tiles == sum(radii["tiles"].values())
+    claims_plots.draw(records, tmp_path / "drift.png")
+
+
+def test_overshoot_scores_the_test_text_and_changes_nothing(run_claim: Claim) -> None:
+    some = "--layers", "1", "--steps", "4", "--trajectory-every", "2", "--settings", "soft-1.0@1e-1"
+    run_claim("overshoot", *some, "--trajectory-windows", "0")
+    unseen, seen = run_claim("overshoot", *some, "--trajectory-windows", "4")
+    assert unseen["windows"] == seen["windows"]
+    assert "test" not in unseen["log"][-1]
+    assert len(seen["log"][0]["test_start"]["nll"]) == 4
+    (kept, _), log = seen["kept"][0], seen["log"]
+    scores = log[0]["test_start"] if kept == START else log[kept]["test"]
+    for metric in ("nll", "kl"):
+        assert scores[metric] == pytest.approx(seen["windows"][metric], abs=1e-2)
+    (runs,) = trajectories([seen]).values()
+    assert runs == [seen]
+
+
+def test_training_is_that_of_the_library(run_claim: Claim, monkeypatch: pytest.MonkeyPatch) -> None:
+    some = "--layers", "1", "--steps", "3", "--settings", "soft-0.1@1e-1"
+    (_, ours) = run_claim("single", *some)
+    monkeypatch.setattr(LayerExperiment, "train", Experiment.train)
+    library = run_claim("single", *some)[-1]
+    assert ours["windows"] == library["windows"]
+    assert ours["heldout"] == library["heldout"]
