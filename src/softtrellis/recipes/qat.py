@@ -279,7 +279,7 @@ def distill(
             code is kept (m may be 0), in the place of ``config.data``.
         run_directory: where ``log.jsonl`` and the state for resuming go; None writes nothing.
         resume: go on from the state in ``run_directory``, to the weights that an uninterrupted
-            run gives, unless ``minutes`` ends it.
+            run gives on a CPU, unless ``minutes`` ends it.
         ranks: the processes that train it together, each calling this with the same arguments
             (see ``join``). Each takes its part of the windows of a batch, and of the tiles of every
             layer. The teacher's decoder layers are spread over them, in place. Rank 0 alone writes
