@@ -18,7 +18,7 @@ from softtrellis.modules.latent_linear import hold, release
 from softtrellis.modules.quantized_linear import LayerFormat, QuantizedLinear
 from softtrellis.modules.replace import get_linear, linear_names, replace_modules
 from softtrellis.quantizers.hard import TrellisCode
-from softtrellis.recipes.qat import DistillConfig
+from softtrellis.recipes.qat import NEAR_START, DistillConfig
 from softtrellis.recipes.trainer import Trainer
 from softtrellis.spec import TrellisSpec
 
@@ -119,6 +119,7 @@ def step_config(options: argparse.Namespace, **more: Any) -> DistillConfig:
     """A run that only trains, with these options."""
     return DistillConfig(
         estimator=options.estimator,
+        start=NEAR_START,
         t_init=options.temperature,
         t_min=options.temperature,
         batch=options.batch,

@@ -209,6 +209,28 @@ def test_the_warning_at_the_start_of_a_run(layer: LatentLinear) -> None:
     assert "takes 100% of 8 sampled tiles out of their cells" in warned("identity", 1e-1, 100)
 
 
+def test_the_warning_knows_what_the_start_changes(layer: LatentLinear) -> None:
+    """A run with tiny steps leaves codes where latents start, which may be in other cells."""
+
+    def warned() -> str:
+        found = run_warning(
+            {"layer": layer}, estimator="identity", lr=1e-5, steps=3, warmup=0, temperature=0.1
+        )
+        assert found is not None
+        return found
+
+    assert "beyond" not in warned()
+    codewords = layer.latent.detach().clone()
+    layer.latent.data[:16] += 0.3 * torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
+    changed = (layer.hard_states() != layer.start).any(1)
+    assert 0 < int(changed.sum()) < 8
+    moved = f"{float(changed.double().mean()):.0%}"
+    text = f"this run will hardly change a code beyond those that change at its start, in {moved}"
+    assert warned().startswith(text)
+    layer.latent.data = codewords
+    assert "beyond" not in warned()
+
+
 def test_noise_is_warned_of_up_to_a_rate_that_is_named(layer: LatentLinear) -> None:
     loud = plan_of(layer, lr=1e-1)
     warning = noise_warning(loud)

@@ -106,6 +106,21 @@ def test_with_fine_tuning_and_text_of_its_own(setting: Setting) -> None:
     assert setting.divergence(tuned) == pytest.approx(setting.divergence(other), rel=0.02)
 
 
+def test_text_that_later_chooses_a_step_is_not_seen(setting: Setting, tmp_path: Path) -> None:
+    """A tenth of the documents, the last ones, which training on the same text holds out."""
+    path = tmp_path / "documents.txt"
+    config = replace(STEPS, steps=2, batch=16, data=(f"documents:{path}",), ctx=16)
+
+    def quantized(*, before_last: int, last: int) -> LlamaForCausalLM:
+        seeds = [*range(17), before_last, last, last + 1]
+        path.write_text("\n\n".join(letters(40, seed=seed) for seed in seeds), encoding="utf-8")
+        return setting.quantize(progressive=config)
+
+    model = quantized(before_last=17, last=18)
+    assert same(model, quantized(before_last=17, last=20))
+    assert not same(model, quantized(before_last=20, last=18))
+
+
 def test_only_what_will_be_quantized_changes(setting: Setting) -> None:
     config = setting.config(skip=("q_proj",), layers=("0-1",))
     model = setting.quantize(config, progressive=STEPS)

@@ -11,11 +11,15 @@ import pytest
 import torch
 
 from softtrellis.evaluation.perplexity import score_windows
+from softtrellis.io.checkpoint import save_quantized
+from softtrellis.io.manifest import BaseModel
+from softtrellis.io.sources import fingerprint
 from softtrellis.io.text import load_documents, token_windows
 from softtrellis.modules.replace import quantized_layers
 from softtrellis.recipes.drift import rate_of_walk
 from softtrellis.recipes.ptq import QuantizeConfig, quantize_model
 from softtrellis.recipes.qat import DistillConfig, distill
+from softtrellis.recipes.stages import Run
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -201,6 +205,42 @@ def test_the_defaults_lower_the_hardened_divergence(setting: Setting) -> None:
 
 
 @pytest.mark.parametrize(
+    ("provenance", "given", "expected"),
+    [
+        ({"quantize": {}, "train": {}}, {}, 0.25),
+        ({"quantize": {}, "fine_tune": {}}, {}, 0.25),
+        ({"quantize": {}, "train": {}}, {"start": 0.75}, 0.75),
+        (None, {}, 0.5),
+    ],
+)
+def test_where_latents_of_a_checkpoint_start(
+    setting: Setting,
+    tmp_path: Path,
+    provenance: dict[str, Any] | None,
+    given: dict[str, Any],
+    expected: float,
+) -> None:
+    """As in the command, whose test is in ``tests/cli/test_workflow.py``; None is a loaded one."""
+    model: Any = setting.student
+    if provenance is not None:
+        model, base = tmp_path / "checkpoint", BaseModel("tiny", fingerprint(setting.teacher))
+        model.mkdir()
+        save_quantized(setting.student, setting.tokenizer, model, base=base, provenance=provenance)
+    starts = []
+    train = Run.train
+
+    def spy(self: Run, stages: Any) -> Any:
+        starts.append(self.config.start)
+        return train(self, stages)
+
+    config = DistillConfig(data=(setting.text,), ctx=64, steps=1, batch=1, held_out=0, **given)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "train", spy)
+        distill(model, config, teacher=setting.teacher, tokenizer=setting.tokenizer)
+    assert starts == [expected]
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"t_init": 0.0}, "t_init must be a positive number"),
@@ -214,6 +254,8 @@ def test_the_defaults_lower_the_hardened_divergence(setting: Setting) -> None:
         ({"estimator": "hard"}, "unknown estimator"),
         ({"schedule": "linear"}, "unknown schedule"),
         ({"save_every": -1}, "save_every must be 0"),
+        ({"start": 1.5}, "start must lie between 0 and 1, got 1.5"),
+        ({"start": "far"}, "start must lie between 0 and 1, got 'far'"),
     ],
 )
 def test_configs_that_make_no_sense(change: dict[str, Any], message: str) -> None:

@@ -29,7 +29,9 @@ def add_parser(commands: Commands) -> None:
         "Compares how far AdamW can carry the latent weights with how far codewords are from where "
         "their codes change, measured on some tiles. Learning rates and radii are in units of the "
         "weights' standard deviation (sigma), radii as root mean squares over a tile's weights. "
-        "It predicts for latents that start at the codewords, as with train --start 0.",
+        "It predicts for latents that start at the codewords, as with train --start 0, and takes "
+        "no gradient of the loss: how Adam moves while gradients agree is measured along the signs "
+        "of what a random gradient becomes behind the soft code.",
     )
     parser.add_argument("checkpoint", help="directory that 'softtrellis quantize' made")
     parser.add_argument(
@@ -53,7 +55,7 @@ def add_parser(commands: Commands) -> None:
         help="the model that the checkpoint was made from, to measure towards its weights too",
     )
     parser.add_argument(
-        "--temperature", type=float, default=0.1, help="of the soft code's gradient, see train"
+        "--temperature", type=float, default=0.1, help="of the soft code, see train"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the tiles and random directions")
     add_device(parser, "what measures")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +26,6 @@ from softtrellis.cli.common import (
 
 if TYPE_CHECKING:
     from softtrellis.recipes.qat import DistillConfig
-
-MOVED_START = 0.25
-"""Where latents start by default if weights have moved since PTQ."""
 
 
 def add_parser(commands: Commands) -> None:
@@ -197,13 +193,6 @@ def add_parser(commands: Commands) -> None:
     parser.set_defaults(run=run)
 
 
-def _moved(checkpoint: Path) -> bool:
-    """Whether a checkpoint's weights are no longer near the original ones."""
-    from softtrellis.io.manifest import TUNING, read_manifest
-
-    return not {*TUNING, "train"}.isdisjoint(read_manifest(checkpoint).provenance)
-
-
 def config_of(options: argparse.Namespace) -> DistillConfig:
     """What the options ask for; ValueError for options that make no sense."""
     from softtrellis.recipes.qat import DistillConfig
@@ -217,7 +206,7 @@ def config_of(options: argparse.Namespace) -> DistillConfig:
         estimator=options.estimator,
         finish=options.finish,
         finish_share=options.finish_share,
-        start=DistillConfig.start if options.start == "auto" else options.start,
+        start=options.start,
         train=tuple(part.strip() for part in options.train.split(",") if part.strip()),
         t_init=options.t_init,
         t_min=options.t_min,
@@ -267,8 +256,6 @@ def run(options: argparse.Namespace) -> int:
     check_backend(options.backend, options.device)
     output = Path(options.output)
     check_inputs(output, options.checkpoint, options.teacher, data=options.data)
-    if options.start == "auto" and _moved(Path(options.checkpoint)):
-        config = replace(config, start=MOVED_START)
     with joined(options.device) as ranks:
         result = train_to(
             Path(options.checkpoint),

@@ -31,6 +31,9 @@ DOCUMENTS = "documents:"
 HELD_OUT_SHARE = 0.1
 """Of the documents, or of the text where there are few documents, that is held out at most."""
 
+HELD_OUT_DOCUMENTS = 256
+"""The last documents of a source that are held out, see ``hold_out``."""
+
 _FORMS = "pydoc, wikitext2, hf:NAME or the path of a UTF-8 text or .jsonl file"
 # Tokens near the end of a cut-off text may differ from those of the whole text.
 _PREFIX_MARGIN = 256
@@ -157,13 +160,29 @@ def hold_out(documents: Sequence[str], count: int) -> tuple[list[str], list[str]
     return [text[:cut] for text, cut in pairs], [text[cut:] for text, cut in pairs]
 
 
+def train_and_held_out_documents(
+    sources: Sequence[str],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    held_out_documents: int = HELD_OUT_DOCUMENTS,
+) -> tuple[list[str], list[str]]:
+    """Both parts of every source, see ``hold_out``; raises what ``stream_documents`` raises."""
+    training: list[str] = []
+    held_out: list[str] = []
+    for documents in [load_documents([s], split="train", tokenizer=tokenizer) for s in sources]:
+        ours, others = hold_out(documents, held_out_documents)
+        training += ours
+        held_out += others
+    return training, held_out
+
+
 def train_and_held_out_windows(
     tokenizer: PreTrainedTokenizerBase,
     sources: Sequence[str],
     ctx: int,
     *,
     limit: int | None = None,
-    held_out_documents: int = 256,
+    held_out_documents: int = HELD_OUT_DOCUMENTS,
     held_out_windows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Windows to train on, and windows of the same sources that are never trained on.
@@ -185,12 +204,9 @@ def train_and_held_out_windows(
     Raises:
         ValueError: less than one window of either; and what ``stream_documents`` raises.
     """
-    training: list[str] = []
-    held_out: list[str] = []
-    for documents in [load_documents([s], split="train", tokenizer=tokenizer) for s in sources]:
-        ours, others = hold_out(documents, held_out_documents)
-        training += ours
-        held_out += others
+    training, held_out = train_and_held_out_documents(
+        sources, tokenizer=tokenizer, held_out_documents=held_out_documents
+    )
     part = "trained on"
     try:
         windows = token_windows(tokenizer, training, ctx, limit=limit)

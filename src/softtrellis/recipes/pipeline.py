@@ -36,7 +36,7 @@ from softtrellis.recipes.finetune import FineTuneConfig
 from softtrellis.recipes.group import LayerReport
 from softtrellis.recipes.progressive import ProgressiveConfig
 from softtrellis.recipes.ptq import QuantizeConfig, quantize_model
-from softtrellis.recipes.qat import DistillConfig, distill
+from softtrellis.recipes.qat import DistillConfig, distill, with_start
 from softtrellis.recipes.ranks import ONE, Ranks, output_directory
 from softtrellis.recipes.stages import DistillResult
 from softtrellis.recipes.training_text import window_length
@@ -129,6 +129,7 @@ def train_to(
         source = load_full_precision(teacher)
         check_base(manifest, source.model)
         config = replace(config, ctx=window_length(config.ctx, source.model))
+        config = with_start(config, manifest.provenance)
         result = distill(
             load_quantized(checkpoint),
             config,

@@ -94,7 +94,8 @@ Radii = dict[str, Tensor]
 "per_weight": no changes of its weights by less than this, each, change the code.
 The others are the root mean square change at which the code changes along a direction: "random", a
 Gaussian one; "sign", random signs; "soft", the signs of the gradient that a random gradient of the
-soft code leads to, which is how Adam moves under the estimator "soft" while gradients agree;
+soft code leads to (the loss's is not taken), which is how Adam moves under the estimator "soft"
+while gradients agree;
 "teacher", straight towards the full-precision weight.
 """
 
@@ -108,11 +109,14 @@ class Plan:
         prediction: with the paper's radius of the largest trellis among the layers, and the median
             of the measured radii "soft".
         layers: radii by layer, for the layers of the sample.
+        moved: the share of the sample's tiles whose code is no longer that of the checkpoint, from
+            where latents start.
     """
 
     config: PlanConfig
     prediction: Prediction
     layers: Mapping[str, Radii]
+    moved: float
 
     @property
     def radii(self) -> Radii:
@@ -187,6 +191,19 @@ def _through_soft_code(
     return gradient.sign()
 
 
+def _moved(layer: LatentLinear, tiles: Tensor, backend: Backend) -> Tensor:
+    """bool [n] on the CPU: whether the tiles' codewords are others than those of ``start``."""
+    chosen = tiles.to(layer.latent.device)
+    path = viterbi(
+        layer.tiles()[chosen],
+        layer.codebook,
+        layer.layer.code.spec,
+        ends=layer.pins[chosen],
+        backend=backend,
+    )
+    return (path.values != layer.codebook[layer.start[chosen].long()]).flatten(1).any(1).cpu()
+
+
 def plan_layers(
     layers: Mapping[str, LatentLinear],
     config: PlanConfig,
@@ -258,9 +275,11 @@ def sample_tiles(counts: Mapping[str, int], config: PlanConfig) -> dict[str, Ten
 
 def _plan(layers: Iterable[_Measured], config: PlanConfig) -> Plan:
     found: dict[str, Radii] = {}
+    moved: list[Tensor] = []
     states = 0
     for name, layer, tiles, target in layers:
         found[name] = measure_radii(layer, tiles, config, target=target)
+        moved.append(_moved(layer, tiles, config.backend))
         states = max(states, layer.layer.code.spec.num_states)
     soft = torch.cat([radii["soft"] for radii in found.values()])
     prediction = predict(
@@ -271,7 +290,7 @@ def _plan(layers: Iterable[_Measured], config: PlanConfig) -> Plan:
         schedule=config.schedule,
         measured_radius=median(soft),
     )
-    return Plan(config, prediction, found)
+    return Plan(config, prediction, found, float(torch.cat(moved).double().mean()))
 
 
 def run_warning(

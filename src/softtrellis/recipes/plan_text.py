@@ -23,7 +23,10 @@ FROM_CODEWORDS = "Predicted from the codewords (train --start 0); its default st
 
 
 def warning_for(plan: Plan) -> str | None:
-    """A sentence if the run cannot change codes, or hardly any; None if it can."""
+    """A sentence if the run cannot change codes, or hardly any; None if it can.
+
+    From a start that is not at the codewords it is about the codes that this start has.
+    """
     budget, radii = plan.prediction.budget, plan.radii
     count, bound = radii["sign"].numel(), float(radii["per_weight"].min())
     half = median(radii["soft"]) / budget.consistent
@@ -35,18 +38,20 @@ def warning_for(plan: Plan) -> str | None:
             f"{plan.config.lr * half:.2g}, or as many times the steps"
         )
     )
+    already = f" beyond those that change at its start, in {plan.moved:.0%} of the tiles"
+    beyond = already if plan.moved else ""
     if budget.most < bound:
         return (
-            f"this run cannot change a code: AdamW moves no weight by more than "
+            f"this run cannot change a code{beyond}: AdamW moves no weight by more than "
             f"{budget.most:.3g} sigma, and none of {count} sampled tiles changes before a weight "
             f"has moved by {bound:.3g} sigma{advice}"
         )
     share = escape_share(radii["soft"], budget.consistent)
     if share < HARDLY_ANY:
         return (
-            f"this run will hardly change a code: gradients that agree at every step move weights "
-            f"by {budget.consistent:.3g} sigma, and that takes {share:.1%} of {count} sampled "
-            f"tiles out of their cells{advice}"
+            f"this run will hardly change a code{beyond}: gradients that agree at every step move "
+            f"weights by {budget.consistent:.3g} sigma, which along a random gradient of the "
+            f"soft code takes {share:.1%} of {count} sampled tiles out of their cells{advice}"
         )
     return None
 
@@ -96,7 +101,7 @@ _ROWS = {
     "per_weight": "nearest boundary, per weight",
     "random": "random direction",
     "sign": "random signs",
-    "soft": "signs of the soft gradient",
+    "soft": "random gradient of soft code",
     "teacher": "towards the teacher",
 }
 _RAYS = ("random", "sign", "soft", "teacher")
@@ -129,7 +134,7 @@ def describe(plan: Plan) -> str:
     lines += [
         f"quantiles over {count} tiles of {len(plan.layers)} layers; the last columns are the "
         "tiles that such a",
-        "run carries out of their cells, along that direction",
+        "run carries out of their cells, along that direction; none is the loss's own gradient",
         "",
         FROM_CODEWORDS,
         verdict_in_words(plan),

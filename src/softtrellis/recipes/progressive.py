@@ -43,7 +43,8 @@ class ProgressiveConfig:
         warmup: steps of linear warm-up after each decoder layer; then a cosine to a tenth.
         batch: windows per step.
         micro_batch: windows that pass the model at once; None is ``batch``.
-        data: texts, see ``load_documents``; None is the calibration windows.
+        data: texts, see ``load_documents``, without what training on the same texts holds out to
+            choose its step by (``train_and_held_out_documents``); None is the calibration windows.
         ctx: tokens per window of ``data``.
         compile: run decoder layers through ``torch.compile``, for faster steps on a GPU.
         seed: of the order of the windows.

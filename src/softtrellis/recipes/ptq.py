@@ -19,7 +19,7 @@ from softtrellis.backend import Backend, check_device
 from softtrellis.io import exl3
 from softtrellis.io.checkpoint import load_full_precision
 from softtrellis.io.sources import cache_directory, fingerprint
-from softtrellis.io.text import stream_documents, token_windows
+from softtrellis.io.text import stream_documents, token_windows, train_and_held_out_documents
 from softtrellis.modules.quantized_linear import LayerFormat
 from softtrellis.modules.replace import (
     get_linear,
@@ -361,7 +361,7 @@ def _narrow_layers(model: nn.Module) -> set[str]:
 
 def _text_behind(tokenizer: Any, config: ProgressiveConfig) -> Tensor:
     assert config.data is not None
-    documents = stream_documents(config.data, split="train", tokenizer=tokenizer)
+    documents, _ = train_and_held_out_documents(config.data, tokenizer=tokenizer)
     return token_windows(tokenizer, documents, config.ctx)
 
 

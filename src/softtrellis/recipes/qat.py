@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import Tensor, nn
 
@@ -20,6 +20,7 @@ from softtrellis.io.checkpoint import (
     load_tokenizer,
     read_manifest,
 )
+from softtrellis.io.manifest import TUNING
 from softtrellis.modules.replace import (
     decoder_index,
     on_device,
@@ -46,6 +47,10 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 Mode = Literal["single", "greedy", "joint"]
+
+NEAR_START, MOVED_START = 0.5, 0.25
+"""Where latents start by default, and where they do if weights have moved since PTQ."""
+
 _FREE_TO_CHANGE = (
     "backend",
     "show_progress",
@@ -73,8 +78,9 @@ class DistillConfig:
         finish: another estimator for the end of the run, or None.
         finish_share: the share of the run that ``finish`` takes, above 0; only with ``finish``.
         start: how far from the codewords towards the original weights latents start, 0 to 1, if
-            they are trained; from a model that was tuned as it was quantized, or trained, whose
-            weights have moved, 0.25 or less.
+            they are trained; "auto" is 0.5, but 0.25 from a checkpoint that was tuned as it was
+            quantized, or trained, whose weights have moved. A loaded model does not say what was
+            done to it: of one whose weights have moved, give it.
         train: what changes: "latents", "scales" (of input and output channels), "norms" (with
             biases), "table" (of "hyb").
         t_init: temperature of the first step; "auto" is twice the measured quantization error.
@@ -136,7 +142,7 @@ class DistillConfig:
     estimator: Estimator = "identity"
     finish: Estimator | None = None
     finish_share: float = 0.2
-    start: float = 0.5
+    start: float | Literal["auto"] = "auto"
     train: tuple[str, ...] = ("latents", "scales", "norms")
     t_init: float | Literal["auto"] = 0.1
     t_min: float = 0.03
@@ -231,8 +237,11 @@ class DistillConfig:
         if self.held_out < 0:
             raise ValueError(f"held_out must be 0 or more windows, got {self.held_out}")
         for name in ("start", "finish_share", "lr_end"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if name == "start" and value == "auto":
+                continue
+            if not isinstance(value, float | int) or not 0 <= value <= 1:
+                raise ValueError(f"{name} must lie between 0 and 1, got {value!r}")
         if self.finish is None and self.finish_share != DistillConfig.finish_share:
             raise ValueError(
                 f"finish_share must be left out where no finish is named, got {self.finish_share}"
@@ -253,6 +262,14 @@ class DistillConfig:
             raise ValueError(f"teacher_share must be above 0 and below 1, got {share}")
         if mixed and self.windows == 1:
             raise ValueError("windows must be at least 2 where the teacher writes some, got 1")
+
+
+def with_start(config: DistillConfig, provenance: Mapping[str, Any]) -> DistillConfig:
+    """The config with a number for start "auto", of a checkpoint with this provenance."""
+    if config.start != "auto":
+        return config
+    moved = not {*TUNING, "train"}.isdisjoint(provenance)
+    return replace(config, start=MOVED_START if moved else NEAR_START)
 
 
 def distill(
@@ -279,7 +296,7 @@ def distill(
             code is kept (m may be 0), in the place of ``config.data``.
         run_directory: where ``log.jsonl`` and the state for resuming go; None writes nothing.
         resume: go on from the state in ``run_directory``, to the weights that an uninterrupted
-            run gives, unless ``minutes`` ends it.
+            run gives on a CPU, unless ``minutes`` ends it.
         ranks: the processes that train it together, each calling this with the same arguments
             (see ``join``). Each takes its part of the windows of a batch, and of the tiles of every
             layer. The teacher's decoder layers are spread over them, in place. Rank 0 alone writes
@@ -313,6 +330,7 @@ def distill(
         teacher, tokenizer = source.model, tokenizer or source.tokenizer
     if manifest is not None:
         check_base(manifest, teacher)
+    config = with_start(config, {} if manifest is None else manifest.provenance)
     if tokenizer is None and isinstance(model, str | Path):
         tokenizer = load_tokenizer(model)
     if tokenizer is None and text is None:

@@ -155,11 +155,13 @@ class Trainer:
     @torch.no_grad()
     def _move_to_start(self, teacher: nn.Module) -> None:
         """Part of the way from the codewords to the original weights."""
-        if not self.config.start or LATENTS not in self.config.train:
+        start = self.config.start
+        assert start != "auto", "see with_start"
+        if not start or LATENTS not in self.config.train:
             return
         for name, layer in self.layers.items():
             weight = whole_weight(get_linear(teacher, name)).float()
-            layer.latent.lerp_(layer.own(layer.basis.to_latent(weight)), self.config.start)
+            layer.latent.lerp_(layer.own(layer.basis.to_latent(weight)), start)
 
     def step(self, step: int, share: float) -> dict[str, Any]:
         """One optimizer step of the stage; its record for the log, without the step's number.
