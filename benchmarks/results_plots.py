@@ -35,6 +35,17 @@ MARKERS = {
     "scalar": ("x", "tab:red"),
     "native": ("+", "tab:purple"),
 }
+VARIANTS = {
+    "": "",
+    "mixed": ", half of the text the teacher's",
+    "tuned": ", from tuned PTQ (its time on top)",
+}
+"""Names of runs contain these words."""
+
+
+def variant_of(record: dict[str, Any]) -> str:
+    """Which of ``VARIANTS`` a run is."""
+    return next((word for word in VARIANTS if word and word in record["name"]), "")
 
 
 def kind_of(record: dict[str, Any]) -> str | None:
@@ -51,13 +62,14 @@ def models(ax: Axes, records: list[dict[str, Any]]) -> None:
     """Runs of whole models: divergence against the seconds of training."""
     for kind, (marker, color) in MARKERS.items():
         chosen = [record for record in records if kind_of(record) == kind]
-        for tuned in (False, True):
-            part = [r for r in chosen if r["name"].startswith("tuned") == tuned]
+        for variant, words in VARIANTS.items():
+            part = [r for r in chosen if variant_of(r) == variant]
             seconds, kl = [r["log"][-1]["seconds"] for r in part], [r["kl"] for r in part]
             if part:
-                label = LABELS.get(kind, kind) + (", from tuned PTQ (its time on top)" * tuned)
-                fill = "none" if tuned else color
-                ax.plot(seconds, kl, marker, color=color, markerfacecolor=fill, label=label)
+                mixed, fill = variant == "mixed", "none" if variant == "tuned" else color
+                ax.plot(seconds, kl, "*" if mixed else marker, markersize=12 if mixed else None,
+                        color=color, markerfacecolor=fill,
+                        label=LABELS.get(kind, kind) + words)  # fmt: skip
     for record in {r["name"]: r for r in records}.values():
         if not record.get("log"):
             ax.axhline(record["kl"], color="0.8", linewidth=0.8, zorder=0)

@@ -9,7 +9,7 @@ Per run: steps, seconds, perplexity, KL to the teacher, and with --against the p
 both from that run, of the seeds that both have, with 95% intervals: over windows of the test text
 (10,000 resamples, seeds averaged window by window) and, of several seeds, over these (t, paired by
 seed). --rows names the rows, in their order; what one setting's seeds are called in several files
-is joined by "+".
+is joined by "+". Of a run that was made again, --latest takes the one of the last file.
 """
 
 from __future__ import annotations
@@ -80,7 +80,12 @@ def check_seeds(runs: Runs) -> None:
     for name, records in runs.items():
         seeds = [record["seed"] for record in records]
         if len(set(seeds)) < len(seeds):
-            raise ValueError(f"{name} has a seed twice, {seeds}: name fewer files")
+            raise ValueError(f"{name} has a seed twice, {seeds}: name fewer files, or --latest")
+
+
+def latest(runs: Runs) -> Runs:
+    """Of runs of one name and seed the last one."""
+    return {name: list({r["seed"]: r for r in records}.values()) for name, records in runs.items()}
 
 
 def per_token(records: list[dict[str, Any]], metric: str) -> tuple[Tensor, Tensor]:
@@ -175,10 +180,13 @@ def main() -> None:
     parser.add_argument("--prefix", default="", help="of the names of runs")
     parser.add_argument("--rows", nargs="+", metavar="LABEL=NAME+NAME")
     parser.add_argument("--against", metavar="LABEL")
+    parser.add_argument("--latest", action="store_true", help="of runs that were made again")
     options = parser.parse_args()
     runs = read(options.files, options.prefix)
     if options.rows:
         runs = rows(runs, options.rows)
+    if options.latest:
+        runs = latest(runs)
     check_seeds(runs)
     print(table(runs, options.against))
 

@@ -29,6 +29,7 @@ from results_tables import (  # noqa: E402
     by_seed,
     check_seeds,
     difference,
+    latest,
     over_seeds,
     per_token,
     read,
@@ -279,6 +280,9 @@ def test_rows_of_several_files_and_intervals_over_seeds() -> None:
     twice = rows(runs, ["minutes/soft+minutes/soft"])
     with pytest.raises(ValueError, match="a seed twice"):
         check_seeds(twice)
+    again = read([DATA / "b560f7f-models.jsonl.xz", DATA / "914f5ff-models.jsonl.xz"], "minutes/")
+    (first,) = [run for run in latest(again)["minutes/identity-16-9e-3"] if run["seed"] == 0]
+    assert first["commit"] == "914f5ff"
 
 
 def test_plots_are_made_of_the_data(tmp_path: Path) -> None:

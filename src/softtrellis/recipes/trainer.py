@@ -155,11 +155,9 @@ class Trainer:
     @torch.no_grad()
     def _move_to_start(self, teacher: nn.Module) -> None:
         """Part of the way from the codewords to the original weights."""
-        start = self.config.start
-        assert start != "auto", "see with_start"
-        if not start or LATENTS not in self.config.train:
-            return
-        for name, layer in self.layers.items():
+        start = float(self.config.start)  # not "auto", see with_start
+        moved = self.layers if start and LATENTS in self.config.train else {}
+        for name, layer in moved.items():
             weight = whole_weight(get_linear(teacher, name)).float()
             layer.latent.lerp_(layer.own(layer.basis.to_latent(weight)), start)
 
