@@ -149,7 +149,8 @@ def add_parser(commands: Commands) -> None:
         "--progressive-data",
         nargs="+",
         metavar="TEXT",
-        help="text for that; by default the calibration windows",
+        help="text for that, without what train holds out of the same text; by default the "
+        "calibration windows",
     )
     parser.add_argument(
         "--progressive-lr",
