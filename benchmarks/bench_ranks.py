@@ -66,7 +66,7 @@ def gathers(trainer: Trainer) -> None:
 
 def network(trainer: Trainer, step: int, size: int) -> None:
     """Teacher, student and its backward pass on this rank's windows, between hold and release."""
-    rows = trainer._order.rows(step)
+    rows = trainer._text.rows(step)
     with torch.enable_grad():
         for part in trainer._objective.parts(rows, size):
             loss = trainer._objective.loss(part) * (len(part) / len(rows))
