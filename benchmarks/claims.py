@@ -7,7 +7,7 @@
 The first word is one of
 
 - single: decoder layers, each alone quantized: PTQ, and training from it;
-- pairs: the layers together and two by two, and one by one, trained jointly;
+- pairs: the layers together and two by two, trained jointly; one by one they are runs of single;
 - drift: a grid of learning rates and steps, on each of the layers, with the share of tiles that
   changed and the radii from which one predicts it;
 - overshoot: divergence of the hard code along the trajectory.
@@ -81,7 +81,7 @@ def pairs(experiment: LayerExperiment, name: str, start: str, common: str, seed:
     """Do gains add up over layers?"""
     common += f" --steps {experiment.options.steps} --measure-every 0 --evaluate-every 0"
     layers = experiment.options.layers
-    for count in range(1, len(layers) + 1):
+    for count in range(2, len(layers) + 1):
         for chosen in itertools.combinations(layers, count):
             numbers = ",".join(map(str, chosen))
             ptq, quantize = f"{name}/{numbers}/{start}", f"--layers {numbers}{STARTS[start]}"

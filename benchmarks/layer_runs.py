@@ -172,17 +172,18 @@ class Union:
 
 
 def unions(records: Iterable[Record]) -> list[Union]:
-    """All sets of layers whose members were trained one by one, too, by the same seeds."""
+    """All sets of layers whose members were trained one by one, too: same rate, same seeds."""
     runs = single_and_pairs(records)
     found = []
-    for setting in runs:
+    for setting in list(runs):
         if setting.kind is None or len(setting.layers) < 2:
             continue
+        lr = best_rate(runs[setting])
         parts = [
-            _gains(runs, Setting((layer,), setting.start, *_how(setting)))
+            _gains(runs, Setting((layer,), setting.start, *_how(setting)), lr)
             for layer in setting.layers
         ]
-        together = _gains(runs, setting)
+        together = _gains(runs, setting, lr)
         common = sorted(set(together).intersection(*parts))
         if not common:
             continue
@@ -205,12 +206,14 @@ def _how(setting: Setting) -> tuple[str | None, str | None, int | None]:
     return setting.trainable, setting.kind, setting.steps
 
 
-def _gains(runs: dict[Setting, dict[float, Seeds]], setting: Setting) -> dict[int, Tensor]:
-    """By seed, float64 [windows]: fall of the log loss per token, with the best rate."""
+def _gains(
+    runs: dict[Setting, dict[float, Seeds]], setting: Setting, lr: float
+) -> dict[int, Tensor]:
+    """By seed, float64 [windows]: fall of the log loss per token, with this rate."""
     ptq = runs.get(Setting(setting.layers, setting.start, None, None, None))
-    if ptq is None or setting not in runs:
+    if ptq is None or lr not in runs.get(setting, ()):
         return {}
-    after = runs[setting][best_rate(runs[setting])]
+    after = runs[setting][lr]
     return {
         seed: per_token([ptq[0.0][seed]], "nll")[0] - per_token([after[seed]], "nll")[0]
         for seed in after.keys() & ptq[0.0].keys()

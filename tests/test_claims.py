@@ -59,8 +59,8 @@ def test_single_and_pairs(run_claim: Claim) -> None:
     (union,) = unions(records)
     assert union.setting.layers == (0, 1)
     assert list(union.seeds) == [0, 1]
-    alone = run_claim("pairs", "--trainable", "latents", "--layers", "1", "--steps", "2")
-    assert alone[-1]["name"] == "pairs-latents/1/ldlq/soft-0.1@0.1"
+    codes = run_claim("single", "--trainable", "latents", "--layers", "1", "--steps", "2")
+    assert codes[-1]["name"] == "single-latents/1/ldlq/soft-0.1@0.1"
 
 
 def test_drift(run_claim: Claim, tmp_path: Path) -> None:
