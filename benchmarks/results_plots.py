@@ -49,8 +49,12 @@ def variant_of(record: dict[str, Any]) -> str:
 
 
 def kind_of(record: dict[str, Any]) -> str | None:
-    """Which of ``MARKERS`` a run is, by its name, or else by its estimator."""
-    if not record.get("log"):
+    """Which of ``MARKERS`` a run is, by its name, or else by its estimator.
+
+    None of PTQ, of runs that only compile, and of those of two estimators.
+    """
+    passing = record["name"].startswith("warm") or "/then-" in record["name"]
+    if passing or not record.get("log"):
         return None
     estimators = {kind: f"--estimator {kind} " for kind in ("identity", "soft")}
     by_name = (kind for kind in MARKERS if kind in record["name"])
@@ -71,7 +75,7 @@ def models(ax: Axes, records: list[dict[str, Any]]) -> None:
                         color=color, markerfacecolor=fill,
                         label=LABELS.get(kind, kind) + words)  # fmt: skip
     for record in {r["name"]: r for r in records}.values():
-        if not record.get("log"):
+        if not record.get("log") and "/" not in record["name"]:
             ax.axhline(record["kl"], color="0.8", linewidth=0.8, zorder=0)
             ax.text(0.99, record["kl"], record["name"], fontsize=7, color="0.4", ha="right",
                     va="bottom", transform=ax.get_yaxis_transform())  # fmt: skip

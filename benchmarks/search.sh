@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The fourth search of docs/results.md, and the fifth, its last six: bash benchmarks/search.sh MODEL C4 TRAIN TEST FOLDER
+# The fourth search of docs/results-history.md, and the fifth, its last six: bash benchmarks/search.sh MODEL C4 TRAIN TEST FOLDER
 source "$(dirname "$0")/runs.sh"
 common="--compile --evaluate-every 1000000 --measure-every 60 --train latents,scales,norms --scale-lr 5e-3"
 soft="$common --estimator soft $cooling"
