@@ -16,6 +16,7 @@ claim() {
 all="--trainable latents,scales,norms --seeds 0 1 2"
 cold="identity@1e-2 soft-0.1@1e-1" hot="soft-0.3@1e-1 soft-1.0@1e-1"
 claim single $all --starts viterbi --settings identity@1e-2,3e-2 soft-0.1@3e-2,1e-1 soft-0.3@3e-2,1e-1 soft-1.0@3e-2,1e-1
+claim single --trainable latents --starts viterbi --steps 10 --settings soft-0.3@2e-4 identity@2e-4 # the paper's
 claim drift --trainable latents --layers 4
 claim pairs $all --starts viterbi --settings $cold
 claim overshoot --trainable latents --starts viterbi --settings soft-0.1@1e-1 $hot
