@@ -55,7 +55,7 @@ def made(format_: LayerFormat, seed: int, estimator: Estimator, *, scales: bool)
     return layer
 
 
-@pytest.fixture(params=["soft", "straight_through", "identity"])
+@pytest.fixture(params=["soft", "straight_through", "mixed", "identity"])
 def estimator(request: pytest.FixtureRequest) -> Estimator:
     found: Estimator = request.param
     return found

@@ -52,7 +52,7 @@ def test_forward_is_the_decoded_weight(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CODES)
-@pytest.mark.parametrize("estimator", ["soft", "straight_through", "identity"])
+@pytest.mark.parametrize("estimator", ["soft", "straight_through", "mixed", "identity"])
 def test_untouched_training_layer_hardens_to_the_same_bits(name: str, estimator: str) -> None:
     module, _, _ = quantized(name)
     latent = LatentLinear.from_quantized(module, estimator=estimator)  # type: ignore[arg-type]
@@ -88,7 +88,7 @@ def test_gradients_reach_the_latent_weights() -> None:
 
 
 @pytest.mark.parametrize("name", CODES)
-@pytest.mark.parametrize("estimator", ["soft", "straight_through", "identity"])
+@pytest.mark.parametrize("estimator", ["soft", "straight_through", "mixed", "identity"])
 def test_compiled_training_layer_follows_the_temperature(name: str, estimator: str) -> None:
     module, _, x = quantized(name)
     latent = LatentLinear.from_quantized(module, estimator=estimator)  # type: ignore[arg-type]

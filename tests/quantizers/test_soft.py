@@ -1,4 +1,4 @@
-"""The three estimators."""
+"""The four estimators."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ def setting() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return w.requires_grad_(), C, viterbi(w, C, SPEC).states[:, 0] >> 2
 
 
-@pytest.mark.parametrize("estimator", ["soft", "straight_through", "identity"])
+@pytest.mark.parametrize("estimator", ["soft", "straight_through", "mixed", "identity"])
 def test_values_and_gradients(estimator: str) -> None:
     w, C, pins = setting()
     g = torch.randn(w.shape, dtype=w.dtype, generator=torch.Generator().manual_seed(1))
-    found = estimate(w, C, SPEC, estimator=estimator, temperature=0.2, pins=pins)  # type: ignore[arg-type]
+    found = estimate(w, C, SPEC, estimator=estimator, temperature=0.2, pins=pins, mix=0.3)  # type: ignore[arg-type]
     (gradient,) = torch.autograd.grad((found * g).sum(), w)
     soft = bcjr(w, C, SPEC, temperature=0.2, ends=pins).values
     (exact,) = torch.autograd.grad((soft * g).sum(), w)
     hard = viterbi(w, C, SPEC, ends=pins).values
     torch.testing.assert_close(found, soft if estimator == "soft" else hard)
-    torch.testing.assert_close(gradient, g if estimator == "identity" else exact)
+    expected = {"identity": g, "mixed": 0.3 * exact + 0.7 * g}.get(estimator, exact)
+    torch.testing.assert_close(gradient, expected)
 
 
-@pytest.mark.parametrize("estimator", ["soft", "straight_through", "identity"])
+@pytest.mark.parametrize("estimator", ["soft", "straight_through", "mixed", "identity"])
 def test_gradient_of_the_codebook(estimator: str) -> None:
     w, C, pins = setting()
     w, C = w.detach(), C.requires_grad_()
     g = torch.randn(w.shape, dtype=w.dtype, generator=torch.Generator().manual_seed(1))
-    found = estimate(w, C, SPEC, estimator=estimator, temperature=0.2, pins=pins)  # type: ignore[arg-type]
+    found = estimate(w, C, SPEC, estimator=estimator, temperature=0.2, pins=pins, mix=0.3)  # type: ignore[arg-type]
     (gradient,) = torch.autograd.grad((found * g).sum(), C)
-    if estimator == "identity":
-        states = viterbi(w, C, SPEC, ends=pins).states.to(torch.int64)
-        exact = torch.zeros_like(C).index_add(0, states.flatten(), g.flatten(0, 1))
-    else:
-        soft = bcjr(w, C, SPEC, temperature=0.2, ends=pins).values
-        (exact,) = torch.autograd.grad((soft * g).sum(), C)
-    torch.testing.assert_close(gradient, exact)
+    states = viterbi(w, C, SPEC, ends=pins).states.to(torch.int64)
+    own = torch.zeros_like(C).index_add(0, states.flatten(), g.flatten(0, 1))
+    soft = bcjr(w, C, SPEC, temperature=0.2, ends=pins).values
+    (exact,) = torch.autograd.grad((soft * g).sum(), C)
+    expected = {"identity": own, "mixed": 0.3 * exact + 0.7 * own}.get(estimator, exact)
+    torch.testing.assert_close(gradient, expected)
 
 
 def test_unknown_estimator() -> None:

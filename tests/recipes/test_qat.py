@@ -145,7 +145,7 @@ def test_resuming_with_other_settings_is_refused(setting: Setting, tmp_path: Pat
         setting.train(tmp_path, resume=True, save_every=2, lr=1e-2)
 
 
-@pytest.mark.parametrize("estimator", ["soft", "straight_through", "identity"])
+@pytest.mark.parametrize("estimator", ["soft", "straight_through", "mixed", "identity"])
 def test_estimators_train(setting: Setting, estimator: str) -> None:
     result = setting.train(estimator=estimator)
     assert all(torch.isfinite(torch.tensor(r["loss"])) for r in result.history)

@@ -337,7 +337,7 @@ def test_configs_that_make_no_sense(change: dict[str, Any], message: str) -> Non
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("estimator", ["soft", "straight_through", "identity"])
+@pytest.mark.parametrize("estimator", ["soft", "straight_through", "mixed", "identity"])
 def test_a_gpu_does_what_the_cpu_does(setting: Setting, estimator: str) -> None:
     student = setting.student("hyb", 10)
     change = {"estimator": estimator, "train": ("latents", "scales", "norms"), "measure_every": 3}

@@ -51,12 +51,19 @@ def add_parser(commands: Commands) -> None:
         "other; single: like joint, but refused without --layers: the layers named there, with the "
         "rest of the model frozen",
     )
-    estimators = ["soft", "straight_through", "identity"]
+    estimators = ["soft", "straight_through", "mixed", "identity"]
     parser.add_argument(
         "--estimator",
         choices=estimators,
         default="identity",
-        help="the Boltzmann average; or the hard code with its gradient, or with the identity's",
+        help="the Boltzmann average; or the hard code with its gradient, with the identity's, or "
+        "with a mixture of both",
+    )
+    parser.add_argument(
+        "--mix",
+        type=float,
+        default=0.5,
+        help="the share of the Boltzmann average's gradient in that of mixed",
     )
     parser.add_argument("--finish", choices=estimators, help="another one for the end of the run")
     parser.add_argument(
@@ -204,6 +211,7 @@ def config_of(options: argparse.Namespace) -> DistillConfig:
         layers=layers_of(options.layers),
         mode=options.mode,
         estimator=options.estimator,
+        mix=options.mix,
         finish=options.finish,
         finish_share=options.finish_share,
         start=options.start,

@@ -17,7 +17,7 @@ from softtrellis.modules.latent_stacks import batches, codewords_of, stacks, sta
 from softtrellis.modules.quantized_linear import LayerFormat, QuantizedLinear
 from softtrellis.modules.tile_share import TileShare
 from softtrellis.quantizers.basis import WeightBasis
-from softtrellis.quantizers.soft import Estimator, check_estimator
+from softtrellis.quantizers.soft import MIX, Estimator, check_estimator
 from softtrellis.quantizers.tiling import from_tiles, to_tiles
 from softtrellis.trellis.bitshift import overlap_in
 from softtrellis.trellis.packing import pack, unpack
@@ -51,7 +51,7 @@ class LatentLinear(nn.Module):
         temperature: T over ``variance``; set it before every pass. A tensor [] on the
             layer's device where a CUDA graph or ``torch.compile`` is to follow its changes: every
             new number would be compiled anew.
-        estimator: "soft", "straight_through" or "identity", see ``estimate``.
+        estimator: "soft", "straight_through", "mixed" or "identity", and mix, see ``estimate``.
         codes: int32 [own tiles, N], states that "identity" takes for the hard code, see
             ``find_codes``; None is to look for them in every pass.
         backend: as in ``bcjr``.
@@ -77,6 +77,7 @@ class LatentLinear(nn.Module):
         bias: Tensor | None,
         *,
         estimator: Estimator = "soft",
+        mix: float = MIX,
         temperature: float | Tensor = 0.1,
         backend: Backend = "auto",
         share: TileShare | None = None,
@@ -90,6 +91,7 @@ class LatentLinear(nn.Module):
         check_estimator(estimator)
         self.layer, self.codebook, self.basis = layer, codebook, basis
         self.estimator: Estimator = estimator
+        self.mix = mix
         self.codes: Tensor | None = None
         self.temperature, self.backend = temperature, backend
         self.variance = layer.code.sigma(codebook) ** 2
@@ -119,6 +121,7 @@ class LatentLinear(nn.Module):
         module: QuantizedLinear,
         *,
         estimator: Estimator = "soft",
+        mix: float = MIX,
         temperature: float | Tensor = 0.1,
         backend: Backend = "auto",
         mesh: DeviceMesh | None = None,
@@ -134,6 +137,7 @@ class LatentLinear(nn.Module):
             module.states(),
             module.bias,
             estimator=estimator,
+            mix=mix,
             temperature=temperature,
             backend=backend,
             share=None if mesh is None else TileShare(mesh, module.layer.tiles),

@@ -78,9 +78,10 @@ def _shape(layer: LatentLinear) -> Hashable:
 
 def _alike(a: LatentLinear, b: LatentLinear) -> bool:
     same = a.codebook is b.codebook and a.temperature is b.temperature
-    return same and (a.layer.code.spec, a.estimator, a.backend) == (
+    return same and (a.layer.code.spec, a.estimator, a.mix, a.backend) == (
         b.layer.code.spec,
         b.estimator,
+        b.mix,
         b.backend,
     )
 
@@ -98,6 +99,7 @@ def codewords_of(layers: Sequence[LatentLinear]) -> Tensor:
         estimator=first.estimator,
         temperature=first.temperature * first.variance,
         pins=torch.cat([layer.pins for layer in layers]),
+        mix=first.mix,
         backend=first.backend,
     )
 

@@ -1,4 +1,4 @@
-"""Three ways to train through the trellis."""
+"""Four ways to train through the trellis."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from softtrellis.spec import TrellisSpec
 from softtrellis.trellis.bcjr import bcjr
 from softtrellis.trellis.viterbi import best_states
 
-Estimator = Literal["soft", "straight_through", "identity"]
-_ESTIMATORS: tuple[str, ...] = get_args(Estimator)
+Estimator = Literal["soft", "straight_through", "mixed", "identity"]
+_ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
+MIX = 0.5
+"""The share of the Boltzmann average's gradient in that of "mixed"."""
 
 
 def check_estimator(estimator: str) -> None:
@@ -44,12 +46,15 @@ def estimate(
     estimator: Estimator,
     temperature: float | Tensor,
     pins: Tensor,
+    mix: float = MIX,
     backend: Backend = "auto",
 ) -> Tensor:
     """Codewords of latent tiles, differentiable by the chosen estimator.
 
     - "soft": the Boltzmann average, with its exact gradient (BCJR-QAT).
     - "straight_through": the hard codeword, with the gradient of the Boltzmann average.
+    - "mixed": the hard codeword, with ``mix`` of the gradient of "straight_through" and the rest of
+      that of "identity".
     - "identity": the hard codeword, with the gradient of the identity (plain STE), and for the
       codebook that of its own codewords.
 
@@ -61,6 +66,7 @@ def estimate(
         temperature: T, in the tiles' squared units, a number or a tensor [] or [B]; unused by
             "identity".
         pins: int [B], the overlap at both ends.
+        mix: 0 to 1, for "mixed".
         backend: as in ``bcjr``.
 
     Returns:
@@ -76,4 +82,5 @@ def estimate(
     if estimator == "identity":
         return hard
     soft = bcjr(tiles, codebook, spec, temperature=temperature, ends=pins, backend=backend).values
-    return soft + (hard - soft).detach()
+    through = soft + (hard - soft).detach()
+    return through if estimator == "straight_through" else mix * through + (1 - mix) * hard

@@ -29,7 +29,7 @@ from softtrellis.modules.replace import (
     select_layers,
     share_codebooks_,
 )
-from softtrellis.quantizers.soft import Estimator, check_estimator
+from softtrellis.quantizers.soft import MIX, Estimator, check_estimator
 from softtrellis.recipes.calibration import check_finite
 from softtrellis.recipes.optimizer import OptimizerName, check_optimizer
 from softtrellis.recipes.ranks import ONE, Ranks, shard_frozen_
@@ -74,7 +74,8 @@ class DistillConfig:
         mode: "joint" trains all of ``layers`` at once; "greedy" one decoder layer after the
             other, each with the earlier ones hardened; "single" some layers, which ``layers`` has
             to name, at once and with the rest of the model frozen as it is.
-        estimator: "soft", "straight_through" or "identity", see ``estimate``.
+        estimator: "soft", "straight_through", "mixed" or "identity", see ``estimate``.
+        mix: the share of the Boltzmann average's gradient in that of "mixed"; only with it.
         finish: another estimator for the end of the run, or None.
         finish_share: the share of the run that ``finish`` takes, above 0; only with ``finish``.
         start: how far from the codewords towards the original weights latents start, 0 to 1, if
@@ -140,6 +141,7 @@ class DistillConfig:
     layers: tuple[str, ...] | None = None
     mode: Mode = "joint"
     estimator: Estimator = "identity"
+    mix: float = MIX
     finish: Estimator | None = None
     finish_share: float = 0.2
     start: float | Literal["auto"] = "auto"
@@ -236,12 +238,14 @@ class DistillConfig:
                 raise ValueError(f"{name} must be 0 (never) or more, got {getattr(self, name)}")
         if self.held_out < 0:
             raise ValueError(f"held_out must be 0 or more windows, got {self.held_out}")
-        for name in ("start", "finish_share", "lr_end"):
+        for name in ("start", "mix", "finish_share", "lr_end"):
             value = getattr(self, name)
             if name == "start" and value == "auto":
                 continue
             if not isinstance(value, float | int) or not 0 <= value <= 1:
                 raise ValueError(f"{name} must lie between 0 and 1, got {value!r}")
+        if "mixed" not in (self.estimator, self.finish) and self.mix != MIX:
+            raise ValueError(f"mix must be left out where no estimator is 'mixed', got {self.mix}")
         if self.finish is None and self.finish_share != DistillConfig.finish_share:
             raise ValueError(
                 f"finish_share must be left out where no finish is named, got {self.finish_share}"

@@ -140,13 +140,11 @@ class Trainer:
 
     def _make_layer(self, name: str, module: nn.Module) -> LatentLinear:
         assert isinstance(module, QuantizedLinear)
+        config = self.config
         layer = LatentLinear.from_quantized(
-            module,
-            estimator=self.config.estimator,
-            temperature=self.t_init,
-            backend=self.config.backend,
-            mesh=self.ranks.mesh,
-        )
+            module, estimator=config.estimator, mix=config.mix, temperature=self.t_init,
+            backend=config.backend, mesh=self.ranks.mesh,
+        )  # fmt: skip
         if layer.codewords is not None:
             layer.codewords.requires_grad_(not {LATENTS, TABLE}.isdisjoint(self.config.train))
         self.layers[name] = layer
