@@ -13,6 +13,7 @@ half="--train documents:$train teacher --windows 16384"
 more="--train documents:$train teacher --windows 32768 --teacher-share 0.75"
 
 run experiment "--L 12" $half $saved "best/mixed-7min=$small --minutes 7" --seeds 0 1 2
+run experiment "--L 12" $half $saved "best/mixed-estimator-7min=${small/--cuda-graphs /} --minutes 7 --estimator mixed $cooling"
 run experiment "--L 12" $half $saved "best/mixed-15min=$large --minutes 15"
 run experiment "--L 12" --train "documents:$train" teacher --windows 8192 $saved "best/mixed-same-amount-7min=$small --minutes 7"
 run experiment "--L 12" $more $saved "best/mixed-0.75-7min=$small --minutes 7"

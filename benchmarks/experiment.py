@@ -151,7 +151,10 @@ class Experiment:
             "seed": seed,
             "train": train,
             "quantize": f"{o.quantize} {quantize}".strip(),
-            "training_text": {n: getattr(o, n) for n in ("ctx", "windows", "teacher_share")},
+            "training_text": {
+                "teacher": "teacher" in o.train,
+                **{name: getattr(o, name) for name in ("ctx", "windows", "teacher_share")},
+            },
         }
         began = time.perf_counter()
         if train is not None:

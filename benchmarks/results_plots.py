@@ -9,13 +9,13 @@ Divergence on the test text against the seconds of training, from the start that
 from __future__ import annotations
 
 import argparse
-import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 
 mpl.use("Agg")
+from layer_runs import options_of
 from matplotlib import pyplot as plt
 from results_tables import read
 
@@ -24,42 +24,44 @@ if TYPE_CHECKING:
 
 KL_TICKS = (0.35, 0.4, 0.5, 0.6, 0.8, 1.0, 1.4)
 LABELS = {
-    "through": "straight-through",
+    "straight_through": "straight-through",
+    "mixed": "mixed gradients",
     "scalar": "scalar, same basis",
     "native": "scalar, native basis",
 }
 MARKERS = {
     "identity": ("o", "tab:blue"),
     "soft": ("^", "tab:orange"),
-    "through": ("s", "tab:green"),
+    "straight_through": ("s", "tab:green"),
+    "mixed": ("D", "tab:brown"),
     "scalar": ("x", "tab:red"),
     "native": ("+", "tab:purple"),
 }
 VARIANTS = {
     "": "",
-    "mixed": ", half of the text the teacher's",
+    "teacher": ", half of the text the teacher's",
     "tuned": ", from tuned PTQ (its time on top)",
 }
-"""Names of runs contain these words."""
 
 
 def variant_of(record: dict[str, Any]) -> str:
-    """Which of ``VARIANTS`` a run is."""
-    return next((word for word in VARIANTS if word and word in record["name"]), "")
+    """Which of ``VARIANTS`` a run is; the first mixture's text was joined by hand."""
+    if "tuned" in record["name"]:
+        return "tuned"
+    written = record.get("training_text", {}).get("teacher", record["name"].startswith("mixed/"))
+    return "teacher" if written else ""
 
 
 def kind_of(record: dict[str, Any]) -> str | None:
-    """Which of ``MARKERS`` a run is, by its name, or else by its estimator.
+    """Which of ``MARKERS`` a run is, by its code's name, or else by its estimator.
 
     None of PTQ, of runs that only compile, and of those of two estimators.
     """
     passing = record["name"].startswith("warm") or "/then-" in record["name"]
     if passing or not record.get("log"):
         return None
-    estimators = {kind: f"--estimator {kind} " for kind in ("identity", "soft")}
-    by_name = (kind for kind in MARKERS if kind in record["name"])
-    by_train = (kind for kind, option in estimators.items() if option in record["train"])
-    return next(itertools.chain(by_name, by_train), None)
+    codes = (kind for kind in ("scalar", "native") if kind in record["name"])
+    return next(codes, None) or options_of(record["train"]).get("estimator", "identity")
 
 
 def models(ax: Axes, records: list[dict[str, Any]]) -> None:
@@ -70,8 +72,8 @@ def models(ax: Axes, records: list[dict[str, Any]]) -> None:
             part = [r for r in chosen if variant_of(r) == variant]
             seconds, kl = [r["log"][-1]["seconds"] for r in part], [r["kl"] for r in part]
             if part:
-                mixed, fill = variant == "mixed", "none" if variant == "tuned" else color
-                ax.plot(seconds, kl, "*" if mixed else marker, markersize=12 if mixed else None,
+                star, fill = variant == "teacher", "none" if variant == "tuned" else color
+                ax.plot(seconds, kl, "*" if star else marker, markersize=12 if star else None,
                         color=color, markerfacecolor=fill,
                         label=LABELS.get(kind, kind) + words)  # fmt: skip
     for record in {r["name"]: r for r in records}.values():

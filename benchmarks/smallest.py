@@ -1,6 +1,6 @@
 """The tables of the very small model in docs/ptq.md and docs/results.md, on a CPU.
 
-python benchmarks/smallest.py ptq|tokens|starts|long|searches|steps|epochs \
+python benchmarks/smallest.py ptq|tokens|starts|long|searches|steps|epochs|mixed \
     stories260k tinystories.txt [--seeds 0 1]
 """
 
@@ -95,6 +95,16 @@ SEARCHES: list[dict[str, Any]] = [
     {**HALF, "viterbi_every": n, "reencode_every": 64, "batch": batch, "steps": steps, "lr": lr}
     for batch, steps, lr in ((1, 1920, 5e-3), (4, 480, 1e-2), (16, 120, 2e-2))
     for n in (1, 4, 8)
+]
+MIXED: list[dict[str, Any]] = [
+    {**SOFT, **LITTLE, "lr": 1e-2, "start": 0.5, **change}
+    for change in (
+        {"estimator": "identity"},
+        {"estimator": "straight_through"},
+        {"estimator": "mixed"},
+        {"estimator": "mixed", "mix": 0.25},
+        {"estimator": "mixed", "t_init": 0.05, "t_min": 0.02},
+    )
 ]
 TUNED: list[dict[str, Any]] = [
     {**IDENTITY, **LITTLE, "lr": FROZEN},
@@ -230,7 +240,22 @@ def epochs(source: Source, text: Path, test: Tensor) -> None:
         trained(source, start, windows[1000:2000], test, [again])
 
 
-OTHERS = {"starts": starts, "long": long, "searches": searches, "steps": steps, "epochs": epochs}
+def mixed(source: Source, text: Path, test: Tensor) -> None:
+    """BCJR's gradient, the identity's, and means of both, from LDLQ: all of seed 0, then some."""
+    windows, start = written(source, 4096), quantized(source, str(text), 64)
+    trained(source, start, windows, test, MIXED)
+    for seed in (1, 2):
+        trained(source, start, windows, test, [run | {"seed": seed} for run in MIXED[:3:2]])
+
+
+OTHERS = {
+    "starts": starts,
+    "long": long,
+    "searches": searches,
+    "steps": steps,
+    "epochs": epochs,
+    "mixed": mixed,
+}
 
 
 def main() -> None:
