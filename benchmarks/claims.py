@@ -29,7 +29,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from experiment import add_arguments
 from layer_experiment import LayerExperiment
@@ -68,25 +68,27 @@ def runs(experiment: LayerExperiment, name: str, quantize: str, common: str, see
         experiment.run(f"{name}/{setting}", f"{train} {common}", quantize=quantize, seed=seed)
 
 
-def single(experiment: LayerExperiment, name: str, start: str, common: str, seed: int) -> None:
-    """Does BCJR beat PTQ on one layer, and what does a high temperature do to it?"""
+def trained(
+    experiment: LayerExperiment, name: str, start: str, common: str, seed: int, sizes: Iterable[int]
+) -> None:
+    """All sets of so many layers: PTQ, and all settings trained from it."""
     common += f" --steps {experiment.options.steps} --measure-every 0 --evaluate-every 0"
-    for layer in experiment.options.layers:
-        ptq, quantize = f"{name}/{layer}/{start}", f"--layers {layer}{STARTS[start]}"
-        experiment.run(ptq, None, quantize=quantize, seed=seed)
-        runs(experiment, ptq, quantize, common, seed)
-
-
-def pairs(experiment: LayerExperiment, name: str, start: str, common: str, seed: int) -> None:
-    """Do gains add up over layers?"""
-    common += f" --steps {experiment.options.steps} --measure-every 0 --evaluate-every 0"
-    layers = experiment.options.layers
-    for count in range(2, len(layers) + 1):
-        for chosen in itertools.combinations(layers, count):
+    for size in sizes:
+        for chosen in itertools.combinations(experiment.options.layers, size):
             numbers = ",".join(map(str, chosen))
             ptq, quantize = f"{name}/{numbers}/{start}", f"--layers {numbers}{STARTS[start]}"
             experiment.run(ptq, None, quantize=quantize, seed=seed)
             runs(experiment, ptq, quantize, common, seed)
+
+
+def single(experiment: LayerExperiment, name: str, start: str, common: str, seed: int) -> None:
+    """Does BCJR beat PTQ on one layer, and what does a high temperature do to it?"""
+    trained(experiment, name, start, common, seed, [1])
+
+
+def pairs(experiment: LayerExperiment, name: str, start: str, common: str, seed: int) -> None:
+    """Do gains add up over layers?"""
+    trained(experiment, name, start, common, seed, range(2, len(experiment.options.layers) + 1))
 
 
 def drift(experiment: LayerExperiment, name: str, start: str, common: str, seed: int) -> None:
@@ -102,12 +104,8 @@ def drift(experiment: LayerExperiment, name: str, start: str, common: str, seed:
         for steps in experiment.options.grid_steps:
             ends = f"--steps {steps} --measure-every {steps} --evaluate-every 0 --reencode-every 0"
             for setting, train in settings(experiment.options.settings):
-                experiment.run(
-                    f"{ptq}/{setting}/{steps}",
-                    f"{train} {ends} {common}",
-                    quantize=quantize,
-                    seed=seed,
-                )
+                words = f"{train} {ends} {common}"
+                experiment.run(f"{ptq}/{setting}/{steps}", words, quantize=quantize, seed=seed)
 
 
 def radii(experiment: LayerExperiment, name: str, quantize: str, seed: int) -> None:

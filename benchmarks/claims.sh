@@ -1,11 +1,7 @@
 #!/usr/bin/env bash
 # Rows 1 to 4 of docs/results.md: bash benchmarks/claims.sh MODEL C4 TRAIN TEST FOLDER
-# Processes with one FOLDER share the runs: start some on every GPU, each with its CUDA_VISIBLE_DEVICES.
-# Results are lines of FOLDER/claims-*.jsonl; runs whose names lie in FOLDER/claims are left out.
-set -eu
-model=$1 calibration=$2 train=$3 test=$4 out=$5
-mkdir -p "$out"
-export PYTHONPATH=src${PYTHONPATH:+:$PYTHONPATH}
+# Results are lines of FOLDER/claims-*.jsonl; best started some to a GPU.
+source "$(dirname "$0")/runs.sh"
 
 # claim CLAIM [OPTION ...]
 claim() {

@@ -9,7 +9,6 @@ changed tiles have the least and the greatest of the linear layers, where these 
 
 from __future__ import annotations
 
-import argparse
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,7 +33,8 @@ from layer_runs import (
 )
 from matplotlib import pyplot as plt
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
-from results_tables import Record, read_records
+from results_plots import command
+from results_tables import Record, over_tokens
 
 from softtrellis.evaluation.divergence import paired_bootstrap
 
@@ -166,7 +166,7 @@ def tested(ax: Axes, found: Lines) -> None:
         start = record["log"][0]["test_start"]
         tokens = torch.tensor(start["tokens"], dtype=torch.float64)
         before = torch.tensor(start["nll"], dtype=torch.float64) / tokens
-        level = float((before * tokens).sum() / tokens.sum())
+        level = float(over_tokens(before, tokens))
         ends = [(0.0, 0.0, 0.0)]
         for entry in log:
             after = torch.tensor(entry["test"]["nll"], dtype=torch.float64) / tokens
@@ -262,15 +262,5 @@ def draw(records: list[Record], picture: Path) -> None:
     plt.close(figure)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("picture", type=Path)
-    parser.add_argument("files", type=Path, nargs="+")
-    options = parser.parse_args()
-    draw(read_records(options.files), options.picture)
-
-
 if __name__ == "__main__":
-    main()
+    command(__doc__, draw)

@@ -153,7 +153,7 @@ class Experiment:
             "quantize": f"{o.quantize} {quantize}".strip(),
             "training_text": {
                 "teacher": "teacher" in o.train,
-                **{name: getattr(o, name) for name in ("ctx", "windows", "teacher_share")},
+                **{option: getattr(o, option) for option in ("ctx", "windows", "teacher_share")},
             },
         }
         began = time.perf_counter()

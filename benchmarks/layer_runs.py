@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
-from results_tables import Record, by_seed, difference, per_token
+from results_tables import Record, by_seed, difference, over_tokens, per_token
 from torch import Tensor
 
 from softtrellis.evaluation.divergence import Interval, paired_bootstrap
@@ -191,13 +191,9 @@ def unions(records: Iterable[Record]) -> list[Union]:
         total = torch.stack([sum((part[seed] for part in parts), 0 * gain[0]) for seed in common])
         tokens = next(iter(runs[setting].values()))[common[0]]["windows"]["tokens"]
         weight = torch.tensor(tokens, dtype=torch.float64)
-
-        def mean(x: Tensor, weight: Tensor = weight) -> Tensor:
-            return (x * weight).sum(-1) / weight.sum()
-
         more = paired_bootstrap(gain.mean(0), total.mean(0), weight)
-        seeds = dict(zip(common, mean(gain - total).tolist(), strict=True))
-        own, parted = (float(mean(x).mean()) for x in (gain, total))
+        seeds = dict(zip(common, over_tokens(gain - total, weight).tolist(), strict=True))
+        own, parted = (float(over_tokens(x, weight).mean()) for x in (gain, total))
         found.append(Union(setting, own, parted, more, seeds))
     return sorted(found, key=lambda u: (str(u.setting.trainable), u.setting.start, str(u.setting)))
 

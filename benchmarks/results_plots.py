@@ -9,15 +9,16 @@ Divergence on the test text against the seconds of training, from the start that
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 
 mpl.use("Agg")
 from layer_runs import options_of
 from matplotlib import pyplot as plt
-from results_tables import read
+from results_tables import Record, read_records
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,7 +45,7 @@ VARIANTS = {
 }
 
 
-def variant_of(record: dict[str, Any]) -> str:
+def variant_of(record: Record) -> str:
     """Which of ``VARIANTS`` a run is; the first mixture's text was joined by hand."""
     if "tuned" in record["name"]:
         return "tuned"
@@ -52,7 +53,7 @@ def variant_of(record: dict[str, Any]) -> str:
     return "teacher" if written else ""
 
 
-def kind_of(record: dict[str, Any]) -> str | None:
+def kind_of(record: Record) -> str | None:
     """Which of ``MARKERS`` a run is, by its code's name, or else by its estimator.
 
     None of PTQ, of runs that only compile, and of those of two estimators.
@@ -64,7 +65,7 @@ def kind_of(record: dict[str, Any]) -> str | None:
     return next(codes, None) or options_of(record["train"]).get("estimator", "identity")
 
 
-def models(ax: Axes, records: list[dict[str, Any]]) -> None:
+def models(ax: Axes, records: list[Record]) -> None:
     """Runs of whole models: divergence against the seconds of training."""
     for kind, (marker, color) in MARKERS.items():
         chosen = [record for record in records if kind_of(record) == kind]
@@ -89,8 +90,9 @@ def models(ax: Axes, records: list[dict[str, Any]]) -> None:
     ax.legend(fontsize=8)
 
 
-def draw(records: list[dict[str, Any]], picture: Path) -> None:
+def draw(records: list[Record], picture: Path) -> None:
     """The one panel, of the runs that were scored on all of the test text."""
+    records = [record for record in records if "windows" in record]
     most = max(len(record["windows"]["kl"]) for record in records)
     records = [record for record in records if len(record["windows"]["kl"]) == most]
     figure, ax = plt.subplots(figsize=(8.6, 5.6), layout="constrained")
@@ -99,15 +101,16 @@ def draw(records: list[dict[str, Any]], picture: Path) -> None:
     plt.close(figure)
 
 
-def main() -> None:
+def command(description: str | None, draw: Callable[[list[Record], Path], None]) -> None:
+    """A command of a picture and the files that it is made of."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("picture", type=Path)
     parser.add_argument("files", type=Path, nargs="+")
     options = parser.parse_args()
-    draw([run for seeds in read(options.files, "").values() for run in seeds], options.picture)
+    draw(read_records(options.files), options.picture)
 
 
 if __name__ == "__main__":
-    main()
+    command(__doc__, draw)

@@ -95,6 +95,11 @@ def per_token(records: list[dict[str, Any]], metric: str) -> tuple[Tensor, Tenso
     return scores.mean(0) / tokens, tokens
 
 
+def over_tokens(scores: Tensor, tokens: Tensor) -> Tensor:
+    """[...], the mean per token of scores per token [..., windows]."""
+    return (scores * tokens).sum(-1) / tokens.sum()
+
+
 def difference(a: list[dict[str, Any]], b: list[dict[str, Any]], metric: str) -> Interval:
     """Of two runs, a - b in nats per token."""
     (x, tokens), (y, _) = per_token(a, metric), per_token(b, metric)
@@ -113,7 +118,7 @@ def by_seed(a: list[Record], b: list[Record], metric: str) -> dict[int, float]:
     found = {}
     for one, other in zip(*same_seeds(a, b), strict=True):
         (x, tokens), (y, _) = per_token([one], metric), per_token([other], metric)
-        found[one["seed"]] = float(((x - y) * tokens).sum() / tokens.sum())
+        found[one["seed"]] = float(over_tokens(x - y, tokens))
     return found
 
 

@@ -1,4 +1,4 @@
-# What search.sh, joint.sh, best.sh, recipes.sh and finish.sh share, which are called with MODEL C4 TRAIN TEST FOLDER.
+# What search.sh, joint.sh, best.sh, recipes.sh, finish.sh and claims.sh share, which are called with MODEL C4 TRAIN TEST FOLDER.
 # Processes with one FOLDER share the runs: start one on every GPU, each with its CUDA_VISIBLE_DEVICES.
 # Results are lines of FOLDER/runs-*.jsonl; runs whose names lie in FOLDER/claims are left out.
 set -eu

@@ -241,11 +241,12 @@ def epochs(source: Source, text: Path, test: Tensor) -> None:
 
 
 def mixed(source: Source, text: Path, test: Tensor) -> None:
-    """BCJR's gradient, the identity's, and means of both, from LDLQ: all of seed 0, then some."""
+    """BCJR's gradient, the identity's, and means of both, from LDLQ; two of them by three seeds."""
     windows, start = written(source, 4096), quantized(source, str(text), 64)
     trained(source, start, windows, test, MIXED)
+    confirmed = MIXED[0], MIXED[2]
     for seed in (1, 2):
-        trained(source, start, windows, test, [run | {"seed": seed} for run in MIXED[:3:2]])
+        trained(source, start, windows, test, [run | {"seed": seed} for run in confirmed])
 
 
 OTHERS = {
