@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -32,6 +34,32 @@ def test_values_and_gradients(estimator: str) -> None:
     torch.testing.assert_close(found, soft if estimator == "soft" else hard)
     expected = {"identity": g, "mixed": 0.3 * exact + 0.7 * g}.get(estimator, exact)
     torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("temperature", [0.2, torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)])
+@pytest.mark.parametrize(("turn", "mixed"), [(0, [0, 2]), (1, [1]), (2, [0, 2]), (3, [1])])
+def test_a_stride_mixes_tiles_in_turn(
+    turn: int, mixed: list[int], temperature: float | torch.Tensor
+) -> None:
+    w, C, pins = setting()
+    g = torch.randn(w.shape, dtype=w.dtype, generator=torch.Generator().manual_seed(1))
+    how: dict[str, Any] = {"temperature": temperature, "pins": pins, "mix": 0.3}
+    found = estimate(w, C, SPEC, estimator="mixed", mix_stride=2, turn=turn, **how)
+    (gradient,) = torch.autograd.grad((found * g).sum(), w)
+    of_all = estimate(w, C, SPEC, estimator="mixed", **how)
+    (expected,) = torch.autograd.grad((of_all * g).sum(), w)
+    others = [tile for tile in range(3) if tile not in mixed]
+    expected[others] = g[others]
+    torch.testing.assert_close(found, of_all, rtol=0, atol=0)
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_a_turn_without_tiles_is_the_identity() -> None:
+    w, C, pins = setting()
+    how: dict[str, Any] = {"temperature": 0.2, "pins": pins}
+    found = estimate(w, C, SPEC, estimator="mixed", mix_stride=8, turn=5, **how)
+    (gradient,) = torch.autograd.grad(found.sum(), w)
+    torch.testing.assert_close(gradient, torch.ones_like(w))
 
 
 @pytest.mark.parametrize("estimator", ["soft", "straight_through", "mixed", "identity"])

@@ -65,6 +65,12 @@ def add_parser(commands: Commands) -> None:
         default=0.5,
         help="the share of the Boltzmann average's gradient in that of mixed",
     )
+    parser.add_argument(
+        "--mix-stride",
+        type=int,
+        default=1,
+        help="mixed takes that share for one tile in so many a step, in turn, which is faster",
+    )
     parser.add_argument("--finish", choices=estimators, help="another one for the end of the run")
     parser.add_argument(
         "--finish-share", type=float, default=0.2, help="the share of the run that --finish takes"
@@ -212,6 +218,7 @@ def config_of(options: argparse.Namespace) -> DistillConfig:
         mode=options.mode,
         estimator=options.estimator,
         mix=options.mix,
+        mix_stride=options.mix_stride,
         finish=options.finish,
         finish_share=options.finish_share,
         start=options.start,

@@ -78,11 +78,13 @@ def _shape(layer: LatentLinear) -> Hashable:
 
 def _alike(a: LatentLinear, b: LatentLinear) -> bool:
     same = a.codebook is b.codebook and a.temperature is b.temperature
-    return same and (a.layer.code.spec, a.estimator, a.mix, a.backend) == (
-        b.layer.code.spec,
-        b.estimator,
-        b.mix,
-        b.backend,
+    return (
+        same
+        and all(
+            getattr(a, name) == getattr(b, name)
+            for name in ("estimator", "mix", "mix_stride", "turn", "backend")
+        )
+        and a.layer.code.spec == b.layer.code.spec
     )
 
 
@@ -100,6 +102,8 @@ def codewords_of(layers: Sequence[LatentLinear]) -> Tensor:
         temperature=first.temperature * first.variance,
         pins=torch.cat([layer.pins for layer in layers]),
         mix=first.mix,
+        mix_stride=first.mix_stride,
+        turn=first.turn,
         backend=first.backend,
     )
 

@@ -47,6 +47,8 @@ def estimate(
     temperature: float | Tensor,
     pins: Tensor,
     mix: float = MIX,
+    mix_stride: int = 1,
+    turn: int = 0,
     backend: Backend = "auto",
 ) -> Tensor:
     """Codewords of latent tiles, differentiable by the chosen estimator.
@@ -67,6 +69,9 @@ def estimate(
             "identity".
         pins: int [B], the overlap at both ends.
         mix: 0 to 1, for "mixed".
+        mix_stride: for "mixed", 1 or more: only one tile in so many has that part of the gradient
+            of "straight_through", all others have the gradient of "identity".
+        turn: which of them, counted on from pass to pass so that all tiles have their turn.
         backend: as in ``bcjr``.
 
     Returns:
@@ -81,6 +86,15 @@ def estimate(
     hard = identity(tiles, codebook, states)
     if estimator == "identity":
         return hard
-    soft = bcjr(tiles, codebook, spec, temperature=temperature, ends=pins, backend=backend).values
-    through = soft + (hard - soft).detach()
-    return through if estimator == "straight_through" else mix * through + (1 - mix) * hard
+    if estimator == "straight_through":
+        mix, mix_stride = 1.0, 1
+    part = slice(turn % mix_stride, None, mix_stride)
+    if isinstance(temperature, Tensor) and temperature.ndim:
+        temperature = temperature[part]
+    soft = bcjr(
+        tiles[part], codebook, spec, temperature=temperature, ends=pins[part], backend=backend
+    ).values
+    more = mix * (soft - hard[part])
+    found = hard.clone()
+    found[part] += more - more.detach()
+    return found

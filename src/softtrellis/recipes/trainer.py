@@ -142,8 +142,8 @@ class Trainer:
         assert isinstance(module, QuantizedLinear)
         config = self.config
         layer = LatentLinear.from_quantized(
-            module, estimator=config.estimator, mix=config.mix, temperature=self.t_init,
-            backend=config.backend, mesh=self.ranks.mesh,
+            module, estimator=config.estimator, mix=config.mix, mix_stride=config.mix_stride,
+            temperature=self.t_init, backend=config.backend, mesh=self.ranks.mesh,
         )  # fmt: skip
         if layer.codewords is not None:
             layer.codewords.requires_grad_(not {LATENTS, TABLE}.isdisjoint(self.config.train))
@@ -229,7 +229,7 @@ class Trainer:
         )
         set_learning_rates(self.optimizer, self.rates.at(share, step))
         for layer in self.layers.values():
-            layer.temperature = temperature
+            layer.temperature, layer.turn = temperature, step
             layer.estimator = (config.finish or config.estimator) if finishing else config.estimator
         return temperature
 
