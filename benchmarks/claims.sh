@@ -5,9 +5,8 @@ source "$(dirname "$0")/runs.sh"
 
 # claim CLAIM [OPTION ...]
 claim() {
-    python3 benchmarks/claims.py "$1" "$model" --calibration "$calibration" --test "$test" \
-        --train "documents:$train" --claims "$out/claims" --json "$out/claims-$$.jsonl" \
-        --layers 4 12 20 "${@:2}"
+    later claims.py "$1" "$model" --calibration "$calibration" --test "$test" --train "documents:$train" \
+        --claims "$out/claims" --json "$out/claims-$$.jsonl" --layers 4 12 20 "${@:2}"
 }
 all="--trainable latents,scales,norms --seeds 0 1 2" one="--trainable latents,scales,norms --seeds 0"
 cold="identity@1e-2 soft-0.1@1e-1" hot="soft-0.3@1e-1 soft-1.0@1e-1"

@@ -2,8 +2,8 @@
 
     python benchmarks/claims_plots.py docs/claims.png docs/results/*-claims.jsonl.xz
 
-Panels of each claim, one for each of what training changed. Bars have 95% intervals over windows of
-the test text (paired bootstrap), and a black dot for every seed where there are several. Shares of
+Panels of each claim, one for each of what training changed; of single layers with several seeds
+another one, beside identity STE. Bars have 95% intervals over windows of the test text (paired bootstrap), and a black dot for every seed where there are several. Shares of
 changed tiles have the least and the greatest of the linear layers, where these were recorded.
 """
 
@@ -100,6 +100,14 @@ def single(ax: Axes, found: Sequence[Change]) -> None:
     ax.set(ylabel="KL minus PTQ's, nats per token\n(linear within ±0.001)")
     ax.set_xlabel("decoder layer, and the PTQ that training starts from")
     ax.set_title(f"1. Single layers, {trained(found[0].setting)}")
+
+
+def beyond(ax: Axes, found: Sequence[Change]) -> None:
+    """What training of single layers by BCJR does beyond identity STE."""
+    bars(ax, [(c.setting, c.windows, c.seeds) for c in found])
+    ax.set(ylabel="KL minus identity's, nats per token")
+    ax.set_xlabel("decoder layer, and the PTQ that training starts from")
+    ax.set_title(f"1. BCJR beyond identity STE, {trained(found[0].setting)}")
 
 
 def pairs(ax: Axes, found: Sequence[Union]) -> None:
@@ -228,7 +236,11 @@ def radii_of(records: list[Record], setting: Setting) -> list[Record]:
 
 def rows_of(records: list[Record]) -> list[list[Panel]]:
     """The panels of every claim that has runs."""
-    layers = [change for change in changes(records) if len(change.setting.layers) == 1]
+    layers, others = (
+        [change for change in changes(records, against) if len(change.setting.layers) == 1]
+        for against in (None, "identity")
+    )
+    confirmed = [change for change in others if len(change.seeds) > 1]
     runs = trajectories(records)
     numbers = sorted({setting.layers for setting in runs})
     lines = [(setting, record, STYLES[numbers.index(setting.layers) % len(STYLES)])
@@ -236,6 +248,7 @@ def rows_of(records: list[Record]) -> list[list[Panel]]:
     scored = [line for line in lines if "test_start" in line[1]["log"][0]]
     rows: list[list[Panel]] = [
         [(single, part) for part in split(layers)],
+        [(beyond, part) for part in split(confirmed)],
         [(pairs, part) for part in split(unions(records))],
         [
             (drift, (part, radii_of(records, part[0].setting)))

@@ -2,7 +2,8 @@
 
     python benchmarks/claims_tables.py single docs/results/*-claims.jsonl.xz
 
-single: every layer's KL, and what training does to it; pairs: what layers gain together beyond the
+single: every layer's KL, and what training does to it, or does beyond another estimator
+(``--against identity``); pairs: what layers gain together beyond the
 sum of their single gains; drift: the share of tiles that changed beside what radii predict. Rates
 and intervals are those of ``layer_runs.py``.
 """
@@ -36,12 +37,13 @@ def name_of(setting: Setting) -> list[Any]:
 HEAD = ["layers", "start", "trained", "estimator"]
 
 
-def single_table(records: list[Record]) -> str:
-    head = [*HEAD, "lr (of)", "PTQ: KL", "KL", "minus PTQ's, windows", "by seed"]
+def single_table(records: list[Record], against: str | None) -> str:
+    other = against or "PTQ"
+    head = [*HEAD, "lr (of)", f"{other}: KL", "KL", f"minus {other}'s, windows", "by seed"]
     return lines([head, *(
-        [*name_of(c.setting), f"{c.lr:g} ({c.rates})", f"{c.ptq:.4f}", f"{c.kl:.4f}",
+        [*name_of(c.setting), f"{c.lr:g} ({c.rates})", f"{c.other:.4f}", f"{c.kl:.4f}",
          words(c.windows), seeds_in_words(c.seeds)]
-        for c in changes(records)
+        for c in changes(records, against)
     )])  # fmt: skip
 
 
@@ -73,15 +75,20 @@ def drift_table(records: list[Record]) -> str:
     )])  # fmt: skip
 
 
-TABLES = {"single": single_table, "pairs": pairs_table, "drift": drift_table}
+TABLES = {"pairs": pairs_table, "drift": drift_table}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("table", choices=TABLES)
+    parser.add_argument("table", choices=["single", *TABLES])
     parser.add_argument("files", type=Path, nargs="+")
+    parser.add_argument("--against", help="of single: an estimator to compare with; or PTQ")
     options = parser.parse_args()
-    print(TABLES[options.table](read_records(options.files)))
+    records = read_records(options.files)
+    if options.table == "single":
+        print(single_table(records, options.against))
+    else:
+        print(TABLES[options.table](records))
 
 
 if __name__ == "__main__":

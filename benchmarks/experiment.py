@@ -35,7 +35,12 @@ from softtrellis.recipes.training_text import training_windows
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from softtrellis.io.sources import Source
     from softtrellis.recipes.stages import DistillResult
+
+_SOURCES: dict[str, Source] = {}
+_TEXTS: dict[tuple[str, DistillConfig], tuple[Tensor, Tensor]] = {}
+_QUANTIZED: dict[tuple[str, str], PreTrainedModel] = {}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,11 +69,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 class Experiment:
-    """A teacher, its texts, and the models that are made of it."""
+    """A teacher, its texts, and the models that are made of it; one process makes each once."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.device = options, options.device
-        source = load_source(options.model)
+        if options.model not in _SOURCES:
+            _SOURCES[options.model] = load_source(options.model)
+        source = _SOURCES[options.model]
         self.teacher, self.tokenizer = source.model, source.tokenizer
         self.base = base_of(source)
         text = DistillConfig(
@@ -80,20 +87,22 @@ class Experiment:
             device=options.device,
             show_progress=True,
         )
-        self.text = training_windows(text, self.teacher, self.tokenizer)
+        if (options.model, text) not in _TEXTS:
+            windows = training_windows(text, self.teacher, self.tokenizer)
+            _TEXTS[options.model, text] = windows
+        self.text = _TEXTS[options.model, text]
         test = load_documents([options.test], split="heldout")
         self.test = token_windows(
             self.tokenizer, test, options.test_ctx, limit=options.test_windows
         )
-        self._quantized: dict[str, PreTrainedModel] = {}
 
     def quantized(self, more: str = "", *, seed: int = 0) -> PreTrainedModel:
-        """A copy of the quantized model; each is made once."""
-        words = f"{self.options.quantize} {more} --seed {seed}"
-        if words not in self._quantized:
-            o = self.options
-            line = f"quantize x -o x --data {shlex.quote(o.calibration)} --ctx {o.test_ctx} "
-            line += f"--windows {o.calibration_windows} --device {o.device} {words}"
+        """A copy of the quantized model."""
+        o = self.options
+        words = f"{o.quantize} {more} --seed {seed}"
+        line = f"quantize x -o x --data {shlex.quote(o.calibration)} --ctx {o.test_ctx} "
+        line += f"--windows {o.calibration_windows} --device {o.device} {words}"
+        if (o.model, line) not in _QUANTIZED:
             config, *tuning = configs(build_parser().parse_args(shlex.split(line)))
             config = replace(config, show_progress=False)
             model = copy.deepcopy(self.teacher)
@@ -102,8 +111,8 @@ class Experiment:
             tuned = dict(zip(names, tuning, strict=True))
             quantize_model(model, config, tokenizer=self.tokenizer, **tuned)
             print(f"quantized in {time.perf_counter() - began:.1f} s: {words}", flush=True)
-            self._quantized[words] = model
-        return copy.deepcopy(self._quantized[words])
+            _QUANTIZED[o.model, line] = model.cpu()
+        return copy.deepcopy(_QUANTIZED[o.model, line])
 
     def train(self, model: PreTrainedModel, config: DistillConfig) -> DistillResult:
         """Trains a model in place."""

@@ -120,8 +120,8 @@ class Change:
 
     Attributes:
         rates: how many learning rates were tried.
-        kl: of the trained layers, mean of seeds; ``ptq`` before.
-        windows: trained minus PTQ, in nats per token, over windows.
+        kl: of the trained layers, mean of seeds; ``other`` what it is compared with.
+        windows: their difference, in nats per token, over windows.
         seeds: the same by seed.
     """
 
@@ -129,23 +129,24 @@ class Change:
     lr: float
     rates: int
     kl: float
-    ptq: float
+    other: float
     windows: Interval
     seeds: dict[int, float]
 
 
-def changes(records: Iterable[Record]) -> list[Change]:
-    """Every setting whose layers' PTQ is there, too, with its best rate."""
+def changes(records: Iterable[Record], against: str | None = None) -> list[Change]:
+    """Every setting with its best rate, minus another estimator's with its own, or minus PTQ."""
     runs, found = single_and_pairs(records), []
     for setting, rates in runs.items():
-        ptq = runs.get(Setting(setting.layers, setting.start, None, None, None))
-        if setting.kind is None or ptq is None:
+        how = (setting.trainable, against, setting.steps) if against else (None, None, None)
+        others = runs.get(Setting(setting.layers, setting.start, *how))
+        if setting.kind in (None, against) or others is None:
             continue
-        lr = best_rate(rates)
-        common = sorted(rates[lr].keys() & ptq[0.0].keys())
+        lr, other = best_rate(rates), others[best_rate(others)]
+        common = sorted(rates[lr].keys() & other.keys())
         if not common:
             continue
-        after, before = ([seeds[seed] for seed in common] for seeds in (rates[lr], ptq[0.0]))
+        after, before = ([seeds[seed] for seed in common] for seeds in (rates[lr], other))
         kl, start = (statistics.mean(r["kl"] for r in part) for part in (after, before))
         window = difference(after, before, "kl")
         seeds = by_seed(after, before, "kl")

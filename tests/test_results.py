@@ -141,19 +141,6 @@ def test_windows_that_begin_elsewhere_and_text_of_another_kind() -> None:
         assert f"{gain.mean:.4f} ({gain.low:.4f} to {gain.high:.4f})" in PAGE
 
 
-def test_the_tables_of_layers() -> None:
-    runs = read([DATA / f"{name}-claims.jsonl.xz" for name in ("a5ef0bd", "0ffec44")], "")
-    for layer in (4, 12, 20):
-        start = (
-            runs[f"single/{layer}/viterbi"]
-            or read([DATA / "fba8764-claims.jsonl.xz"], f"single/{layer}/viterbi")[
-                f"single/{layer}/viterbi"
-            ]
-        )
-        for name in ("identity", "soft-1.0", "soft-0.3", "soft-0.1"):
-            assert words(runs[f"single/{layer}/viterbi/{name}"], start, 4) in PAGE
-
-
 def test_the_table_of_unions() -> None:
     named = [DATA / f"{name}-claims.jsonl.xz" for name in ("fba8764", "a5ef0bd", "0ffec44")]
     first, old, new = (read([path], "") for path in named)
@@ -195,13 +182,45 @@ def test_claims_by_their_options_are_those_of_the_page() -> None:
     for union in found:
         assert f"{union.more.mean:+.4f} ({union.more.low:+.4f} to {union.more.high:+.4f})" in PAGE
         assert union.seeds[0] == pytest.approx(union.gain - union.total)
-    singles = [c for c in changes(records) if c.setting.layers in ((4,), (20,))]
-    assert {c.setting.trainable for c in singles} == {"latents", "latents,scales,norms"}
-    for change in singles:
-        digits = f"{change.windows.mean:+.4f} ({change.windows.low:+.4f}"
-        if change.setting.start == "viterbi":
-            assert digits in PAGE
-            assert f"{change.ptq:.4f}" in PAGE
+    ldlq = [
+        c for c in changes(records) if c.setting.start == "ldlq" and c.setting.kind == "soft-0.1"
+    ]
+    singles = {c.setting.layers[0]: c for c in ldlq if len(c.setting.layers) == 1}
+    assert singles.keys() == {4, 12, 20}
+    for change in singles.values():
+        assert f"{change.other:.4f} | " in PAGE
+        assert f"{change.windows.mean:+.4f} ({change.windows.low:+.4f}" in PAGE
+
+
+@pytest.mark.parametrize("against", [None, "identity"])
+def test_single_layers_from_plain_viterbi_are_those_of_the_page(against: str | None) -> None:
+    trained = [c for c in changes(claims("349811a"), against) if c.setting.trainable != "latents"]
+    assert len(trained) == (9 if against else 12)
+    for change in trained:
+        assert (change.rates, sorted(change.seeds)) == (2, [0, 1, 2])
+        interval = over_seeds(change.seeds)
+        assert f"{interval.mean:+.4f} ({interval.low:+.4f} to {interval.high:+.4f})" in PAGE
+        assert f"{change.kl:.4f}" in PAGE
+        assert f"{change.other:.4f}" in PAGE
+
+
+def test_the_papers_own_recipe_changes_nothing() -> None:
+    own = [c for c in changes(claims("349811a")) if c.setting.trainable == "latents"]
+    assert [(c.setting.steps, c.lr) for c in own] == [(10, 2e-4)] * 6
+    assert [c.windows.mean for c in own] == [0.0] * 6
+
+
+def test_mixed_gradients_against_identity() -> None:
+    named = "a5ef0bd-models", "349811a-models", "349811a-slow"
+    runs = read_records([DATA / f"{name}.jsonl.xz" for name in named])
+    identity = [r for r in runs if r["name"].startswith("tokens/identity-1.5e-2-start") or
+                (r["name"], r["seed"]) == ("tokens/identity", 1)]  # fmt: skip
+    for name, seeds in (("0.25-1.5e-2", 1), ("1.5e-2", 2), ("stride-4-1.5e-2", 1)):
+        mixed = [r for r in runs if r["name"] == f"recipes/mixed-{name}"]
+        assert len(mixed) == seeds
+        gain = difference(*same_seeds(mixed, identity), "kl")
+        assert gain.high < 0
+        assert f"{gain.mean:.4f} ({gain.low:.4f} to {gain.high:.4f})" in PAGE
 
 
 def test_the_grid_of_drifts() -> None:
