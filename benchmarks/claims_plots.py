@@ -3,8 +3,9 @@
     python benchmarks/claims_plots.py docs/claims.png docs/results/*-claims.jsonl.xz
 
 Panels of each claim, one for each of what training changed; of single layers with several seeds
-another one, beside identity STE. Bars have 95% intervals over windows of the test text (paired bootstrap), and a black dot for every seed where there are several. Shares of
-changed tiles have the least and the greatest of the linear layers, where these were recorded.
+another one, beside identity STE. Bars have 95% intervals over windows of the test text (paired
+bootstrap), and a black dot for every seed where there are several. Shares of changed tiles have the
+least and the greatest of the linear layers, where these were recorded.
 """
 
 from __future__ import annotations

@@ -99,7 +99,12 @@ def test_log_has_a_record_per_step(setting: Setting, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("mode", "more"),
-    [("joint", {}), ("greedy", {}), ("joint", {"estimator": "identity", "viterbi_every": 3})],
+    [
+        ("joint", {}),
+        ("greedy", {}),
+        ("joint", {"estimator": "identity", "viterbi_every": 3}),
+        ("joint", {"estimator": "mixed", "mix_stride": 3}),
+    ],
 )
 def test_resuming_gives_the_weights_of_an_uninterrupted_run(
     setting: Setting,
@@ -151,6 +156,21 @@ def test_estimators_train(setting: Setting, estimator: str) -> None:
     assert all(torch.isfinite(torch.tensor(r["loss"])) for r in result.history)
     assert setting.codes(result.model).keys() == setting.codes(setting.student).keys()
     assert result.history[-1]["drift"] > result.history[0]["drift"] > 0
+
+
+def test_tiles_have_their_turn_by_step(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    from softtrellis.modules import latent_stacks
+
+    estimate, turns = latent_stacks.estimate, list[int]()
+
+    def watched(*args: Any, **options: Any) -> torch.Tensor:
+        assert options["mix_stride"] == 3
+        turns.append(options["turn"])
+        return estimate(*args, **options)
+
+    monkeypatch.setattr(latent_stacks, "estimate", watched)
+    setting.train(estimator="mixed", mix_stride=3, evaluate_every=0, steps=5)
+    assert list(dict.fromkeys(turns)) == [0, 1, 2, 3, 4]
 
 
 def test_only_the_chosen_layers_are_trained(setting: Setting) -> None:
