@@ -30,9 +30,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import time
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 
 from experiment import add_arguments
 from layer_experiment import LayerExperiment
@@ -43,8 +41,6 @@ from softtrellis.modules.replace import quantized_layers
 from softtrellis.recipes.drift import predicted_radius
 from softtrellis.recipes.plan import PlanConfig, plan_layers
 
-PATIENCE = 600
-"""Seconds that a process waits for the last run of another."""
 TRAINABLE = "latents,scales,norms"
 STARTS = {"ldlq": "", "viterbi": " --no-hessian"}
 GRID = "1e-5,1e-4,1e-3,3e-3,1e-2,3e-2,4.5e-2,5.5e-2,1e-1"
@@ -73,24 +69,10 @@ def runs(experiment: LayerExperiment, name: str, quantize: str, common: str, see
     first = experiment.options.seeds[0]
     for text in experiment.options.settings:
         names = [f"{name}/{setting}" for setting, _ in settings([text])]
-        chosen = names if seed == first else [best(experiment.options.json.parent, names, first)]
+        chosen = names if seed == first else [experiment.best(names, first, heldout)]
         for run, (_, train) in zip(names, settings([text]), strict=True):
             if run in chosen:
                 experiment.run(run, f"{train} {common}", quantize=quantize, seed=seed)
-
-
-def best(folder: Path, names: Sequence[str], seed: int) -> str:
-    """Of runs with this seed the best on held-out text, once other processes have ended theirs."""
-    if len(names) == 1:
-        return names[0]
-    for _ in range(PATIENCE):
-        lines = [line for file in folder.glob("*.jsonl") for line in file.open()]
-        whole = [json.loads(line) for line in lines if line.endswith("\n")]
-        found = {r["name"]: heldout(r) for r in whole if r["seed"] == seed and r["name"] in names}
-        if len(found) == len(names):
-            return min(names, key=found.__getitem__)
-        time.sleep(1)
-    raise TimeoutError(f"{folder} has no records of {names} with seed {seed}")
 
 
 def trained(

@@ -13,6 +13,7 @@ import copy
 import json
 import shlex
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from softtrellis.io.sources import Source
     from softtrellis.recipes.stages import DistillResult
 
+PATIENCE = 600
+"""Seconds that a process waits for other processes' runs."""
 _SOURCES: dict[str, Source] = {}
 _TEXTS: dict[tuple[str, DistillConfig], tuple[Tensor, Tensor]] = {}
 _QUANTIZED: dict[tuple[str, str], PreTrainedModel] = {}
@@ -143,6 +146,22 @@ class Experiment:
             return False
         return True
 
+    def best(
+        self, names: Sequence[str], seed: int, score: Callable[[dict[str, Any]], float]
+    ) -> str:
+        """Of runs with this seed that with the least score, once other processes have made them."""
+        if len(names) == 1:
+            return names[0]
+        folder = self.options.json.parent
+        for _ in range(PATIENCE):
+            lines = [line for file in folder.glob("*.jsonl") for line in file.open()]
+            whole = [json.loads(line) for line in lines if line.endswith("\n")]
+            found = {r["name"]: score(r) for r in whole if r["seed"] == seed and r["name"] in names}
+            if len(found) == len(names):
+                return min(names, key=found.__getitem__)
+            time.sleep(1)
+        raise TimeoutError(f"{folder} has no records of {names} with seed {seed}")
+
     def run(
         self, name: str, train: str | None, *, quantize: str = "", seed: int = 0
     ) -> dict[str, Any] | None:
@@ -214,17 +233,31 @@ class Experiment:
         return record
 
 
+def kept(record: dict[str, Any]) -> float:
+    """KL on the held-out windows of the hard code that a run kept, in nats per token."""
+    return float(record["kept"][0][1])
+
+
 def main() -> None:
-    """Runs given as NAME=OPTIONS of softtrellis train; NAME alone is the quantized model."""
+    """Runs by name; NAME alone is the quantized model."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("runs", nargs="+", metavar="NAME=OPTIONS")
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        metavar="NAME[@RIVAL]=OPTIONS",
+        help="options of softtrellis train; of those with rivals, runs with seed 0 in the folder "
+        "of --json, only the ones whose rival kept the best hard code are made: other seeds, say",
+    )
     options = parser.parse_args()
     experiment = Experiment(options)
-    for text in options.runs:
-        name, given, train = text.partition("=")
-        for seed in options.seeds:
+    names = [text.partition("=")[0].partition("@") for text in options.runs]
+    rivals = list(dict.fromkeys(rival for _, _, rival in names if rival))
+    best = experiment.best(rivals, 0, kept) if rivals else ""
+    for text, (name, _, rival) in zip(options.runs, names, strict=True):
+        _, given, train = text.partition("=")
+        for seed in options.seeds if rival in ("", best) else ():
             experiment.run(name, train if given else None, seed=seed)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import claims
 import claims_plots
+import several
 from experiment import Experiment
 from layer_experiment import LayerExperiment
 from layer_runs import changes, heldout, moved, trajectories, unions
@@ -28,21 +30,24 @@ class Claim(Protocol):
 
 
 @pytest.fixture
-def run_claim(
-    tiny_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
-) -> Claim:
+def common(tiny_directory: Path, tmp_path: Path, one_thread: None) -> list[str]:
+    """The model, and what all scripts need."""
     letters = torch.randint(97, 123, (6000,), generator=torch.Generator().manual_seed(0))
     text, results = tmp_path / "text.txt", tmp_path / "runs.jsonl"
     text.write_text("".join(map(chr, letters.tolist())), encoding="utf-8")
+    words = [str(tiny_directory), "--calibration", str(text), "--train", str(text)]
+    words += ["--test", str(text), "--device", "cpu", "--ctx", "32", "--test-ctx", "32"]
+    words += ["--held-out", "2", "--test-windows", "4", "--calibration-windows", "4"]
+    return [*words, "--quantize", "--code gaussian --L 6", "--json", str(results)]
 
+
+@pytest.fixture
+def run_claim(common: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Claim:
     def run(claim: str, *options: str) -> list[Record]:
-        words = [claim, str(tiny_directory), "--calibration", str(text), "--train", str(text)]
-        words += ["--test", str(text), "--device", "cpu", "--ctx", "32", "--test-ctx", "32"]
-        words += ["--held-out", "2", "--test-windows", "4", "--calibration-windows", "4"]
-        words += ["--batch", "2", "--quantize", "--code gaussian --L 6", "--json", str(results)]
-        monkeypatch.setattr(sys, "argv", ["claims.py", *words, *options])
+        words = ["claims.py", claim, *common, "--batch", "2", *options]
+        monkeypatch.setattr(sys, "argv", words)
         claims.main()
-        return read_records([results])
+        return read_records([tmp_path / "runs.jsonl"])
 
     return run
 
@@ -102,3 +107,26 @@ def test_training_is_that_of_the_library(run_claim: Claim, monkeypatch: pytest.M
     library = run_claim("single", *some)[-1]
     assert ours["windows"] == library["windows"]
     assert ours["heldout"] == library["heldout"]
+
+
+def test_several_in_one_process_and_the_best_of_rivals(
+    common: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    short = "--steps 2 --batch 2 --measure-every 0 --start 0"
+    first = [f"gentle={short} --lr 1e-6", f"wild={short} --lr 9"]
+    then = [f"more@gentle={short} --lr 1e-6", f"others@wild={short} --lr 1"]
+    words = ["experiment.py", *common]
+    commands = [[*words, *first], ["nothing.py"], [*words, *then, "--seeds", "0", "1"]]
+    queue = tmp_path / "commands"
+    queue.write_text("".join(f"{shlex.join(command)}\n" for command in commands), "utf-8")
+    monkeypatch.setattr(sys, "argv", ["several.py", str(queue)])
+    with pytest.raises(SystemExit, match="1 of the scripts failed"):
+        several.main()
+    records = read_records([tmp_path / "runs.jsonl"])
+    kept = {(r["name"], r["seed"]): r["kept"][0] for r in records}
+    assert list(kept) == [("gentle", 0), ("wild", 0), ("more", 0), ("more", 1)]
+    assert kept["gentle", 0][1] <= kept["wild", 0][1]
+    assert "No module named 'nothing'" in capsys.readouterr().err
