@@ -1,22 +1,25 @@
 #!/usr/bin/env bash
-# The sixth search of docs/results-history.md, other recipes of BCJR: bash benchmarks/recipes.sh MODEL C4 TRAIN TEST FOLDER
+# The seventh search of docs/results-history.md, how hot BCJR is to be: bash benchmarks/recipes.sh MODEL C4 TRAIN TEST FOLDER
 source "$(dirname "$0")/runs.sh"
-common="--compile --cuda-graphs --evaluate-every 1000000 --measure-every 60 --train latents,scales,norms --scale-lr 5e-3 --start 0.5 --batch 16"
-tokens="$common --steps 240"
-mixed="$tokens --estimator mixed $cooling" soft="$tokens --estimator soft --lr 7.5e-3"
-minutes="$common --minutes 2 --estimator mixed $cooling"
-run experiment "--L 12" --held-out 16 \
-    "recipes/mixed-1.5e-2=$mixed --lr 1.5e-2" \
-    "recipes/mixed-1e-2=$mixed --lr 1e-2" \
-    "recipes/mixed-stride-4-1e-2=$mixed --mix-stride 4 --lr 1e-2"
-run experiment "--L 12" --held-out 16 "recipes/mixed-1e-2=$mixed --lr 1e-2" --seeds 1 2
-run experiment "--L 12" --held-out 16 \
-    "minutes/mixed-stride-4=$minutes --mix-stride 4 --lr 7.9e-3" \
-    "minutes/mixed=$minutes --lr 1e-2" \
-    "recipes/mixed-7e-3=$mixed --lr 7e-3" \
-    "recipes/mixed-2.2e-2=$mixed --lr 2.2e-2" \
-    "recipes/mixed-0.25-1e-2=$mixed --mix 0.25 --lr 1e-2" \
-    "recipes/soft-0.2-0.03=$soft --t-init 0.2 --t-min 0.03" \
-    "recipes/through-7.5e-3=$tokens --estimator straight_through $cooling --lr 7.5e-3" \
-    "recipes/soft-0.05-constant=$soft --t-init 0.05 --t-min 0.05" \
-    "recipes/soft-then-identity=$soft $cooling --lr 1.5e-2 --finish identity --finish-share 0.4"
+common="--compile --cuda-graphs --train latents,scales,norms --scale-lr 5e-3 --start 0.5 --batch 16"
+tokens="$common --evaluate-every 1000000 --measure-every 60 --steps 240"
+long="$common --evaluate-every 400 --measure-every 0 --lr-end 0 --reencode-every 100 --minutes 7"
+hot="--t-init 0.4 --t-min 0.03"
+soft="--estimator soft $hot" mixed="--estimator mixed --mix 0.25 $hot"
+run experiment "--L 12" \
+    "recipes/soft-0.4-1.5e-2=$tokens $soft --lr 1.5e-2" \
+    "recipes/soft-0.4-7.5e-3=$tokens $soft --lr 7.5e-3" \
+    "recipes/mixed-0.4-1.5e-2=$tokens $mixed --lr 1.5e-2"
+run experiment "--L 12" --save "$out/saved" \
+    "best/soft-7min@recipes/soft-0.4-1.5e-2=$long $soft --lr 8.2e-3" \
+    "best/soft-7min@recipes/soft-0.4-7.5e-3=$long $soft --lr 4.1e-3" \
+    "best/mixed-7min@recipes/mixed-0.4-1.5e-2=$long $mixed --lr 8.2e-3"
+run experiment "--L 12" --seeds 1 2 \
+    "recipes/soft-0.4-1.5e-2@recipes/soft-0.4-1.5e-2=$tokens $soft --lr 1.5e-2" \
+    "recipes/soft-0.4-7.5e-3@recipes/soft-0.4-7.5e-3=$tokens $soft --lr 7.5e-3" \
+    "recipes/mixed-0.4-1.5e-2@recipes/mixed-0.4-1.5e-2=$tokens $mixed --lr 1.5e-2"
+run experiment "--L 12" "recipes/soft-0.8-1e-2=$tokens --estimator soft --t-init 0.8 --t-min 0.03 --lr 1e-2"
+run experiment "--L 12" --seeds 1 2 "recipes/mixed-0.25-1.5e-2=$tokens --estimator mixed --mix 0.25 $cooling --lr 1.5e-2"
+run experiment "--L 12" \
+    "minutes/soft-0.4=$tokens --steps 100000 --minutes 2 $soft --lr 1e-2" \
+    "minutes/mixed-0.1-stride-4=$tokens --steps 100000 --minutes 2 --estimator mixed --mix 0.25 $cooling --mix-stride 4 --lr 1.2e-2"

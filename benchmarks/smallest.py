@@ -1,6 +1,6 @@
 """The tables of the very small model in docs/ptq.md and docs/results.md, on a CPU.
 
-python benchmarks/smallest.py ptq|tokens|starts|long|searches|steps|epochs|mixed \
+python benchmarks/smallest.py ptq|tokens|starts|long|searches|steps|epochs|mixed|hot \
     stories260k tinystories.txt [--seeds 0 1]
 """
 
@@ -104,6 +104,32 @@ MIXED: list[dict[str, Any]] = [
         {"estimator": "mixed"},
         {"estimator": "mixed", "mix": 0.25},
         {"estimator": "mixed", "t_init": 0.05, "t_min": 0.02},
+    )
+]
+HOT: list[dict[str, Any]] = [
+    {**SOFT, **LITTLE, "lr": 1e-2, "start": 0.5, "t_init": 0.4, **change}
+    for change in (
+        {"t_init": 0.2},
+        {},
+        {"t_init": 0.8},
+        {"lr": 2e-2},
+        {"lr": 7e-3},
+        {"start": 1.0},
+        {"schedule": "cosine"},
+        {"estimator": "mixed", "t_init": 0.2},
+        {"estimator": "mixed", "t_init": 0.2, "mix": 0.25},
+        {"seed": 1},
+    )
+]
+STRIDES: list[dict[str, Any]] = [
+    {**SOFT, **LITTLE, "lr": 1e-2, "start": 0.5, "estimator": "mixed", **change}
+    for change in (
+        {"mix_stride": 2},
+        {"mix_stride": 4},
+        {"mix_stride": 4, "mix": 1.0},
+        {"mix_stride": 4, "mix": 0.25},
+        {"mix_stride": 4, "t_init": 0.2},
+        {"mix_stride": 4, "seed": 1},
     )
 ]
 TUNED: list[dict[str, Any]] = [
@@ -249,6 +275,11 @@ def mixed(source: Source, text: Path, test: Tensor) -> None:
         trained(source, start, windows, test, [run | {"seed": seed} for run in confirmed])
 
 
+def hot(source: Source, text: Path, test: Tensor) -> None:
+    """BCJR from higher temperatures, and mixed gradients of some tiles a step, from LDLQ."""
+    trained(source, quantized(source, str(text), 64), written(source, 4096), test, HOT + STRIDES)
+
+
 OTHERS = {
     "starts": starts,
     "long": long,
@@ -256,6 +287,7 @@ OTHERS = {
     "steps": steps,
     "epochs": epochs,
     "mixed": mixed,
+    "hot": hot,
 }
 
 
