@@ -119,17 +119,20 @@ HOT: list[dict[str, Any]] = [
         {"estimator": "mixed", "t_init": 0.2},
         {"estimator": "mixed", "t_init": 0.2, "mix": 0.25},
         {"seed": 1},
+        *({"bcjr_stride": stride, "seed": seed} for stride, seed in ((2, 0), (4, 0), (4, 1))),
+        {"bcjr_stride": 4, "t_init": 0.2},
+        {"steps": 1200, "lr": 6.5e-3},
     )
 ]
 STRIDES: list[dict[str, Any]] = [
     {**SOFT, **LITTLE, "lr": 1e-2, "start": 0.5, "estimator": "mixed", **change}
     for change in (
-        {"mix_stride": 2},
-        {"mix_stride": 4},
-        {"mix_stride": 4, "mix": 1.0},
-        {"mix_stride": 4, "mix": 0.25},
-        {"mix_stride": 4, "t_init": 0.2},
-        {"mix_stride": 4, "seed": 1},
+        {"bcjr_stride": 2},
+        {"bcjr_stride": 4},
+        {"bcjr_stride": 4, "mix": 1.0},
+        {"bcjr_stride": 4, "mix": 0.25},
+        {"bcjr_stride": 4, "t_init": 0.2},
+        {"bcjr_stride": 4, "seed": 1},
     )
 ]
 TUNED: list[dict[str, Any]] = [

@@ -103,7 +103,7 @@ def test_log_has_a_record_per_step(setting: Setting, tmp_path: Path) -> None:
         ("joint", {}),
         ("greedy", {}),
         ("joint", {"estimator": "identity", "viterbi_every": 3}),
-        ("joint", {"estimator": "mixed", "mix_stride": 3}),
+        ("joint", {"estimator": "mixed", "bcjr_stride": 3}),
     ],
 )
 def test_resuming_gives_the_weights_of_an_uninterrupted_run(
@@ -164,12 +164,12 @@ def test_tiles_have_their_turn_by_step(setting: Setting, monkeypatch: pytest.Mon
     estimate, turns = latent_stacks.estimate, list[int]()
 
     def watched(*args: Any, **options: Any) -> torch.Tensor:
-        assert options["mix_stride"] == 3
+        assert options["bcjr_stride"] == 3
         turns.append(options["turn"])
         return estimate(*args, **options)
 
     monkeypatch.setattr(latent_stacks, "estimate", watched)
-    setting.train(estimator="mixed", mix_stride=3, evaluate_every=0, steps=5)
+    setting.train(estimator="mixed", bcjr_stride=3, evaluate_every=0, steps=5)
     assert list(dict.fromkeys(turns)) == [0, 1, 2, 3, 4]
 
 

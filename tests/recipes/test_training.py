@@ -321,8 +321,8 @@ def test_packages_that_are_asked_for(setting: Setting, tmp_path: Path) -> None:
         ({"finish_share": -0.1}, "finish_share must lie"),
         ({"mix": 0.25}, "mix must be left out where no estimator is 'mixed', got 0.25"),
         ({"estimator": "mixed", "mix": 1.5}, "mix must lie"),
-        ({"estimator": "soft", "mix_stride": 4}, "mix_stride must be left out where no estimator"),
-        ({"estimator": "mixed", "mix_stride": 0}, "mix_stride must be at least 1"),
+        ({"bcjr_stride": 4}, "bcjr_stride must be left out with 'identity' alone, got 4"),
+        ({"estimator": "mixed", "bcjr_stride": 0}, "bcjr_stride must be at least 1"),
         ({"finish_share": 0.5}, "finish_share must be left out where no finish is named, got 0.5"),
         (
             {"finish": "soft", "finish_share": 0.0},

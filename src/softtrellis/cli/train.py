@@ -66,10 +66,10 @@ def add_parser(commands: Commands) -> None:
         help="the share of the Boltzmann average's gradient in that of mixed",
     )
     parser.add_argument(
-        "--mix-stride",
+        "--bcjr-stride",
         type=int,
         default=1,
-        help="mixed takes that share for one tile in so many a step, in turn, which is faster",
+        help="one tile in so many has this estimator in a step, in turn, the others identity",
     )
     parser.add_argument("--finish", choices=estimators, help="another one for the end of the run")
     parser.add_argument(
@@ -218,7 +218,7 @@ def config_of(options: argparse.Namespace) -> DistillConfig:
         mode=options.mode,
         estimator=options.estimator,
         mix=options.mix,
-        mix_stride=options.mix_stride,
+        bcjr_stride=options.bcjr_stride,
         finish=options.finish,
         finish_share=options.finish_share,
         start=options.start,

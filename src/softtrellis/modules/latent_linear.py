@@ -51,7 +51,7 @@ class LatentLinear(nn.Module):
         temperature: T over ``variance``; set it before every pass. A tensor [] on the
             layer's device where a CUDA graph or ``torch.compile`` is to follow its changes: every
             new number would be compiled anew.
-        estimator: "soft", "straight_through", "mixed" or "identity"; mix, mix_stride and turn, see
+        estimator: "soft", "straight_through", "mixed" or "identity"; mix, bcjr_stride and turn, see
             ``estimate``. Set ``turn`` before every pass, as the temperature.
         codes: int32 [own tiles, N], states that "identity" takes for the hard code, see
             ``find_codes``; None is to look for them in every pass.
@@ -79,7 +79,7 @@ class LatentLinear(nn.Module):
         *,
         estimator: Estimator = "soft",
         mix: float = MIX,
-        mix_stride: int = 1,
+        bcjr_stride: int = 1,
         temperature: float | Tensor = 0.1,
         backend: Backend = "auto",
         share: TileShare | None = None,
@@ -93,7 +93,7 @@ class LatentLinear(nn.Module):
         check_estimator(estimator)
         self.layer, self.codebook, self.basis = layer, codebook, basis
         self.estimator: Estimator = estimator
-        self.mix, self.mix_stride, self.turn = mix, mix_stride, 0
+        self.mix, self.bcjr_stride, self.turn = mix, bcjr_stride, 0
         self.codes: Tensor | None = None
         self.temperature, self.backend = temperature, backend
         self.variance = layer.code.sigma(codebook) ** 2
@@ -124,7 +124,7 @@ class LatentLinear(nn.Module):
         *,
         estimator: Estimator = "soft",
         mix: float = MIX,
-        mix_stride: int = 1,
+        bcjr_stride: int = 1,
         temperature: float | Tensor = 0.1,
         backend: Backend = "auto",
         mesh: DeviceMesh | None = None,
@@ -141,7 +141,7 @@ class LatentLinear(nn.Module):
             module.bias,
             estimator=estimator,
             mix=mix,
-            mix_stride=mix_stride,
+            bcjr_stride=bcjr_stride,
             temperature=temperature,
             backend=backend,
             share=None if mesh is None else TileShare(mesh, module.layer.tiles),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from softtrellis.quantizers.basis import to_weights
-from softtrellis.quantizers.soft import estimate, identity
+from softtrellis.quantizers.soft import Estimator, estimate, identity
 from softtrellis.quantizers.tiling import from_tiles, to_tiles
 from softtrellis.trellis.viterbi import best_states
 
@@ -77,15 +77,13 @@ def _shape(layer: LatentLinear) -> Hashable:
 
 
 def _alike(a: LatentLinear, b: LatentLinear) -> bool:
-    same = a.codebook is b.codebook and a.temperature is b.temperature
-    return (
-        same
-        and all(
-            getattr(a, name) == getattr(b, name)
-            for name in ("estimator", "mix", "mix_stride", "turn", "backend")
-        )
-        and a.layer.code.spec == b.layer.code.spec
-    )
+    if a.codebook is not b.codebook or a.temperature is not b.temperature:
+        return False
+    return (a.layer.code.spec, a.backend, *_how(a)) == (b.layer.code.spec, b.backend, *_how(b))
+
+
+def _how(layer: LatentLinear) -> tuple[Estimator, float, int, int]:
+    return layer.estimator, layer.mix, layer.bcjr_stride, layer.turn
 
 
 def codewords_of(layers: Sequence[LatentLinear]) -> Tensor:
@@ -102,7 +100,7 @@ def codewords_of(layers: Sequence[LatentLinear]) -> Tensor:
         temperature=first.temperature * first.variance,
         pins=torch.cat([layer.pins for layer in layers]),
         mix=first.mix,
-        mix_stride=first.mix_stride,
+        bcjr_stride=first.bcjr_stride,
         turn=first.turn,
         backend=first.backend,
     )

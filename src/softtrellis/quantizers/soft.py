@@ -47,7 +47,7 @@ def estimate(
     temperature: float | Tensor,
     pins: Tensor,
     mix: float = MIX,
-    mix_stride: int = 1,
+    bcjr_stride: int = 1,
     turn: int = 0,
     backend: Backend = "auto",
 ) -> Tensor:
@@ -69,8 +69,7 @@ def estimate(
             "identity".
         pins: int [B], the overlap at both ends.
         mix: 0 to 1, for "mixed".
-        mix_stride: for "mixed", 1 or more: only one tile in so many has that part of the gradient
-            of "straight_through", all others have the gradient of "identity".
+        bcjr_stride: 1 or more: one tile in so many has the estimator, the others have "identity".
         turn: which of them, counted on from pass to pass so that all tiles have their turn.
         backend: as in ``bcjr``.
 
@@ -78,23 +77,22 @@ def estimate(
         [B, N, V].
     """
     check_estimator(estimator)
-    if estimator == "soft":
+    if estimator == "soft" and bcjr_stride == 1:
         return bcjr(
             tiles, codebook, spec, temperature=temperature, ends=pins, backend=backend
         ).values
     states = best_states(tiles, codebook, spec, ends=pins, backend=backend)
     hard = identity(tiles, codebook, states)
-    if estimator == "identity":
+    turn = turn % bcjr_stride
+    if estimator == "identity" or turn >= len(tiles):
         return hard
-    if estimator == "straight_through":
-        mix, mix_stride = 1.0, 1
-    part = slice(turn % mix_stride, None, mix_stride)
+    part = slice(turn, None, bcjr_stride)
     if isinstance(temperature, Tensor) and temperature.ndim:
         temperature = temperature[part]
     soft = bcjr(
         tiles[part], codebook, spec, temperature=temperature, ends=pins[part], backend=backend
     ).values
-    more = mix * (soft - hard[part])
+    more = (soft - hard[part]) * (mix if estimator == "mixed" else 1.0)
     found = hard.clone()
-    found[part] += more - more.detach()
+    found[part] += more if estimator == "soft" else more - more.detach()
     return found

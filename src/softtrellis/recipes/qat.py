@@ -76,9 +76,9 @@ class DistillConfig:
             to name, at once and with the rest of the model frozen as it is.
         estimator: "soft", "straight_through", "mixed" or "identity", see ``estimate``.
         mix: the share of the Boltzmann average's gradient in that of "mixed"; only with it.
-        mix_stride: "mixed" takes that share for one tile in so many a step, in turn, and the
-            gradient of "identity" for the others: nearly so many times fewer tiles to compute the
-            average of, which is most of the time of a step.
+        bcjr_stride: one tile in so many has the estimator in a step, in turn, the others have
+            "identity": BCJR, which is most of the time of a step, takes so many times less. Not
+            with "identity" alone.
         finish: another estimator for the end of the run, or None.
         finish_share: the share of the run that ``finish`` takes, above 0; only with ``finish``.
         start: how far from the codewords towards the original weights latents start, 0 to 1, if
@@ -145,7 +145,7 @@ class DistillConfig:
     mode: Mode = "joint"
     estimator: Estimator = "identity"
     mix: float = MIX
-    mix_stride: int = 1
+    bcjr_stride: int = 1
     finish: Estimator | None = None
     finish_share: float = 0.2
     start: float | Literal["auto"] = "auto"
@@ -232,7 +232,7 @@ class DistillConfig:
             ("warmup", 0),
             ("windows", 1),
             ("viterbi_every", 1),
-            ("mix_stride", 1),
+            ("bcjr_stride", 1),
         ):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -249,12 +249,13 @@ class DistillConfig:
                 continue
             if not isinstance(value, float | int) or not 0 <= value <= 1:
                 raise ValueError(f"{name} must lie between 0 and 1, got {value!r}")
-        for name, default in (("mix", MIX), ("mix_stride", 1)):
-            value = getattr(self, name)
-            if "mixed" not in (self.estimator, self.finish) and value != default:
-                raise ValueError(
-                    f"{name} must be left out where no estimator is 'mixed', got {value}"
-                )
+        estimators = {self.estimator, self.finish} - {None}
+        if "mixed" not in estimators and self.mix != MIX:
+            raise ValueError(f"mix must be left out where no estimator is 'mixed', got {self.mix}")
+        if estimators == {"identity"} and self.bcjr_stride != 1:
+            raise ValueError(
+                f"bcjr_stride must be left out with 'identity' alone, got {self.bcjr_stride}"
+            )
         if self.finish is None and self.finish_share != DistillConfig.finish_share:
             raise ValueError(
                 f"finish_share must be left out where no finish is named, got {self.finish_share}"

@@ -142,7 +142,7 @@ class Trainer:
         assert isinstance(module, QuantizedLinear)
         config = self.config
         layer = LatentLinear.from_quantized(
-            module, estimator=config.estimator, mix=config.mix, mix_stride=config.mix_stride,
+            module, estimator=config.estimator, mix=config.mix, bcjr_stride=config.bcjr_stride,
             temperature=self.t_init, backend=config.backend, mesh=self.ranks.mesh,
         )  # fmt: skip
         if layer.codewords is not None:
