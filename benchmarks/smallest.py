@@ -115,12 +115,12 @@ HOT: list[dict[str, Any]] = [
         {"lr": 2e-2},
         {"lr": 7e-3},
         {"start": 1.0},
-        {"schedule": "cosine"},
         {"estimator": "mixed", "t_init": 0.2},
         {"estimator": "mixed", "t_init": 0.2, "mix": 0.25},
         {"seed": 1},
         *({"bcjr_stride": stride, "seed": seed} for stride, seed in ((2, 0), (4, 0), (4, 1))),
-        {"bcjr_stride": 4, "t_init": 0.2},
+        {"finish": "identity", "finish_share": 0.5},
+        {"estimator": "identity", "finish": "soft", "finish_share": 0.4, "t_init": 19.5},
         {"steps": 1200, "lr": 6.5e-3},
     )
 ]
