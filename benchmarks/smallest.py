@@ -121,7 +121,11 @@ HOT: list[dict[str, Any]] = [
         *({"bcjr_stride": stride, "seed": seed} for stride, seed in ((2, 0), (4, 0), (4, 1))),
         {"finish": "identity", "finish_share": 0.5},
         {"estimator": "identity", "finish": "soft", "finish_share": 0.4, "t_init": 19.5},
-        {"steps": 1200, "lr": 6.5e-3},
+        *({"steps": 1200, "lr": 6.5e-3, "bcjr_stride": stride} for stride in (1, 4)),
+        *(
+            {"estimator": "identity", "steps": n, "lr": lr}
+            for n, lr in ((1200, 4.5e-3), (3600, 4e-3))
+        ),
     )
 ]
 STRIDES: list[dict[str, Any]] = [
