@@ -20,7 +20,7 @@ def main() -> None:
         sys.argv[:] = [script, *options]
         try:
             importlib.import_module(script.removesuffix(".py")).main()
-        except Exception:
+        except (Exception, SystemExit):
             traceback.print_exc()
             failed += 1
     if failed:

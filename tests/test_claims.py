@@ -119,11 +119,16 @@ def test_several_in_one_process_and_the_best_of_rivals(
     first = [f"gentle={short} --lr 1e-6", f"wild={short} --lr 9"]
     then = [f"more@gentle={short} --lr 1e-6", f"others@wild={short} --lr 1"]
     words = ["experiment.py", *common]
-    commands = [[*words, *first], ["nothing.py"], [*words, *then, "--seeds", "0", "1"]]
+    commands = [
+        [*words, *first],
+        ["nothing.py"],
+        ["experiment.py", "--unknown"],
+        [*words, *then, "--seeds", "0", "1"],
+    ]
     queue = tmp_path / "commands"
     queue.write_text("".join(f"{shlex.join(command)}\n" for command in commands), "utf-8")
     monkeypatch.setattr(sys, "argv", ["several.py", str(queue)])
-    with pytest.raises(SystemExit, match="1 of the scripts failed"):
+    with pytest.raises(SystemExit, match="2 of the scripts failed"):
         several.main()
     records = read_records([tmp_path / "runs.jsonl"])
     kept = {(r["name"], r["seed"]): r["kept"][0] for r in records}
