@@ -3,9 +3,9 @@
     python benchmarks/claims_tables.py single docs/results/*-claims.jsonl.xz
 
 single: every layer's KL, and what training does to it, or does beyond another estimator
-(``--against identity``); pairs: what layers gain together beyond the
-sum of their single gains; drift: the share of tiles that changed beside what radii predict. Rates
-and intervals are those of ``layer_runs.py``.
+(``--against identity``); pairs: what layers gain together beyond the sum of their single gains;
+drift: the share of tiles that changed beside what radii predict. Rates and intervals are those of
+``layer_runs.py``.
 """
 
 from __future__ import annotations
