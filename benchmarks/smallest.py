@@ -101,9 +101,9 @@ MIXED: list[dict[str, Any]] = [
     for change in (
         {"estimator": "identity"},
         {"estimator": "straight_through"},
-        {"estimator": "mixed"},
+        {"estimator": "mixed", "mix": 0.5},
         {"estimator": "mixed", "mix": 0.25},
-        {"estimator": "mixed", "t_init": 0.05, "t_min": 0.02},
+        {"estimator": "mixed", "mix": 0.5, "t_init": 0.05, "t_min": 0.02},
     )
 ]
 HOT: list[dict[str, Any]] = [
@@ -115,7 +115,7 @@ HOT: list[dict[str, Any]] = [
         {"lr": 2e-2},
         {"lr": 7e-3},
         {"start": 1.0},
-        {"estimator": "mixed", "t_init": 0.2},
+        {"estimator": "mixed", "mix": 0.5, "t_init": 0.2},
         {"estimator": "mixed", "t_init": 0.2, "mix": 0.25},
         {"seed": 1},
         *({"bcjr_stride": stride, "seed": seed} for stride, seed in ((2, 0), (4, 0), (4, 1))),
@@ -129,7 +129,7 @@ HOT: list[dict[str, Any]] = [
     )
 ]
 STRIDES: list[dict[str, Any]] = [
-    {**SOFT, **LITTLE, "lr": 1e-2, "start": 0.5, "estimator": "mixed", **change}
+    {**SOFT, **LITTLE, "lr": 1e-2, "start": 0.5, "estimator": "mixed", "mix": 0.5, **change}
     for change in (
         {"bcjr_stride": 2},
         {"bcjr_stride": 4},

@@ -319,7 +319,7 @@ def test_packages_that_are_asked_for(setting: Setting, tmp_path: Path) -> None:
         ({"start": 1.5}, "start must lie"),
         ({"finish": "hard"}, "unknown estimator"),
         ({"finish_share": -0.1}, "finish_share must lie"),
-        ({"mix": 0.25}, "mix must be left out where no estimator is 'mixed', got 0.25"),
+        ({"mix": 0.5}, "mix must be left out where no estimator is 'mixed', got 0.5"),
         ({"estimator": "mixed", "mix": 1.5}, "mix must lie"),
         ({"bcjr_stride": 4}, "bcjr_stride must be left out with 'identity' alone, got 4"),
         ({"estimator": "mixed", "bcjr_stride": 0}, "bcjr_stride must be at least 1"),

@@ -13,7 +13,7 @@ from softtrellis.trellis.viterbi import best_states
 
 Estimator = Literal["soft", "straight_through", "mixed", "identity"]
 _ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
-MIX = 0.5
+MIX = 0.25
 """The share of the Boltzmann average's gradient in that of "mixed"."""
 
 
