@@ -62,7 +62,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--mix",
         type=float,
-        default=0.5,
+        default=0.25,
         help="the share of the Boltzmann average's gradient in that of mixed",
     )
     parser.add_argument(
