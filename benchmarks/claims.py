@@ -107,7 +107,8 @@ def drift(experiment: LayerExperiment, name: str, start: str, common: str, seed:
         ptq, quantize = f"{name}/{layer}/{start}", f"--layers {layer}{STARTS[start]}"
         experiment.run(ptq, None, quantize=quantize, seed=seed)
         if experiment.claim(f"{ptq}/radii", seed):
-            radii(experiment, f"{ptq}/radii", quantize, seed)
+            with experiment.turn():
+                radii(experiment, f"{ptq}/radii", quantize, seed)
         for steps in experiment.options.grid_steps:
             ends = f"--steps {steps} --measure-every {steps} --evaluate-every 0 --reencode-every 0"
             for setting, train in settings(experiment.options.settings):

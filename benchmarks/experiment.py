@@ -14,12 +14,14 @@ import json
 import shlex
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from turns import turn
 
 from softtrellis.cli.main import build_parser
 from softtrellis.cli.quantize import configs
@@ -68,7 +70,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quantize", default="", help="more options of softtrellis quantize")
     parser.add_argument("--json", type=Path, required=True, help="results are added to this file")
     parser.add_argument("--save", type=Path, help="models are saved here, in a folder per run")
-    parser.add_argument("--claims", type=Path, help="processes with one of these share the runs")
+    parser.add_argument(
+        "--claims",
+        type=Path,
+        help="processes with one of these share the runs; those with --minutes have a GPU alone",
+    )
 
 
 class Experiment:
@@ -91,7 +97,8 @@ class Experiment:
             show_progress=True,
         )
         if (options.model, text) not in _TEXTS:
-            windows = training_windows(text, self.teacher, self.tokenizer)
+            with self.turn():
+                windows = training_windows(text, self.teacher, self.tokenizer)
             _TEXTS[options.model, text] = windows
         self.text = _TEXTS[options.model, text]
         test = load_documents([options.test], split="heldout")
@@ -146,6 +153,10 @@ class Experiment:
             return False
         return True
 
+    def turn(self, *, alone: bool = False) -> AbstractContextManager[None]:
+        """Of the processes with these claims on one device, see ``turns``."""
+        return turn(self.options.claims, self.device, alone=alone)
+
     def best(
         self, names: Sequence[str], seed: int, score: Callable[[dict[str, Any]], float]
     ) -> str:
@@ -172,7 +183,8 @@ class Experiment:
         """
         if not self.claim(name, seed):
             return None
-        model = self.quantized(quantize, seed=seed)
+        with self.turn():
+            model = self.quantized(quantize, seed=seed)
         o = self.options
         record: dict[str, Any] = {
             "name": name,
@@ -184,7 +196,7 @@ class Experiment:
                 **{option: getattr(o, option) for option in ("ctx", "windows", "teacher_share")},
             },
         }
-        began = time.perf_counter()
+        record["seconds"] = 0.0
         if train is not None:
             line = f"train x --teacher x -o x --ctx {o.ctx} --device {o.device} --seed {seed} "
             line += f"--held-out {o.held_out} --save-minutes 0 {train}"
@@ -193,18 +205,21 @@ class Experiment:
             )
             if o.device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            result = self.train(model, config)
+            with self.turn(alone=config.minutes is not None):
+                began = time.perf_counter()
+                result = self.train(model, config)
+                record["seconds"] = time.perf_counter() - began
             if o.device == "cuda":
                 record["peak_bytes"] = torch.cuda.max_memory_allocated()
             log = [{k: v for k, v in r.items() if k != "layers"} for r in result.history]
             changed = list(result.changed_codes.values())
             record |= {"log": log, "kept": result.kept, "changed": sum(changed) / len(changed)}
-        record["seconds"] = time.perf_counter() - began
         if self.options.save is not None:
             folder = self.options.save / f"{name.replace('/', '_')}.{seed}"
             folder.mkdir(parents=True)
             save_quantized(model, self.tokenizer, folder, base=self.base)
-        return self.record(record, model)
+        with self.turn():
+            return self.record(record, model)
 
     def record(self, record: dict[str, Any], model: nn.Module) -> dict[str, Any]:
         """Scores the hard model, adds that to the run's record, and the record to the file."""

@@ -29,6 +29,7 @@ from softtrellis.cli.train import config_of
 from softtrellis.modules.replace import get_linear, linear_names, replace_modules
 from softtrellis.recipes.network import Network, divergence
 from softtrellis.recipes.optimizer import make_optimizer, set_learning_rates
+from softtrellis.recipes.qat import DistillConfig
 from softtrellis.recipes.schedules import Pace, learning_rate_at
 
 BITS, GROUP = 2, 128
@@ -92,7 +93,20 @@ def run(experiment: Experiment, name: str, options: str, seed: int) -> None:
     o = experiment.options
     line = f"train x --teacher x -o x --ctx {o.ctx} --device {o.device} --seed {seed} {options}"
     config = config_of(build_parser().parse_args(shlex.split(line)))
-    began = time.perf_counter()
+    with experiment.turn(alone=config.minutes is not None):
+        began = time.perf_counter()
+        student, log = trained(experiment, config)
+        seconds = time.perf_counter() - began
+    record = {"name": name, "seed": seed, "train": options, "seconds": seconds, "log": log}
+    with experiment.turn():
+        experiment.record(record, student)
+
+
+def trained(
+    experiment: Experiment, config: DistillConfig
+) -> tuple[nn.Module, list[dict[str, float]]]:
+    """The model with trained weights, rounded, and the log."""
+    o, seed = experiment.options, config.seed
     student = copy.deepcopy(experiment.teacher).to(o.device).requires_grad_(False)
     teacher = experiment.teacher.to(o.device)
     names = linear_names(student)
@@ -135,10 +149,8 @@ def run(experiment: Experiment, name: str, options: str, seed: int) -> None:
         optimizer.step()
         optimizer.zero_grad()
         log.append({"loss": total, "seconds": pace.elapsed})
-    seconds = time.perf_counter() - began
     replace_modules(student, names, lambda name, _: layers[name].dense())
-    record = {"name": name, "seed": seed, "train": options, "seconds": seconds, "log": log}
-    experiment.record(record, student)
+    return student, log
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 # What search.sh, joint.sh, best.sh, recipes.sh, finish.sh and claims.sh share, which are called with MODEL C4 TRAIN TEST FOLDER.
-# Processes with one FOLDER share the runs: start one on every GPU, each with its CUDA_VISIBLE_DEVICES.
+# Processes with one FOLDER, of one script or several, share the runs: start some on every GPU, with its CUDA_VISIBLE_DEVICES.
+# Runs of so many minutes wait until they have a GPU alone.
 # Results are lines of FOLDER/runs-*.jsonl; runs whose names lie in FOLDER/claims are left out. Whatever a script asks for is
 # collected, and run at its end by one process, which loads the model and its texts once.
 set -eu

@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from cli.support import Command, Refused
 
 from softtrellis import __version__
 from softtrellis.cli.main import build_parser, main
+from softtrellis.cli.train import config_of
+from softtrellis.recipes.qat import DistillConfig
 
 COMMANDS = ["quickstart", "quantize", "plan", "train", "eval", "generate", "chat"]
 COMMANDS += ["inspect", "export", "import", "report", "bench", "env"]
@@ -243,3 +246,9 @@ def test_triton_without_a_gpu(
     assert "backend 'triton'" in message
     assert "use backend='torch'" in message or "--backend" in message
     assert not list(tmp_path.iterdir())
+
+
+def test_train_and_its_config_have_the_same_defaults() -> None:
+    line = ["train", "d", "--teacher", "m", "-o", "out"]
+    config = config_of(build_parser().parse_args(line))
+    assert replace(config, show_progress=False) == DistillConfig()
