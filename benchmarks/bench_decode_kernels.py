@@ -43,7 +43,7 @@ from softtrellis.modules.decode import CodeValues, decode_matmul
 from softtrellis.modules.decode_cuda import VARIANTS, Deal, Inputs, Variant, kind_of
 from softtrellis.quantizers.hard import TrellisCode
 from softtrellis.trellis import launch_cuda
-from softtrellis.trellis.launch_cuda import Kernel
+from softtrellis.trellis.launch_cuda import Kernel, Prepared, address
 
 SHAPES = ((4096, 11008), (2048, 8192), (28672, 4096), (6144, 4096), (4096, 14336))
 CHECKED = ((2048, 2048), (576, 1536), (272, 1040), (48, 80))
@@ -174,16 +174,17 @@ def floor(kernel: Kernel, x: Tensor, codes: Tensor, table: Tensor, out: int, i: 
     return partial_sums
 
 
-def relay(kernel: Kernel, numbers: Tensor, cluster: int, i: int) -> None:
+def relay(launch: Prepared, numbers: Tensor, i: int) -> None:
     """8 blocks that each add 1 to 256 numbers of the kernel before; ``i`` is not used."""
-    addresses = [None, None, None, numbers, None, None, None]
-    kernel(8, 512, numbers.device, addresses, [0] * 9, cluster=cluster, overlap=True)
+    launch(numbers.device.index, [[0, 0, 0, address(numbers), 0, 0, 0]])
 
 
 def relays(source: str) -> None:
     for name, cluster in (("relay", 1), ("relay_cluster", 8), ("relay_exchange", 8)):
         numbers = torch.zeros(8 * 256, device="cuda")
-        call = partial(relay, Kernel(source, name, 256), numbers, cluster)
+        kernel = Kernel(source, name, 256)
+        launch = Prepared(kernel, 8, 512, [(7, [0] * 9)], cluster=cluster, overlap=True)
+        call = partial(relay, launch, numbers)
         before = cold(call, 64)
         torch.cuda.synchronize()
         right = bool((numbers == numbers[0]).all()) and float(numbers[0]) == 2 + 64 * (REPLAYS + 1)

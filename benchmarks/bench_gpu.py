@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -114,6 +115,10 @@ def check_bcjr(
     gy_, gc_ = bcjr_torch.soft_backward(
         exact[0], exact[1], spec, exact[2], pins, v_, exact[3], exact[4], True
     )
+    assert e is not None
+    assert e_ is not None
+    assert gc is not None
+    assert gc_ is not None
     pairs = {
         "values": (v, v_),
         "logz": (z, z_),
@@ -238,7 +243,11 @@ def time_viterbi(name: str, tiles: int = 4224, tiny: bool = False, default: bool
     print(f"viterbi {name} tiles={tiles} one pass {taken} same {same:.4f} {how}", flush=True)
 
 
-TIMERS = {"forward": time_forward, "backward": time_backward, "viterbi": time_viterbi}
+TIMERS: dict[str, Callable[..., None]] = {
+    "forward": time_forward,
+    "backward": time_backward,
+    "viterbi": time_viterbi,
+}
 
 
 def compile_one(job: tuple[str, str]) -> str:

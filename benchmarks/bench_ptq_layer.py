@@ -43,7 +43,8 @@ def main() -> None:
     settings = QuantizeConfig(L=options.L, ctx=options.ctx, device=options.device)
     for repeat in range(options.repeats):
         torch.manual_seed(repeat)
-        model = LlamaForCausalLM(config).eval()
+        model = LlamaForCausalLM(config)
+        model.train(mode=False)
         names = settings.names_of(model)
         if options.device == "cuda":
             torch.cuda.synchronize()

@@ -87,7 +87,8 @@ def random_llama(shape: str, device: str) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     with torch.device(device):
-        return LlamaForCausalLM(LlamaConfig(**SHAPES[shape])).eval()
+        model = LlamaForCausalLM(LlamaConfig(**SHAPES[shape]))
+    return model.train(mode=False)
 
 
 def models(shape: str, L: int, device: str) -> tuple[Any, Any, list[str]]:

@@ -113,13 +113,19 @@ class Experiment:
         line = f"quantize x -o x --data {shlex.quote(o.calibration)} --ctx {o.test_ctx} "
         line += f"--windows {o.calibration_windows} --device {o.device} {words}"
         if (o.model, line) not in _QUANTIZED:
-            config, *tuning = configs(build_parser().parse_args(shlex.split(line)))
+            options = build_parser().parse_args(shlex.split(line))
+            config, fine_tune, progressive, end_to_end = configs(options)
             config = replace(config, show_progress=False)
             model = copy.deepcopy(self.teacher)
             began = time.perf_counter()
-            names = ("fine_tune", "progressive", "end_to_end")
-            tuned = dict(zip(names, tuning, strict=True))
-            quantize_model(model, config, tokenizer=self.tokenizer, **tuned)
+            quantize_model(
+                model,
+                config,
+                tokenizer=self.tokenizer,
+                fine_tune=fine_tune,
+                progressive=progressive,
+                end_to_end=end_to_end,
+            )
             print(f"quantized in {time.perf_counter() - began:.1f} s: {words}", flush=True)
             _QUANTIZED[o.model, line] = model.cpu()
         return copy.deepcopy(_QUANTIZED[o.model, line])

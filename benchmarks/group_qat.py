@@ -82,7 +82,8 @@ class GroupLinear(nn.Module):
 
     def dense(self) -> nn.Linear:
         """The rounded layer."""
-        linear = nn.Linear(*reversed(self.shape), bias=self.bias is not None, device="meta")
+        outputs, inputs = self.shape
+        linear = nn.Linear(inputs, outputs, bias=self.bias is not None, device="meta")
         linear.weight = nn.Parameter(self.weight().detach(), requires_grad=False)
         linear.bias = self.bias
         return linear
@@ -112,6 +113,8 @@ def trained(
     names = linear_names(student)
     layers = {name: GroupLinear(get_linear(student, name)).to(o.device) for name in names}
     replace_modules(student, names, lambda name, _: layers[name])
+    if config.lr == "auto":
+        raise ValueError("weights that are rounded in groups need --lr")
     parameters = [p for layer in layers.values() for p in (layer.latent, layer.step, layer.zero)]
     rates = []
     for layer in layers.values():

@@ -72,8 +72,8 @@ def main() -> None:
         for seed in options.seeds:
             line = f"quantize {shlex.quote(options.model)} -o DIR {common} --seed {seed} "
             line += ROWS.get(row, row)
-            config, *tuning = configs(build_parser().parse_args(shlex.split(line)))
-            fine_tune, progressive, end_to_end = tuning
+            parsed = build_parser().parse_args(shlex.split(line))
+            config, fine_tune, progressive, end_to_end = configs(parsed)
             config = replace(config, show_progress=False)
             model = copy.deepcopy(source.model)
             began = time.perf_counter()

@@ -102,7 +102,8 @@ def main() -> None:
         began = time.perf_counter()
         quantize(source.model, calibration, row, options.L, device)
         seconds = time.perf_counter() - began
-        scores = score_windows(source.model.to(device), test)
+        model: nn.Module = source.model
+        scores = score_windows(model.to(device), test)
         print(f"{row:20} perplexity {scores.perplexity:8.2f}  {seconds:6.1f} s", flush=True)
 
 

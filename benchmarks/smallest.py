@@ -106,27 +106,24 @@ MIXED: list[dict[str, Any]] = [
         {"estimator": "mixed", "mix": 0.5, "t_init": 0.05, "t_min": 0.02},
     )
 ]
+HOTTER: list[dict[str, Any]] = [
+    {"t_init": 0.2},
+    {},
+    {"t_init": 0.8},
+    {"lr": 2e-2},
+    {"lr": 7e-3},
+    {"start": 1.0},
+    {"estimator": "mixed", "mix": 0.5, "t_init": 0.2},
+    {"estimator": "mixed", "t_init": 0.2, "mix": 0.25},
+    {"seed": 1},
+    *({"bcjr_stride": stride, "seed": seed} for stride, seed in ((2, 0), (4, 0), (4, 1))),
+    {"finish": "identity", "finish_share": 0.5},
+    {"estimator": "identity", "finish": "soft", "finish_share": 0.4, "t_init": 19.5},
+    *({"steps": 1200, "lr": 6.5e-3, "bcjr_stride": stride} for stride in (1, 4)),
+    *({"estimator": "identity", "steps": n, "lr": lr} for n, lr in ((1200, 4.5e-3), (3600, 4e-3))),
+]
 HOT: list[dict[str, Any]] = [
-    {**SOFT, **LITTLE, "lr": 1e-2, "start": 0.5, "t_init": 0.4, **change}
-    for change in (
-        {"t_init": 0.2},
-        {},
-        {"t_init": 0.8},
-        {"lr": 2e-2},
-        {"lr": 7e-3},
-        {"start": 1.0},
-        {"estimator": "mixed", "mix": 0.5, "t_init": 0.2},
-        {"estimator": "mixed", "t_init": 0.2, "mix": 0.25},
-        {"seed": 1},
-        *({"bcjr_stride": stride, "seed": seed} for stride, seed in ((2, 0), (4, 0), (4, 1))),
-        {"finish": "identity", "finish_share": 0.5},
-        {"estimator": "identity", "finish": "soft", "finish_share": 0.4, "t_init": 19.5},
-        *({"steps": 1200, "lr": 6.5e-3, "bcjr_stride": stride} for stride in (1, 4)),
-        *(
-            {"estimator": "identity", "steps": n, "lr": lr}
-            for n, lr in ((1200, 4.5e-3), (3600, 4e-3))
-        ),
-    )
+    {**SOFT, **LITTLE, "lr": 1e-2, "start": 0.5, "t_init": 0.4, **change} for change in HOTTER
 ]
 STRIDES: list[dict[str, Any]] = [
     {**SOFT, **LITTLE, "lr": 1e-2, "start": 0.5, "estimator": "mixed", "mix": 0.5, **change}
@@ -232,8 +229,7 @@ def tuned(
         steps=steps, batch=batch, lr=lr, scale_lr=lr / 2,
         micro_batch=None, data=(str(own),), ctx=CTX,
     )  # fmt: skip
-    options = {"fine_tune": FineTuneConfig(epochs=2), "progressive": behind}
-    return quantized(source, str(text), 64, **options)
+    return quantized(source, str(text), 64, fine_tune=FineTuneConfig(epochs=2), progressive=behind)
 
 
 def starts(source: Source, text: Path, test: Tensor) -> None:
