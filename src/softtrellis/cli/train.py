@@ -89,7 +89,7 @@ def add_parser(commands: Commands) -> None:
         default="latents,scales,norms",
         help="what is trained: latents, scales (of channels), norms, table (of the code hyb)",
     )
-    parser.add_argument("--t-init", type=number, default=0.1, help="first temperature, or 'auto'")
+    parser.add_argument("--t-init", type=number, default=0.2, help="first temperature, or 'auto'")
     parser.add_argument("--t-min", type=float, default=0.03, help="last temperature")
     parser.add_argument(
         "--schedule",

@@ -150,7 +150,7 @@ class DistillConfig:
     finish_share: float = 0.2
     start: float | Literal["auto"] = "auto"
     train: tuple[str, ...] = ("latents", "scales", "norms")
-    t_init: float | Literal["auto"] = 0.1
+    t_init: float | Literal["auto"] = 0.2
     t_min: float = 0.03
     schedule: TemperatureSchedule = "exponential"
     lr: float | Literal["auto"] = "auto"
