@@ -1,6 +1,6 @@
 """The tables of the very small model in docs/ptq.md and docs/results.md, on a CPU.
 
-python benchmarks/smallest.py ptq|tokens|starts|long|searches|steps|epochs|mixed|hot \
+python benchmarks/smallest.py ptq|tokens|starts|long|searches|steps|epochs|mixed|hot|few \
     stories260k tinystories.txt [--seeds 0 1]
 """
 
@@ -121,10 +121,20 @@ HOTTER: list[dict[str, Any]] = [
     {"estimator": "identity", "finish": "soft", "finish_share": 0.4, "t_init": 19.5},
     *({"steps": 1200, "lr": 6.5e-3, "bcjr_stride": stride} for stride in (1, 4)),
     *({"estimator": "identity", "steps": n, "lr": lr} for n, lr in ((1200, 4.5e-3), (3600, 4e-3))),
+    {"steps": 1200, "lr": 6.5e-3, "t_init": 0.2},
+    {"steps": 1200, "lr": 5.5e-3, "t_init": 0.2, "estimator": "mixed"},
+    {"steps": 2150, "lr": 5e-3, "bcjr_stride": 4},
 ]
 HOT: list[dict[str, Any]] = [
     {**SOFT, **LITTLE, "lr": 1e-2, "start": 0.5, "t_init": 0.4, **change} for change in HOTTER
 ]
+FEWER: list[dict[str, Any]] = [
+    *({"estimator": "identity", "lr": lr} for lr in (7e-3, 1e-2, 1.5e-2)),
+    *({"t_init": t} for t in (0.1, 0.2, 0.4)),
+    *({"estimator": "mixed", "t_init": t} for t in (0.1, 0.2)),
+]
+SHORT = {"batch": 4, "steps": 240, "reencode_every": 64, "lr": 1e-2, "start": 0.5}
+FEW: list[dict[str, Any]] = [{**SOFT, **LITTLE, **SHORT, **change} for change in FEWER]
 STRIDES: list[dict[str, Any]] = [
     {**SOFT, **LITTLE, "lr": 1e-2, "start": 0.5, "estimator": "mixed", "mix": 0.5, **change}
     for change in (
@@ -283,6 +293,12 @@ def hot(source: Source, text: Path, test: Tensor) -> None:
     trained(source, quantized(source, str(text), 64), written(source, 4096), test, HOT + STRIDES)
 
 
+def few(source: Source, text: Path, test: Tensor) -> None:
+    """Estimators where tokens are few: 64 a step, in windows of 16, from LDLQ."""
+    windows = written(source, 4096).reshape(-1, 16)
+    trained(source, quantized(source, str(text), 64), windows, test, FEW)
+
+
 OTHERS = {
     "starts": starts,
     "long": long,
@@ -291,6 +307,7 @@ OTHERS = {
     "epochs": epochs,
     "mixed": mixed,
     "hot": hot,
+    "few": few,
 }
 
 
