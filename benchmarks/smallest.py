@@ -132,6 +132,10 @@ FEWER: list[dict[str, Any]] = [
     *({"estimator": "identity", "lr": lr} for lr in (7e-3, 1e-2, 1.5e-2)),
     *({"t_init": t} for t in (0.1, 0.2, 0.4)),
     *({"estimator": "mixed", "t_init": t} for t in (0.1, 0.2)),
+    {"estimator": "mixed", "lr": 1.5e-2},
+    *({"estimator": "identity", "seed": seed} for seed in (1, 2)),
+    {"t_init": 0.4, "seed": 1},
+    {"estimator": "mixed", "t_init": 0.2, "seed": 1},
 ]
 SHORT = {"batch": 4, "steps": 240, "reencode_every": 64, "lr": 1e-2, "start": 0.5}
 FEW: list[dict[str, Any]] = [{**SOFT, **LITTLE, **SHORT, **change} for change in FEWER]
