@@ -154,7 +154,7 @@ class Experiment:
             return True
         claims.mkdir(parents=True, exist_ok=True)
         try:
-            (claims / f"{name.replace('/', '_')}.{seed}").touch(exist_ok=False)
+            path_of(claims, name, seed).touch(exist_ok=False)
         except FileExistsError:
             return False
         return True
@@ -221,7 +221,7 @@ class Experiment:
             changed = list(result.changed_codes.values())
             record |= {"log": log, "kept": result.kept, "changed": sum(changed) / len(changed)}
         if self.options.save is not None:
-            folder = self.options.save / f"{name.replace('/', '_')}.{seed}"
+            folder = path_of(self.options.save, name, seed)
             folder.mkdir(parents=True)
             save_quantized(model, self.tokenizer, folder, base=self.base)
         with self.turn():
@@ -252,6 +252,11 @@ class Experiment:
             flush=True,
         )
         return record
+
+
+def path_of(folder: Path, name: str, seed: int) -> Path:
+    """A run's own file or folder there."""
+    return folder / f"{name.replace('/', '_')}.{seed}"
 
 
 def kept(record: dict[str, Any]) -> float:

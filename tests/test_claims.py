@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import claims
 import claims_plots
+import known
 import several
 from experiment import Experiment
 from layer_experiment import LayerExperiment
@@ -71,6 +72,22 @@ def test_single_and_pairs(run_claim: Claim) -> None:
     assert list(union.seeds) == ([0, 1] if second[1].endswith(f"@{lr}") else [0])
     codes = run_claim("single", "--trainable", "latents", "--layers", "1", "--steps", "2")
     assert codes[-1]["name"] == "single-latents/1/ldlq/soft-0.1@0.1"
+
+
+def test_known_runs_are_not_made_again(
+    run_claim: Claim, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some = "--layers", "1", "--steps", "2", "--settings", "identity@1e-2,1e-1"
+    first = {record["name"]: record for record in run_claim("single", *some)}
+    folder, more = tmp_path / "folder", tmp_path / "folder" / "more.jsonl"
+    monkeypatch.setattr(sys, "argv", ["known.py", str(folder), str(tmp_path / "runs.jsonl")])
+    known.main()
+    shared = "--claims", str(folder / "claims"), "--json", str(more)
+    run_claim("single", *some, *shared, "--seeds", "0", "1")
+    trained = {name: record for name, record in first.items() if record["train"]}
+    best = min(trained, key=lambda name: heldout(trained[name]))
+    found = [(record["seed"], record["name"]) for record in read_records([more])]
+    assert found == [(1, "single/1/ldlq"), (1, best)]
 
 
 def test_drift(run_claim: Claim, tmp_path: Path) -> None:
