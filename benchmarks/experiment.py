@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from softtrellis.io.sources import Source
     from softtrellis.recipes.stages import DistillResult
 
-PATIENCE = 600
-"""Seconds that a process waits for other processes' runs."""
+PATIENCE = 3600
+"""Seconds that a process waits for others' runs, which may wait for a GPU that one has alone."""
 _SOURCES: dict[str, Source] = {}
 _TEXTS: dict[tuple[str, DistillConfig], tuple[Tensor, Tensor]] = {}
 _QUANTIZED: dict[tuple[str, str], PreTrainedModel] = {}
@@ -195,6 +195,7 @@ class Experiment:
         record: dict[str, Any] = {
             "name": name,
             "seed": seed,
+            "seconds": 0.0,
             "train": train,
             "quantize": f"{o.quantize} {quantize}".strip(),
             "training_text": {
@@ -202,7 +203,6 @@ class Experiment:
                 **{option: getattr(o, option) for option in ("ctx", "windows", "teacher_share")},
             },
         }
-        record["seconds"] = 0.0
         if train is not None:
             line = f"train x --teacher x -o x --ctx {o.ctx} --device {o.device} --seed {seed} "
             line += f"--held-out {o.held_out} --save-minutes 0 {train}"

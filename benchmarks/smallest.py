@@ -122,7 +122,7 @@ HOTTER: list[dict[str, Any]] = [
     *({"steps": 1200, "lr": 6.5e-3, "bcjr_stride": stride} for stride in (1, 4)),
     *({"estimator": "identity", "steps": n, "lr": lr} for n, lr in ((1200, 4.5e-3), (3600, 4e-3))),
     {"steps": 1200, "lr": 6.5e-3, "t_init": 0.2},
-    {"steps": 1200, "lr": 5.5e-3, "t_init": 0.2, "estimator": "mixed"},
+    {"steps": 1200, "lr": 5.5e-3, "t_init": 0.2, "estimator": "mixed", "mix": 0.25},
     {"steps": 2150, "lr": 5e-3, "bcjr_stride": 4},
 ]
 HOT: list[dict[str, Any]] = [
@@ -131,11 +131,11 @@ HOT: list[dict[str, Any]] = [
 FEWER: list[dict[str, Any]] = [
     *({"estimator": "identity", "lr": lr} for lr in (7e-3, 1e-2, 1.5e-2)),
     *({"t_init": t} for t in (0.1, 0.2, 0.4)),
-    *({"estimator": "mixed", "t_init": t} for t in (0.1, 0.2)),
-    {"estimator": "mixed", "lr": 1.5e-2},
+    *({"estimator": "mixed", "mix": 0.25, "t_init": t} for t in (0.1, 0.2)),
+    {"estimator": "mixed", "mix": 0.25, "lr": 1.5e-2},
     *({"estimator": "identity", "seed": seed} for seed in (1, 2)),
     {"t_init": 0.4, "seed": 1},
-    {"estimator": "mixed", "t_init": 0.2, "seed": 1},
+    {"estimator": "mixed", "mix": 0.25, "t_init": 0.2, "seed": 1},
 ]
 SHORT = {"batch": 4, "steps": 240, "reencode_every": 64, "lr": 1e-2, "start": 0.5}
 FEW: list[dict[str, Any]] = [{**SOFT, **LITTLE, **SHORT, **change} for change in FEWER]
