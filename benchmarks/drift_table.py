@@ -53,6 +53,7 @@ def main() -> None:
             config = DistillConfig(
                 estimator=estimator,
                 start=0.0,
+                t_init=0.1,
                 train=("latents",),
                 lr=lr,
                 steps=STEPS,
