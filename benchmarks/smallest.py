@@ -1,6 +1,7 @@
 """The tables of the very small model in docs/ptq.md and docs/results.md, on a CPU.
 
-python benchmarks/smallest.py ptq|tokens|starts|long|searches|steps|epochs|mixed|hot|few \
+python benchmarks/smallest.py \
+    ptq|tokens|starts|long|searches|steps|epochs|mixed|hot|few|turns|again \
     stories260k tinystories.txt [--seeds 0 1]
 """
 
@@ -67,6 +68,10 @@ AGAIN = {
     **{"estimator": "identity", "batch": 1, "steps": 1000, "reencode_every": 50},
     **{"lr": 7e-3, "lr_end": 0.0, "start": 0.5, "scale_lr": 5e-3},
 }
+AGAIN_BCJR: list[dict[str, Any]] = [
+    {**AGAIN, "estimator": "mixed", "bcjr_stride": 8, "t_init": 0.1, "t_min": 0.03},
+    {**AGAIN, "estimator": "soft", "t_init": 0.2, "t_min": 0.03},
+]
 HALF = {**IDENTITY, **LITTLE, "lr": 1e-2, "start": 0.5}
 LONG: list[dict[str, Any]] = [
     *({**HALF, "viterbi_every": every, "reencode_every": 32} for every in (1, 2, 4, 8, 16, 32)),
@@ -139,15 +144,16 @@ FEWER: list[dict[str, Any]] = [
 ]
 SHORT = {"batch": 4, "steps": 240, "reencode_every": 64, "lr": 1e-2, "start": 0.5}
 FEW: list[dict[str, Any]] = [{**SOFT, **LITTLE, **SHORT, **change} for change in FEWER]
-STRIDES: list[dict[str, Any]] = [
-    {**SOFT, **LITTLE, "lr": 1e-2, "start": 0.5, "estimator": "mixed", "mix": 0.5, **change}
+TURNS: list[dict[str, Any]] = [
+    {**SOFT, **LITTLE, "lr": 1e-2, "start": 0.5, "estimator": "mixed", "bcjr_stride": 8, **change}
     for change in (
-        {"bcjr_stride": 2},
+        {},
         {"bcjr_stride": 4},
-        {"bcjr_stride": 4, "mix": 1.0},
-        {"bcjr_stride": 4, "mix": 0.25},
-        {"bcjr_stride": 4, "t_init": 0.2},
-        {"bcjr_stride": 4, "seed": 1},
+        {"bcjr_stride": 16},
+        {"bcjr_stride": 4, "mix": 0.5},
+        {"t_init": 0.2},
+        {"seed": 1},
+        {"steps": 1200, "lr": 5.5e-3},
     )
 ]
 TUNED: list[dict[str, Any]] = [
@@ -283,6 +289,12 @@ def epochs(source: Source, text: Path, test: Tensor) -> None:
         trained(source, start, windows[1000:2000], test, [again])
 
 
+def again(source: Source, text: Path, test: Tensor) -> None:
+    """BCJR where text is seen five times, cut elsewhere each time."""
+    windows, start = written(source, 4096), quantized(source, str(text), 64)
+    trained(source, start, windows[:200], test, AGAIN_BCJR)
+
+
 def mixed(source: Source, text: Path, test: Tensor) -> None:
     """BCJR's gradient, the identity's, and means of both, from LDLQ; two of them by three seeds."""
     windows, start = written(source, 4096), quantized(source, str(text), 64)
@@ -293,8 +305,13 @@ def mixed(source: Source, text: Path, test: Tensor) -> None:
 
 
 def hot(source: Source, text: Path, test: Tensor) -> None:
-    """BCJR from higher temperatures, and mixed gradients of some tiles a step, from LDLQ."""
-    trained(source, quantized(source, str(text), 64), written(source, 4096), test, HOT + STRIDES)
+    """BCJR from higher temperatures, from LDLQ."""
+    trained(source, quantized(source, str(text), 64), written(source, 4096), test, HOT)
+
+
+def turns(source: Source, text: Path, test: Tensor) -> None:
+    """Mixed gradients whose BCJR is made for some layers a step, from LDLQ."""
+    trained(source, quantized(source, str(text), 64), written(source, 4096), test, TURNS)
 
 
 def few(source: Source, text: Path, test: Tensor) -> None:
@@ -309,8 +326,10 @@ OTHERS = {
     "searches": searches,
     "steps": steps,
     "epochs": epochs,
+    "again": again,
     "mixed": mixed,
     "hot": hot,
+    "turns": turns,
     "few": few,
 }
 
