@@ -11,7 +11,7 @@ from softtrellis.modules.latent_linear import LatentLinear
 from softtrellis.modules.latent_stacks import batches, jacobian_products
 from softtrellis.quantizers.soft import HARD_VALUED, Estimator
 
-_SUM, _COUNT, _PART = "latent.bcjr_sum", "latent.bcjr_count", "latent.bcjr_part"
+_SUM, _STEPS, _PART = "latent.bcjr_sum", "latent.steps_summed", "latent.bcjr_part"
 
 
 class BcjrTurns:
@@ -83,7 +83,7 @@ class BcjrTurns:
         tensors: dict[str, Tensor] = {}
         for name, part in self._parts.items():
             tensors[f"{name}.{_SUM}"], tensors[f"{name}.{_PART}"] = self._sums[name], part
-            tensors[f"{name}.{_COUNT}"] = torch.tensor(self._counts[name])
+            tensors[f"{name}.{_STEPS}"] = torch.tensor(self._counts[name])
         return tensors
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
@@ -93,4 +93,4 @@ class BcjrTurns:
                 self._parts[name] = part.to(layer.latent.device, copy=True)
                 sums = tensors[f"{name}.{_SUM}"]
                 self._sums[name] = sums.to(layer.latent.device, copy=True)
-                self._counts[name] = int(tensors[f"{name}.{_COUNT}"])
+                self._counts[name] = int(tensors[f"{name}.{_STEPS}"])
