@@ -1,13 +1,10 @@
 #!/usr/bin/env bash
-# The ninth search of docs/results-history.md, mixed gradients in turn: bash benchmarks/recipes.sh MODEL C4 TRAIN TEST FOLDER
+# The tenth search of docs/results-history.md, long runs of mixed gradients: bash benchmarks/recipes.sh MODEL C4 TRAIN TEST FOLDER
 source "$(dirname "$0")/runs.sh"
-common="--compile --train latents,scales,norms --scale-lr 5e-3 --start 0.5"
-tokens="$common --cuda-graphs --batch 16 --evaluate-every 1000000 --measure-every 60 --steps 240 --lr 1.5e-2"
-minutes="$common --batch 16 --evaluate-every 1000000 --measure-every 60 --minutes 2 --lr 9e-3"
-long="$common --cuda-graphs --batch 16 --evaluate-every 400 --measure-every 0 --lr-end 0 --reencode-every 100 --minutes 7"
-turns="--estimator mixed --bcjr-stride 8"
-run experiment "--L 12" "recipes/turns-8=$tokens $turns $cooling" --seeds 0 1 2
-run experiment "--L 12" --save "$out/saved" "best/turns-8-7min=$long $turns $cooling"
-run experiment "--L 12" "recipes/turns-8-0.2=$tokens $turns --t-init 0.2 --t-min 0.03"
-run experiment "--L 12" "best/turns-8-7min=$long $turns $cooling" --seeds 1
-run experiment "--L 12" "minutes/turns-8=$minutes $turns $cooling" --seeds 0 1 2
+common="--compile --cuda-graphs --train latents,scales,norms --scale-lr 5e-3 --start 0.5"
+tokens="$common --batch 16 --evaluate-every 1000000 --measure-every 60 --steps 240"
+long="$common --batch 32 --evaluate-every 400 --measure-every 0 --lr-end 0 --reencode-every 100"
+mixed="--estimator mixed $cooling"
+run experiment "--L 12" --save "$out/saved" "best/mixed-32-12min=$long --minutes 12 $mixed --lr 6.8e-3" --seeds 0 1 2
+run experiment "--L 12" "best/identity-32-12min=$long --minutes 12 --estimator identity" --seeds 0 1 2
+run experiment "--L 12" "recipes/mixed-0.25-1.5e-2=$tokens $mixed --lr 1.5e-2" --seeds 1 2

@@ -36,21 +36,22 @@ def test_values_and_gradients(estimator: str) -> None:
     torch.testing.assert_close(gradient, expected)
 
 
+@pytest.mark.parametrize("estimator", ["soft", "straight_through", "mixed"])
 @pytest.mark.parametrize("temperature", [0.2, torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)])
 @pytest.mark.parametrize(("turn", "chosen"), [(0, [0, 2]), (1, [1]), (2, [0, 2]), (3, [1])])
-def test_tiles_are_soft_in_turn(
-    turn: int, chosen: list[int], temperature: float | torch.Tensor
+def test_tiles_have_the_estimator_in_turn(
+    turn: int, chosen: list[int], temperature: float | torch.Tensor, estimator: str
 ) -> None:
     w, C, pins = setting()
     g = torch.randn(w.shape, dtype=w.dtype, generator=torch.Generator().manual_seed(1))
-    how: dict[str, Any] = {"temperature": temperature, "pins": pins}
+    how: dict[str, Any] = {"temperature": temperature, "pins": pins, "mix": 0.3}
 
     def values_and_gradient(name: str, **more: int) -> tuple[torch.Tensor, torch.Tensor]:
         found = estimate(w, C, SPEC, estimator=name, **how, **more)  # type: ignore[arg-type]
         return found.detach(), torch.autograd.grad((found * g).sum(), w)[0]
 
-    found = values_and_gradient("soft", bcjr_stride=2, turn=turn)
-    of_all, others = values_and_gradient("soft"), values_and_gradient("identity")
+    found = values_and_gradient(estimator, bcjr_stride=2, turn=turn)
+    of_all, others = values_and_gradient(estimator), values_and_gradient("identity")
     for part, own, other in zip(found, of_all, others, strict=True):
         expected = other.clone()
         expected[chosen] = own[chosen]
@@ -62,14 +63,6 @@ def test_hard_values_are_the_code_to_the_bit(estimator: str) -> None:
     w, C, pins = setting()
     found = estimate(w, C, SPEC, estimator=estimator, temperature=0.2, pins=pins)  # type: ignore[arg-type]
     assert torch.equal(found, viterbi(w, C, SPEC, ends=pins).values)
-
-
-@pytest.mark.parametrize("estimator", ["straight_through", "mixed"])
-def test_hard_values_have_no_stride(estimator: str) -> None:
-    w, C, pins = setting()
-    how: dict[str, Any] = {"estimator": estimator, "temperature": 0.2, "pins": pins}
-    with pytest.raises(ValueError, match=f"bcjr_stride must be 1 with '{estimator}', got 4"):
-        estimate(w, C, SPEC, bcjr_stride=4, **how)
 
 
 def test_a_turn_without_tiles_is_the_identity() -> None:

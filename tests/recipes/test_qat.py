@@ -169,7 +169,7 @@ def test_tiles_have_their_turn_by_step(setting: Setting, monkeypatch: pytest.Mon
         return estimate(*args, **options)
 
     monkeypatch.setattr(latent_stacks, "estimate", watched)
-    setting.train(estimator="soft", bcjr_stride=3, evaluate_every=0, steps=5)
+    setting.train(estimator="mixed", bcjr_stride=3, evaluate_every=0, steps=5)
     assert list(dict.fromkeys(turns)) == [0, 1, 2, 3, 4]
 
 

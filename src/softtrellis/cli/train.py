@@ -69,9 +69,7 @@ def add_parser(commands: Commands) -> None:
         "--bcjr-stride",
         type=int,
         default=1,
-        help="BCJR runs over one part in so many of the weights a step, in turn: with mixed and "
-        "straight_through its gradient is that of the mean over so many steps, with soft tiles "
-        "without a turn have identity",
+        help="one tile in so many has this estimator in a step, in turn, the others identity",
     )
     parser.add_argument("--finish", choices=estimators, help="another one for the end of the run")
     parser.add_argument(

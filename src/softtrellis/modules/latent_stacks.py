@@ -92,40 +92,15 @@ def codewords_of(layers: Sequence[LatentLinear]) -> Tensor:
     codes = [layer.codes for layer in layers if layer.codes is not None]
     if first.estimator == "identity" and len(codes) == len(layers):
         return identity(tiles, first.codebook, torch.cat(codes))
-    return _estimated(layers, tiles, first.estimator, bcjr_stride=first.bcjr_stride)
-
-
-def jacobian_products(
-    layers: Sequence[LatentLinear], gradients: Sequence[Tensor]
-) -> tuple[Tensor, ...]:
-    """The Jacobian of the Boltzmann average, which is symmetric, times a gradient of each layer.
-
-    Args:
-        layers: that are alike.
-        gradients: with respect to their codewords, in the shape of their latents.
-
-    Returns:
-        Gradients with respect to the latents.
-    """
-    with torch.enable_grad():
-        average = _estimated(layers, _tiles(layers), "soft")
-    latents = [layer.latent for layer in layers]
-    return torch.autograd.grad(average, latents, _along_trellis(layers, gradients))
-
-
-def _estimated(
-    layers: Sequence[LatentLinear], tiles: Tensor, estimator: Estimator, *, bcjr_stride: int = 1
-) -> Tensor:
-    first = layers[0]
     return estimate(
         tiles,
         first.codebook,
         first.layer.code.spec,
-        estimator=estimator,
+        estimator=first.estimator,
         temperature=first.temperature * first.variance,
         pins=torch.cat([layer.pins for layer in layers]),
         mix=first.mix,
-        bcjr_stride=bcjr_stride,
+        bcjr_stride=first.bcjr_stride,
         turn=first.turn,
         backend=first.backend,
     )
@@ -140,20 +115,14 @@ def weights_of(stack: Sequence[LatentLinear], codewords: Tensor) -> Tensor:
 
 def _tiles(layers: Sequence[LatentLinear]) -> Tensor:
     """[tiles of all, N, V], the latent weights of layers along the trellis; differentiable."""
-    return _along_trellis(layers, [layer.latent for layer in layers])
-
-
-def _along_trellis(layers: Sequence[LatentLinear], matrices: Sequence[Tensor]) -> Tensor:
-    """[tiles of all, N, V], of a tensor of each layer in the shape of its latents."""
     parts: list[Tensor] = []
-    rest = iter(matrices)
     for stack in stacks(layers):
-        own = [next(rest) for _ in stack]
+        latents: list[Tensor] = [layer.latent for layer in stack]
         if stack[0].share is not None:
-            parts += own
+            parts += latents
         else:
             code = stack[0].layer.code
-            parts.append(to_tiles(torch.stack(own), code.spec, code.order).flatten(0, 1))
+            parts.append(to_tiles(torch.stack(latents), code.spec, code.order).flatten(0, 1))
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 

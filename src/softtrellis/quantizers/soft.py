@@ -15,8 +15,6 @@ Estimator = Literal["soft", "straight_through", "mixed", "identity"]
 _ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
 MIX = 0.25
 """The share of the Boltzmann average's gradient in that of "mixed"."""
-HARD_VALUED = ("straight_through", "mixed")
-"""Those that need BCJR for their gradient alone."""
 
 
 def check_estimator(estimator: str) -> None:
@@ -71,20 +69,14 @@ def estimate(
             "identity".
         pins: int [B], the overlap at both ends.
         mix: 0 to 1, for "mixed".
-        bcjr_stride: 1 or more: one tile in so many has "soft", the others have "identity"; for
-            the gradients of the others see ``BcjrTurns``.
+        bcjr_stride: 1 or more: one tile in so many has the estimator, the others have "identity".
         turn: which of them, counted on from pass to pass so that all tiles have their turn.
         backend: as in ``bcjr``.
 
     Returns:
         [B, N, V].
-
-    Raises:
-        ValueError: an unknown estimator, or a stride with "straight_through" or "mixed".
     """
     check_estimator(estimator)
-    if bcjr_stride > 1 and estimator in HARD_VALUED:
-        raise ValueError(f"bcjr_stride must be 1 with {estimator!r}, got {bcjr_stride}")
     if estimator == "soft" and bcjr_stride == 1:
         return bcjr(
             tiles, codebook, spec, temperature=temperature, ends=pins, backend=backend

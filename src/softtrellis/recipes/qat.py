@@ -76,10 +76,9 @@ class DistillConfig:
             to name, at once and with the rest of the model frozen as it is.
         estimator: "soft", "straight_through", "mixed" or "identity", see ``estimate``.
         mix: the share of the Boltzmann average's gradient in that of "mixed"; only with it.
-        bcjr_stride: BCJR, which is most of the time of a step, runs over one part in so many of the
-            weights a step, in turn. With "mixed" and "straight_through" layers take turns, see
-            ``BcjrTurns``; with "soft" tiles do, and the others have "identity". Not with "identity"
-            alone.
+        bcjr_stride: one tile in so many has the estimator in a step, in turn, the others have
+            "identity": BCJR, which is most of the time of a step, takes so many times less. Not
+            with "identity" alone.
         finish: another estimator for the end of the run, or None.
         finish_share: the share of the run that ``finish`` takes, above 0; only with ``finish``.
         start: how far from the codewords towards the original weights latents start, 0 to 1, if
@@ -97,8 +96,7 @@ class DistillConfig:
         scale_lr: of scales, norms and biases.
         table_lr: of the table.
         optimizer: "adamw", or "adamw8bit", whose moments take a byte each (torchao).
-        clip: gradients of a larger norm are scaled down to it; None never. The norm, which is
-            logged, too, is that before ``BcjrTurns``.
+        clip: gradients of a larger norm are scaled down to it; None never.
         steps: optimizer steps; in mode "greedy" for each decoder layer. None is no limit.
         minutes: ends the run, with its schedules, after so much time on the clock; None is no
             limit. Schedules begin when the first step, which compiles, has ended. Such runs depend

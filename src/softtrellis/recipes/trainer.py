@@ -32,7 +32,6 @@ from softtrellis.modules.replace import (
     release_weights_,
     replace_modules,
 )
-from softtrellis.recipes.bcjr_turns import BcjrTurns
 from softtrellis.recipes.drift import SAMPLED_TILES, combine, measure_all, over_ranks
 from softtrellis.recipes.network import wrap_layers_
 from softtrellis.recipes.objective import Objective
@@ -129,10 +128,9 @@ class Trainer:
             wrap_layers_(student, compiled=config.compile, recomputed=config.checkpoint_layers),
             wrap_layers_(teacher, compiled=config.compile),
         ]
-        frozen = quantized_layers(student)
-        self.tables = shared_tables(self.layers, frozen) if TABLE in config.train else []
+        with_table = TABLE in config.train
+        self.tables = shared_tables(self.layers, quantized_layers(student)) if with_table else []
         self.parameters = trained_parameters(student, self.layers, self.tables, config.train)
-        self._turns = BcjrTurns(self.layers, config.bcjr_stride, config.mix)
         self._fixed = FixedPlaces(self.layers, self.parameters, enabled=config.cuda_graphs)
         self.rates = LearningRates(self.parameters, self.layers, config)
         self.optimizer = make_optimizer(config.optimizer, self.rates.groups, fused=cuda)
@@ -196,7 +194,6 @@ class Trainer:
         finite = math.isfinite(total) and math.isfinite(float(norm))
         self.skipped = 0 if finite else self.skipped + 1
         if finite:
-            self._turns.mix_(step)
             self._clip(float(norm))
             self.optimizer.step()
         elif self.skipped >= _MOST_SKIPPED:
@@ -226,14 +223,14 @@ class Trainer:
 
     def _set_schedule(self, step: int, share: float) -> float:
         config = self.config
-        finishing = share > 1 - config.finish_share
+        finishing = config.finish is not None and share > 1 - config.finish_share
         temperature = temperature_at(
             share, t_init=self.t_init, t_min=config.t_min, schedule=config.schedule
         )
         set_learning_rates(self.optimizer, self.rates.at(share, step))
         for layer in self.layers.values():
             layer.temperature, layer.turn = temperature, step
-        self._turns.train_by((config.finish if finishing else None) or config.estimator)
+            layer.estimator = (config.finish or config.estimator) if finishing else config.estimator
         return temperature
 
     def _reduce_gradients(self) -> Tensor:
@@ -280,9 +277,10 @@ class Trainer:
         Returns:
             ``heldout_kl`` and ``heldout_kl_hard``, in nats per token.
         """
+        layers = list(self.layers.values())
         for table in self.tables:
             table.hold()
-        with searching(layers := list(self.layers.values())):
+        with searching(layers):
             hold(layers)
         soft = self._divergence()
         return {"heldout_kl": soft, "heldout_kl_hard": self._judge(self._harden(), step)}
@@ -346,7 +344,7 @@ class Trainer:
             tensors[f"{name}.pins"] = layer.pins
             if layer.codes is not None:
                 tensors[f"{name}.codes"] = pack(layer.codes, layer.layer.code.spec)
-        tensors |= optimizer_tensors(self.optimizer, self.parameters) | self._turns.state()
+        tensors |= optimizer_tensors(self.optimizer, self.parameters)
         tensors["skipped"] = torch.tensor(self.skipped)
         if self.best is not None:
             tensors |= {f"best/{name}": tensor for name, tensor in self._kept.items()}
@@ -364,7 +362,6 @@ class Trainer:
             if (codes := tensors.get(f"{name}.codes")) is not None:
                 codes, steps = codes.to(layer.pins.device), layer.start.shape[1]
                 layer.codes = unpack(codes, layer.layer.code.spec, steps=steps)
-        self._turns.restore(tensors)
         self.skipped = int(tensors["skipped"])
         if "best" in tensors:
             divergence, step = tensors["best"].tolist()
