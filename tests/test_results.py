@@ -223,6 +223,25 @@ def test_mixed_gradients_against_identity() -> None:
         assert f"{gain.mean:.4f} ({gain.low:.4f} to {gain.high:.4f})" in PAGE
 
 
+def test_long_runs_of_mixed_gradients_against_identity() -> None:
+    (mixed,) = read([DATA / "476d123-models.jsonl.xz"], "best/").values()
+    runs = read([DATA / "914f5ff-models.jsonl.xz"], "shift/")
+    for name in ("ldlq12-15min", "ldlq12-7min-32"):
+        gain = difference(mixed, runs[f"shift/{name}"], "kl")
+        assert gain.high < 0
+        assert f"{-gain.mean:.4f} ({-gain.high:.4f} to {-gain.low:.4f})" in PAGE
+    assert f"| {mixed[0]['perplexity']:.2f} | {mixed[0]['kl']:.4f} |" in PAGE
+
+
+def test_two_minutes_of_straight_through_and_of_the_scalar_codes() -> None:
+    runs = read([DATA / "476d123-models.jsonl.xz"], "minutes/")
+    (identity,) = read([DATA / "a5ef0bd-models.jsonl.xz"], "tokens/identity-1.5e-2-start").values()
+    for name, digits in (("through-32", 3), ("scalar", 3), ("native", 2)):
+        (run,) = found = runs[f"minutes/{name}"]
+        cells = f"{len(run['log'])} | {run['perplexity']:.2f} | {run['kl']:.4f}"
+        assert f"| {cells} | {words(found, identity, digits)}, the same seed |" in PAGE
+
+
 def test_the_grid_of_drifts() -> None:
     runs = {(str(m.setting.kind), m.lr, m.setting.steps): m for m in moved(claims("fba8764"))}
     assert len(runs) == 28
