@@ -15,6 +15,7 @@ from softtrellis.codes.codebook import codebook
 from softtrellis.trellis import bcjr_cuda, bcjr_torch
 from softtrellis.trellis.bcjr_cuda import SHORT_SPEC
 from softtrellis.trellis.launch_cuda import address, packed
+from softtrellis.trellis.viterbi import viterbi
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -76,13 +77,18 @@ def test_kernels_on_the_host(
     exact = (w.double(), C.double(), SHORT_SPEC, T.double(), pins)
     values_, log_z_, _ = bcjr_torch.soft_forward(*exact, False)
     grad_w_, _ = bcjr_torch.soft_backward(*exact, values_, g.double(), gz.double(), False)
+    passed_, _ = bcjr_torch.soft_backward(*exact, values_, g.double(), None, False)
+    ends_ = "free" if pins is None else pins
+    hard = viterbi(w, C, SHORT_SPEC, ends=ends_).values
     values, log_z, grad_w = torch.empty_like(w), torch.empty(len(T)), torch.empty_like(w)
+    passed = torch.empty_like(w)
     problem = (w, C, SHORT_SPEC, T, pins)
     forward = [(values, values_), (log_z, log_z_)]
     upstream = [values_.float(), None, g, gz, grad_w]
     for outputs, pairs in (
         ([values, log_z, None, None, None], forward),
         (upstream, [(grad_w, grad_w_)]),
+        ([hard, None, g, None, passed], [(passed, passed_)]),
     ):
         failed, failures = bcjr_cuda._start(*problem, outputs)
         if code == "gaussian":

@@ -49,6 +49,8 @@ def test_operators_are_what_they_say(ends: str, backend: Backend) -> None:
         torch.library.opcheck(OPS.soft_forward, (*given, *SIZES, optional, backend))
         given = (w, C, T, pins, w + 1, w - 1, T)
         torch.library.opcheck(OPS.soft_backward, (*given, *SIZES, optional, backend))
+        given = (w - 1, w.clone().requires_grad_(), C.clone().requires_grad_(optional), T, pins)
+        torch.library.opcheck(OPS.pass_back, (*given, *SIZES, backend))
     for tail_biting in (False, True):
         torch.library.opcheck(OPS.best_path, (w, C, pins, tail_biting, *SIZES, backend))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch import Tensor
 from softtrellis.backend import Backend
 from softtrellis.codes.codebook import codebook
 from softtrellis.spec import TrellisSpec
-from softtrellis.trellis.bcjr import bcjr
+from softtrellis.trellis.bcjr import bcjr, pass_back
 from softtrellis.trellis.bitshift import check_path
 from softtrellis.trellis.viterbi import viterbi
 
@@ -157,6 +159,33 @@ def test_tiles_do_not_see_each_other(batch: int, backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("spec", [TrellisSpec(12, 2, 2), TrellisSpec(10, 2, 1)], ids=spec_id)
+@pytest.mark.parametrize("ends", ["free", "pinned"])
+@pytest.mark.parametrize("with_codebook", [False, True])
+def test_the_gradient_alone_is_that_of_the_average(
+    with_codebook: bool, ends: str, spec: TrellisSpec, temperature: float, backend: Backend
+) -> None:
+    device = on_device(backend, spec)
+    w = tiles(spec, 3, 48).to(device)
+    C = codebook("hyb" if spec.V == 2 else "mul1", spec).to(device)
+    given = torch.tensor([0, 1, 2], device=device) if ends == "pinned" else "free"
+    g = torch.randn(w.shape, generator=torch.Generator().manual_seed(3))
+    hard = viterbi(w, C, spec, ends=given, backend=backend).values
+    how: dict[str, Any] = {"temperature": temperature, "ends": given}
+    exact = w.double().requires_grad_(), C.double().requires_grad_()
+    soft = bcjr(*exact, spec, **how, backend="torch").values
+    expected = torch.autograd.grad((soft * g.to(soft)).sum(), exact)
+    mine = w.requires_grad_(), C.requires_grad_(with_codebook)
+    passed = pass_back(hard, *mine, spec, **how, backend=backend)
+    assert torch.equal(passed, hard)
+    found = torch.autograd.grad((passed * g.to(w)).sum(), mine[: 1 + with_codebook])
+    for x, y in zip(found, expected, strict=False):
+        assert bool(torch.isfinite(x).all())
+        assert relative_error(x, y) <= tolerance(temperature)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_strided_and_empty_inputs(backend: Backend) -> None:
     spec = TrellisSpec(8, 2, 2)
     device = on_device(backend, spec)
@@ -167,9 +196,29 @@ def test_strided_and_empty_inputs(backend: Backend) -> None:
     for function in (
         lambda w: bcjr(w, C, spec, temperature=0.3, backend=backend).values,
         lambda w: viterbi(w, C, spec, backend=backend).states,
+        lambda w: gradient_of_hard_values(w, C, spec, backend),
     ):
         assert torch.equal(function(strided), function(strided.contiguous()))
         assert function(strided[:0]).shape[0] == 0
+
+
+def gradient_of_hard_values(w: Tensor, C: Tensor, spec: TrellisSpec, backend: Backend) -> Tensor:
+    w = w.detach().requires_grad_()
+    hard = viterbi(w, C, spec, backend=backend).values
+    passed = pass_back(hard, w, C, spec, temperature=0.3, backend=backend)
+    (gradient,) = torch.autograd.grad(passed.square().sum(), w)
+    return gradient
+
+
+def test_what_cannot_be_passed_back() -> None:
+    spec = TrellisSpec(6, 2, 1)
+    w, C = torch.zeros(2, 8, 1), codebook("gaussian", spec)
+    with pytest.raises(ValueError, match=r"values must be \[2, 8, 1\] like w, got \[2, 4, 1\]"):
+        pass_back(w[:, :4], w, C, spec, temperature=0.1)
+    with pytest.raises(ValueError, match="takes ends 'free' or overlaps, got 'tail_biting'"):
+        pass_back(w, w, C, spec, temperature=0.1, ends="tail_biting")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="must be positive"):
+        pass_back(w, w, C, spec, temperature=0.0)
 
 
 def test_backends_that_cannot_run_say_so() -> None:

@@ -96,6 +96,15 @@ def check_bcjr(
     assert right_c is not None
     assert relative(mine_w, right_w) < tolerance
     assert relative(mine_c, right_c) < 10 * tolerance
+    hard = table[viterbi_torch.best_path(w.double(), table.double(), spec, pins)]
+    passed = bcjr_triton.soft_backward(w, table, spec, T, pins, hard, g, None, True, launch)
+    expected = bcjr_torch.soft_backward(
+        w.double(), table.double(), spec, T.double(), pins, exact[0], g.double(), None, True
+    )
+    for mine, right, factor in zip(passed, expected, (1, 10), strict=True):
+        assert mine is not None
+        assert right is not None
+        assert relative(mine, right) < factor * tolerance
     if DEVICE == "cuda":
         alone, nothing = bcjr_triton.soft_backward(
             w, table, spec, T, pins, ours[0], g, grad_z, False, launch

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from softtrellis.backend import Backend
 from softtrellis.spec import TrellisSpec
-from softtrellis.trellis.bcjr import bcjr
+from softtrellis.trellis.bcjr import bcjr, pass_back
 from softtrellis.trellis.viterbi import best_states
 
 Estimator = Literal["soft", "straight_through", "mixed", "identity"]
@@ -89,10 +89,14 @@ def estimate(
     part = slice(turn, None, bcjr_stride)
     if isinstance(temperature, Tensor) and temperature.ndim:
         temperature = temperature[part]
-    soft = bcjr(
-        tiles[part], codebook, spec, temperature=temperature, ends=pins[part], backend=backend
-    ).values
-    more = (soft - hard[part]) * (mix if estimator == "mixed" else 1.0)
+    w, T, ends = tiles[part], temperature, pins[part]
+    if estimator == "soft":
+        chosen = bcjr(w, codebook, spec, temperature=T, ends=ends, backend=backend).values
+    else:
+        hard_values = hard[part]
+        chosen = pass_back(
+            hard_values, w, codebook, spec, temperature=T, ends=ends, backend=backend
+        )
     found = hard.clone()
-    found[part] += more if estimator == "soft" else more - more.detach()
+    found[part] += (chosen - hard[part]) * (mix if estimator == "mixed" else 1.0)
     return found

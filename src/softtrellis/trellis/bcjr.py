@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from softtrellis.backend import Backend, ResolvedBackend, resolve_backend
+from softtrellis.backend import Backend
 from softtrellis.spec import TrellisSpec
-from softtrellis.trellis.memory import BCJR, BCJR_BACKWARD
+from softtrellis.trellis import bcjr_ops  # noqa: F401  registers the operators
 from softtrellis.trellis.reference import log_marginals
 from softtrellis.trellis.validation import (
     EXACT_OVERLAPS,
@@ -40,174 +38,6 @@ class SoftPath:
     values: Tensor
     log_z: Tensor
     entropy: Tensor | None = None
-
-
-def _implementation(backend: ResolvedBackend) -> ModuleType:
-    if backend == "cpu":
-        from softtrellis.trellis import bcjr_cpu
-
-        return bcjr_cpu
-    if backend == "cuda":
-        from softtrellis.trellis import bcjr_cuda
-
-        return bcjr_cuda
-    if backend == "triton":
-        from softtrellis.trellis import bcjr_triton
-
-        return bcjr_triton
-    from softtrellis.trellis import bcjr_torch
-
-    return bcjr_torch
-
-
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
-
-
-torch.library.define(
-    "softtrellis::soft_forward",
-    "(Tensor w, Tensor codebook, Tensor temperature, Tensor? pins, int L, int k, int V, "
-    "bool with_entropy, str backend) -> (Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-torch.library.define(
-    "softtrellis::soft_backward",
-    "(Tensor w, Tensor codebook, Tensor temperature, Tensor? pins, Tensor values, "
-    "Tensor grad_values, Tensor grad_log_z, int L, int k, int V, bool with_codebook, str backend) "
-    "-> (Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-
-
-@torch.library.impl("softtrellis::soft_forward", "default")
-def _soft_forward(
-    w: Tensor,
-    codebook: Tensor,
-    temperature: Tensor,
-    pins: Tensor | None,
-    L: int,
-    k: int,
-    V: int,
-    with_entropy: bool,
-    backend: Backend,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The backend's ``soft_forward``; an entropy that was not asked for is empty, [0]."""
-    w, codebook, spec = w.contiguous(), codebook.contiguous(), TrellisSpec(L, k, V)
-    module = _implementation(resolve_backend(backend, w))
-
-    def forward(part: slice) -> tuple[Tensor, Tensor, Tensor]:
-        ends = None if pins is None else pins[part]
-        values, log_z, entropy = module.soft_forward(
-            w[part], codebook, spec, temperature[part], ends, with_entropy
-        )
-        return values, log_z, w.new_empty(0) if entropy is None else entropy
-
-    values, log_z, entropy = map(_joined, zip(*BCJR.run(forward, w, spec), strict=True))
-    return values, log_z, entropy
-
-
-def _soft_forward_shapes(
-    w: Tensor,
-    codebook: Tensor,
-    temperature: Tensor,
-    pins: Tensor | None,
-    L: int,
-    k: int,
-    V: int,
-    with_entropy: bool,
-    backend: Backend,
-) -> tuple[Tensor, Tensor, Tensor]:
-    entropy = w.new_empty(w.shape[:2] if with_entropy else 0)
-    return w.new_empty(w.shape), w.new_empty(w.shape[0]), entropy
-
-
-torch.library.register_fake("softtrellis::soft_forward", _soft_forward_shapes)
-
-
-@torch.library.impl("softtrellis::soft_backward", "default")
-def _soft_backward(
-    w: Tensor,
-    codebook: Tensor,
-    temperature: Tensor,
-    pins: Tensor | None,
-    values: Tensor,
-    grad_values: Tensor,
-    grad_log_z: Tensor,
-    L: int,
-    k: int,
-    V: int,
-    with_codebook: bool,
-    backend: Backend,
-) -> tuple[Tensor, Tensor]:
-    """The backend's ``soft_backward``; a gradient that was not asked for is empty, [0]."""
-    w, codebook, spec = w.contiguous(), codebook.contiguous(), TrellisSpec(L, k, V)
-    grad_values, grad_log_z = grad_values.contiguous(), grad_log_z.contiguous()
-    module = _implementation(resolve_backend(backend, w))
-
-    def backward(part: slice) -> tuple[Tensor, Tensor]:
-        grad_w, grad_codebook = module.soft_backward(
-            w[part],
-            codebook,
-            spec,
-            temperature[part],
-            None if pins is None else pins[part],
-            values[part],
-            grad_values[part],
-            grad_log_z[part],
-            with_codebook,
-        )
-        return grad_w, w.new_empty(0) if grad_codebook is None else grad_codebook.contiguous()
-
-    grad_w, grad_codebooks = zip(*BCJR_BACKWARD.run(backward, w, spec), strict=True)
-    return _joined(grad_w), sum(grad_codebooks[1:], start=grad_codebooks[0])
-
-
-def _soft_backward_shapes(
-    w: Tensor,
-    codebook: Tensor,
-    temperature: Tensor,
-    pins: Tensor | None,
-    values: Tensor,
-    grad_values: Tensor,
-    grad_log_z: Tensor,
-    L: int,
-    k: int,
-    V: int,
-    with_codebook: bool,
-    backend: Backend,
-) -> tuple[Tensor, Tensor]:
-    grad_codebook = codebook.new_empty(codebook.shape if with_codebook else 0)
-    return w.new_empty(w.shape), grad_codebook
-
-
-torch.library.register_fake("softtrellis::soft_backward", _soft_backward_shapes)
-
-
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    w, codebook, temperature, pins, *ctx.trellis, _, ctx.backend = inputs
-    values, _, entropy = output
-    ctx.save_for_backward(w, codebook, temperature, pins, values)
-    ctx.mark_non_differentiable(entropy)
-
-
-def _differentiate(
-    ctx: Any, grad_values: Tensor, grad_log_z: Tensor, _: Tensor
-) -> tuple[Tensor | None, ...]:
-    with_codebook = ctx.needs_input_grad[1]
-    grad_w, grad_codebook = torch.ops.softtrellis.soft_backward(
-        *ctx.saved_tensors, grad_values, grad_log_z, *ctx.trellis, with_codebook, ctx.backend
-    )
-    return grad_w, grad_codebook if with_codebook else None, *[None] * 7
-
-
-def _refuse_to_differentiate(ctx: Any, *_: Tensor) -> None:
-    raise RuntimeError("bcjr can be differentiated only once: it has no second derivatives")
-
-
-torch.library.register_autograd(
-    "softtrellis::soft_forward", _differentiate, setup_context=_save_for_backward
-)
-torch.library.register_autograd("softtrellis::soft_backward", _refuse_to_differentiate)
 
 
 def _soft(
@@ -276,6 +106,51 @@ def bcjr(
     if isinstance(ends, str) and ends == "tail_biting":
         return _exact_tail_biting(w, table, spec, temperatures, return_entropy, backend)
     return _soft(w, table, spec, temperatures, pins, return_entropy, backend)
+
+
+def pass_back(
+    values: Tensor,
+    w: Tensor,
+    codebook: Tensor,
+    spec: TrellisSpec,
+    *,
+    temperature: float | Tensor,
+    ends: Literal["free"] | Tensor = "free",
+    backend: Backend = "auto",
+) -> Tensor:
+    """Values with the gradient of the Boltzmann average, which is not computed.
+
+    The gradient needs the average only as a centre, for which any values near it do: straight
+    through the hard code it costs a backward pass alone.
+
+    Args:
+        values: [B, N, V] like ``w``, near ``bcjr(w, ...).values``, such as the hard codewords; they
+            get no gradient.
+        w, codebook, spec, temperature, backend: as in ``bcjr``.
+        ends: as there, "free" or overlaps.
+
+    Returns:
+        The values. Gradients with respect to ``w`` and ``codebook`` are exactly those that
+        ``bcjr(w, ...).values`` has, and can be had once.
+
+    Raises:
+        ValueError: shapes, values or a temperature that do not fit, or other ends.
+        RuntimeError: a backend that is not installed.
+        torch.OutOfMemoryError: as ``bcjr``.
+    """
+    check_problem(w, codebook, spec)
+    if values.shape != w.shape:
+        raise ValueError(f"values must be {list(w.shape)} like w, got {list(values.shape)}")
+    if isinstance(ends, str) and ends != "free":
+        raise ValueError(f"pass_back takes ends 'free' or overlaps, got {ends!r}")
+    pins = resolve_pins(ends, w, spec)
+    exact = backend == "torch" or w.dtype == torch.float64
+    temperatures = _temperatures(temperature, w, exact=exact)
+    centre, table = values.detach().to(w.dtype).contiguous(), codebook.to(w.dtype)
+    found: Tensor = torch.ops.softtrellis.pass_back(
+        centre, w, table, temperatures, pins, spec.L, spec.k, spec.V, backend
+    )
+    return found
 
 
 def _temperatures(temperature: float | Tensor, w: Tensor, *, exact: bool) -> Tensor:

@@ -369,7 +369,7 @@ def soft_backward(
     pins: Tensor | None,
     values: Tensor,
     grad_values: Tensor,
-    grad_log_z: Tensor,
+    grad_log_z: Tensor | None,
     with_codebook: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """As ``bcjr_torch.soft_backward``, for float32 tensors on the CPU.
@@ -382,6 +382,7 @@ def soft_backward(
     """
     grad_w = torch.empty_like(w, memory_format=torch.contiguous_format)
     problem = _problem(w, codebook, spec, temperature, pins)
+    grad_log_z = w.new_zeros(len(w)) if grad_log_z is None else grad_log_z
     upstream = Upstream(as_array(grad_values), as_array(values), as_array(grad_log_z))
 
     def run(first: int, stride: int) -> CodeGradient | None:

@@ -86,7 +86,7 @@ def _start(
         row = message + 2 * _SHORT_TILES
         floats = blocks * (2 * TABLE_ROWS + _SHORT_TEAMS * steps * row)
         kernel = _SHORT[tangent]
-        team = (2 * TABLE_ROWS * _SHORT_TILES + message) * 4 + 96
+        team = (2 * TABLE_ROWS * _SHORT_TILES + message) * 4 + 112
         shared = _SHORT_TEAMS * team + spec.num_states * 8
         tables = [codebook, short_states_of_rows(device)]
     else:
@@ -141,27 +141,31 @@ def soft_backward(
     pins: Tensor | None,
     values: Tensor,
     grad_values: Tensor,
-    grad_log_z: Tensor,
+    grad_log_z: Tensor | None,
     with_codebook: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """The exact gradient of ``soft_forward``; ``bcjr_torch.soft_backward`` on an NVIDIA GPU.
 
     Args:
         w, codebook, spec, temperature, pins: as in ``soft_forward``.
-        values: [B, N, V], what ``soft_forward`` returned.
+        values: [B, N, V], what ``soft_forward`` returned; without ``grad_log_z`` anything near it.
+            Kernels for L = 16 then compute it.
         grad_values: [B, N, V], upstream gradient g.
-        grad_log_z: [B], upstream gradient of log Z.
+        grad_log_z: [B], upstream gradient of log Z; None is none.
         with_codebook: also return the gradient with respect to the codebook.
 
     Returns:
         grad_w [B, N, V], grad_codebook [S, V] or None.
     """
     batch, steps, _ = w.shape
-    values, grad_values, grad_log_z = (x.contiguous() for x in (values, grad_values, grad_log_z))
+    values, grad_values = values.contiguous(), grad_values.contiguous()
     if with_codebook or batch == 0 or not _runs(spec, steps):
         return bcjr_triton.soft_backward(
             w, codebook, spec, temperature, pins, values, grad_values, grad_log_z, with_codebook
         )
+    if grad_log_z is None and spec != SHORT_SPEC:
+        values, log_z, _ = soft_forward(w, codebook, spec, temperature, pins, with_entropy=False)
+        grad_log_z = torch.zeros_like(log_z)
     grad_w = torch.empty(w.shape, dtype=torch.float32, device=w.device)
     outputs = [values, None, grad_values, grad_log_z, grad_w]
     left = _start(w, codebook, spec, temperature, pins, outputs)

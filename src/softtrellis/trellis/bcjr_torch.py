@@ -84,19 +84,21 @@ def soft_backward(
     pins: Tensor | None,
     values: Tensor,
     grad_values: Tensor,
-    grad_log_z: Tensor,
+    grad_log_z: Tensor | None,
     with_codebook: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """The exact gradient of ``soft_forward``, by sweeps over the expectation semiring.
 
     With G = sum_u g_u . (C[s_u] - values_u) along a path, the gradient with respect to w_t is
-    (2 / T) E[(C[s_t] - values_t) G]: every message carries the mean of the part of G it has seen.
+    (2 / T) E[C[s_t] (G - E[G])]: every message carries the mean of the part of G it has seen. That
+    holds for any values; near the average the terms of G are small.
 
     Args:
         w, codebook, spec, temperature, pins: as in ``soft_forward``.
-        values: [B, N, V], what ``soft_forward`` returned.
+        values: [B, N, V], what ``soft_forward`` returned; without ``grad_log_z`` anything near it,
+            such as the hard code.
         grad_values: [B, N, V], upstream gradient g.
-        grad_log_z: [B], upstream gradient of log Z.
+        grad_log_z: [B], upstream gradient of log Z; None is none.
         with_codebook: also return the gradient with respect to the codebook.
 
     Returns:
@@ -125,11 +127,13 @@ def soft_backward(
             joint, total = semiring.times(into, by_overlap_out(beta, spec))
             p = torch.softmax(joint, 1)
             scale = (2.0 / T).unsqueeze(1)
-            through_soft = (p * total) @ codebook - (p * total).sum(1, keepdim=True) * soft[:, t]
-            through_log_z = grad_log_z[part].unsqueeze(1) * (soft[:, t] - x[:, t])
-            grad_w[part, t] = scale * (through_soft + through_log_z)
+            total = total - (p * total).sum(1, keepdim=True)
+            grad_w[part, t] = scale * ((p * total) @ codebook)
+            if grad_log_z is not None:
+                total = total + grad_log_z[part].unsqueeze(1)
+                grad_w[part, t] += scale * grad_log_z[part].unsqueeze(1) * (soft[:, t] - x[:, t])
             if grad_codebook is not None:
-                mass = scale * p * (total + grad_log_z[part].unsqueeze(1))
+                mass = scale * p * total
                 grad_codebook += p.T @ g[:, t] + mass.T @ x[:, t]
                 grad_codebook -= mass.sum(0).unsqueeze(1) * codebook
     return grad_w, grad_codebook

@@ -260,6 +260,8 @@ def sweep(
     """
     batch, steps, _ = w.shape
     device, tangent = w.device, grad_values is not None
+    if tangent and grad_log_z is None:
+        grad_log_z = torch.zeros_like(temperature)
     launch = launch or default_launch(1 if chosen else batch, spec, device, tangent=tangent)
     states, overlaps, branches = spec.num_states, spec.num_overlaps, spec.num_branches
     fields = 2 if tangent else 1
@@ -364,7 +366,7 @@ def soft_backward(
     pins: Tensor | None,
     values: Tensor,
     grad_values: Tensor,
-    grad_log_z: Tensor,
+    grad_log_z: Tensor | None,
     with_codebook: bool,
     launch: Launch | None = None,
 ) -> tuple[Tensor, Tensor | None]:

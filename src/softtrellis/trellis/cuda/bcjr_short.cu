@@ -32,10 +32,10 @@ struct Arguments {
     const int *rows;            // [512], a state for every row of HYB's table
     const float *scales;        // [tiles], sqrt(log2(e) / T)
     const long long *pins;      // [tiles] or null
-    float2 *values;             // [tiles, N]
+    float2 *values;             // [tiles, N]; with TANGENT the centre, anything near the average
     float *log_z;               // [tiles]; the forward pass writes it
     const float2 *grad_values;  // [tiles, N]; from here on only with TANGENT
-    const float *grad_log_z;    // [tiles]
+    const float *grad_log_z;    // [tiles], with which the centre is the average; or null
     float *grad_w;              // [tiles, N, 2]
     float4 *scratch;            // [blocks, 256], then [teams, N, 256 or 512 + 2]
     int *next;                  // quads of tiles handed out so far
@@ -47,7 +47,7 @@ struct Arguments {
 
 // One step of four tiles. A weight outside the codebook's range is cut to p at its edge; with o for
 // what is cut off, (c - w)^2 = (c - p)^2 - 2 o (c - p) + o^2, whose last term is left to log Z. These
-// are scaled by sqrt(log2(e) / T), but not the upstream gradient and g . soft.
+// are scaled by sqrt(log2(e) / T), but not the upstream gradient and g . centre.
 struct Step {
     float p0[TILES], p1[TILES], far0[TILES], far1[TILES];  // far is 2 o
     float g0[TILES], g1[TILES], centre[TILES];
@@ -62,6 +62,7 @@ __device__ __forceinline__ float2 *rows_of(const Arguments &arg) {
 // What a team keeps in shared memory besides its table and messages.
 struct alignas(16) Exchange {
     float scale[TILES], gain[TILES], log2_z[TILES];
+    float mean[TILES];  // with TANGENT, of the sum of g . (c - centre) along a path
     float greatest[TILES];  // of the messages
     int exponent[TILES];    // they are times two to this
     float least, most, second;  // bounds of the first component, and of the second without its sign
@@ -133,7 +134,7 @@ struct Worker {
     }
 
     // Of a message b with its derivative d: after a step with the codeword c the derivative is
-    // d + b (g . c - g . soft), of which this leaves d + c0 b0 + c1 b1.
+    // d + b g . (c - centre), of which this leaves d + c0 b0 + c1 b1.
     __device__ __forceinline__ void spread(const Step &step, const float (&b)[TILES], float (&d)[TILES],
                                            float (&b0)[TILES], float (&b1)[TILES]) const {
 #pragma unroll
@@ -201,7 +202,7 @@ struct Worker {
         return max(TARGET - (int)(told.log2_z[m] + (float)all), -149);
     }
 
-    // alpha_0 to alpha_{N-1} into scratch; log2 of Z without the squares o^2.
+    // alpha_0 to alpha_{N-1} into scratch; log2 of Z without the squares o^2, and the mean.
     __device__ void alpha_sweep() {
         const int j = lane >> 3 & 1, half = lane >> 4, y = (lane & 7) << 1 | ((lane & 1) ^ half);
         const u32 order = ORDER[lane];
@@ -269,17 +270,22 @@ struct Worker {
             }
         }
         __syncwarp();
-        float sum[TILES] = {};
+        float sum[TILES] = {}, drift[TILES] = {};
         for (int u = lane; u < OVERLAPS; u += 32) {
-            float x[TILES];
-            read4(x, from + place(u >> 4, u & 15));
+            float x[TILES], d[TILES] = {};
+            const u32 here = from + place(u >> 4, u & 15);
+            read4(x, here);
+            if (TANGENT) read4(d, here + OVERLAPS * 16);
 #pragma unroll
             for (int m = 0; m < TILES; m++)
-                if (!arg.pins || (int)arg.pins[tile(m)] == u) sum[m] += x[m];
+                if (!arg.pins || (int)arg.pins[tile(m)] == u) sum[m] += x[m], drift[m] += d[m];
         }
 #pragma unroll
-        for (int m = 0; m < TILES; m++)
-            told.log2_z[m] = log2f(sum_of_warp(sum[m])) - (float)told.exponent[m];
+        for (int m = 0; m < TILES; m++) {
+            const float all = sum_of_warp(sum[m]);
+            told.log2_z[m] = log2f(all) - (float)told.exponent[m];
+            if (TANGENT) told.mean[m] = sum_of_warp(drift[m]) / all;
+        }
         __syncwarp();
     }
 
@@ -295,7 +301,8 @@ struct Worker {
             const size_t at = index(m, t) * 2 + (which ^ first);
             if (TANGENT) {
                 const float s = ((const float *)arg.values)[at], w = ((const float *)arg.w)[at];
-                const float gz = arg.grad_log_z[tile(m)], scale = told.scale[m];
+                const float gz = arg.grad_log_z ? arg.grad_log_z[tile(m)] : 0.0f;
+                const float scale = told.scale[m];
                 arg.grad_w[at] = 2.0f * LN2 * scale * scale *
                                  ((sum - s * drift) / z / told.gain[m] + (s - w) * gz);
             } else {
@@ -403,7 +410,7 @@ struct Worker {
 #pragma unroll
             for (int k = 0; k < OWN; k++) {
                 alpha[k][m] *= by;
-                if (TANGENT) tangent[k][m] *= by;
+                if (TANGENT) tangent[k][m] = fmaf(tangent[k][m], by, -told.mean[m] * alpha[k][m]);
             }
         }
     }
