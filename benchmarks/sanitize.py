@@ -13,6 +13,7 @@ import argparse
 import torch
 
 from softtrellis import TrellisSpec, bcjr, codebook, viterbi
+from softtrellis.trellis.bcjr import pass_back
 
 CASES = [
     ("hyb", TrellisSpec(16, 2, 2), 9),
@@ -33,6 +34,9 @@ def run(code: str, spec: TrellisSpec, steps: int, backend: str) -> None:
         (soft.values.square().sum() + soft.log_z.sum()).backward()
         assert x.grad is not None
         assert bool(torch.isfinite(x.grad).all())
+        hard = viterbi(w, C, spec, ends=ends, backend=backend).values  # type: ignore[arg-type]
+        passed = pass_back(hard, x, C, spec, temperature=0.05, ends=ends, backend=backend)  # type: ignore[arg-type]
+        passed.square().sum().backward()
     for ends in ("free", pins, "tail_biting"):
         viterbi(w, C, spec, ends=ends, backend=backend)  # type: ignore[arg-type]
 

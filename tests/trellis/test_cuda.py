@@ -12,7 +12,7 @@ from softtrellis.codes.codebook import codebook
 from softtrellis.codes.hybrid import table_rows
 from softtrellis.spec import TrellisSpec
 from softtrellis.trellis import viterbi_cuda
-from softtrellis.trellis.bcjr import bcjr
+from softtrellis.trellis.bcjr import bcjr, pass_back
 from softtrellis.trellis.bitshift import check_path
 from softtrellis.trellis.codebook_cuda import scaled_halves, states_of_rows
 from softtrellis.trellis.viterbi import viterbi
@@ -65,13 +65,20 @@ def relative(found: Tensor, exact: Tensor) -> float:
     return float((found.double() - exact).norm() / exact.norm())
 
 
+ANSWERS = ("values", "log_z", "gradient", "gradient alone")
+
+
 def answers(
     w: Tensor, C: Tensor, spec: TrellisSpec, T: Tensor, ends: object, g: Tensor, backend: str
 ) -> list[Tensor]:
     x = w.clone().requires_grad_()
     soft = bcjr(x, C, spec, temperature=T, ends=ends, backend=backend)  # type: ignore[arg-type]
     loss = (soft.values * g.to(w)).sum() + 0.1 * soft.log_z.sum()
-    return [soft.values.detach(), soft.log_z.detach(), *torch.autograd.grad(loss, x)]
+    gradients = torch.autograd.grad(loss, x)
+    hard = viterbi(w, C, spec, ends=ends, backend=backend).values  # type: ignore[arg-type]
+    passed = pass_back(hard, x, C, spec, temperature=T, ends=ends, backend=backend)  # type: ignore[arg-type]
+    gradients += torch.autograd.grad((passed * g.to(w)).sum(), x)
+    return [soft.values.detach(), soft.log_z.detach(), *gradients]
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -142,7 +149,7 @@ def test_bcjr_at_all_temperatures(code: str, spec: TrellisSpec, ends: str) -> No
     given = "free" if ends == "free" else pins
     found = answers(w, C, spec, T, given, g, "cuda")
     exact = answers(w.double(), C.double(), spec, T.double(), given, g, "torch")
-    for name, x, y in zip(("values", "log_z", "gradient"), found, exact, strict=True):
+    for name, x, y in zip(ANSWERS, found, exact, strict=True):
         for temperature in temperatures:
             mine = T.new_tensor(temperature) == T
             tolerance = 2e-5 if temperature >= 0.05 else 1e-4
@@ -159,7 +166,7 @@ def test_other_lengths(code: str, spec: TrellisSpec, steps: int) -> None:
     for ends in ("free", pins):
         found = answers(w, C, spec, T, ends, g, "cuda")
         exact = answers(w.double(), C.double(), spec, T.double(), ends, g, "torch")
-        for name, x, y in zip(("values", "log_z", "gradient"), found, exact, strict=True):
+        for name, x, y in zip(ANSWERS, found, exact, strict=True):
             assert relative(x, y) < 1e-4, name
 
 
