@@ -10,6 +10,7 @@ import torch
 from softtrellis.codes.codebook import codebook
 from softtrellis.quantizers.soft import estimate
 from softtrellis.spec import TrellisSpec
+from softtrellis.trellis import bcjr_torch
 from softtrellis.trellis.bcjr import bcjr
 from softtrellis.trellis.viterbi import viterbi
 
@@ -63,6 +64,20 @@ def test_hard_values_are_the_code_to_the_bit(estimator: str) -> None:
     w, C, pins = setting()
     found = estimate(w, C, SPEC, estimator=estimator, temperature=0.2, pins=pins)  # type: ignore[arg-type]
     assert torch.equal(found, viterbi(w, C, SPEC, ends=pins).values)
+
+
+@pytest.mark.parametrize("estimator", ["straight_through", "mixed"])
+def test_hard_values_need_no_average(estimator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the average was computed")
+
+    monkeypatch.setattr(bcjr_torch, "soft_forward", refuse)
+    w, C, pins = setting()
+    found = estimate(w, C, SPEC, estimator=estimator, temperature=0.2, pins=pins, backend="torch")  # type: ignore[arg-type]
+    (gradient,) = torch.autograd.grad(found.square().sum(), w)
+    assert bool(gradient.any())
+    with pytest.raises(AssertionError, match="was computed"):
+        estimate(w, C, SPEC, estimator="soft", temperature=0.2, pins=pins, backend="torch")
 
 
 def test_a_turn_without_tiles_is_the_identity() -> None:
