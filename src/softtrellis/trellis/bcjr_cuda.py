@@ -93,7 +93,7 @@ def _start(
         blocks = min(multiprocessors(device), batch)
         floats = blocks * (steps // 2 * spec.num_overlaps * fields + steps * 64)
         states = spec.num_states // 8 * 5 if tangent else spec.num_states
-        shared = spec.num_overlaps * 4 * fields + 5 * 64 + 32 + steps * 48 + states * 2
+        shared = spec.num_overlaps * 4 * fields + 6 * 64 + 32 + steps * 48 + states * 2
         tables = [*scaled_halves(codebook), torch.stack(codebook.aminmax())]
         kernel = _SCALAR[tangent]
     scratch = torch.empty(floats, dtype=torch.float32, device=device)
@@ -149,7 +149,6 @@ def soft_backward(
     Args:
         w, codebook, spec, temperature, pins: as in ``soft_forward``.
         values: [B, N, V], what ``soft_forward`` returned; without ``grad_log_z`` anything near it.
-            Kernels for L = 16 then compute it.
         grad_values: [B, N, V], upstream gradient g.
         grad_log_z: [B], upstream gradient of log Z; None is none.
         with_codebook: also return the gradient with respect to the codebook.
@@ -163,9 +162,6 @@ def soft_backward(
         return bcjr_triton.soft_backward(
             w, codebook, spec, temperature, pins, values, grad_values, grad_log_z, with_codebook
         )
-    if grad_log_z is None and spec != SHORT_SPEC:
-        values, log_z, _ = soft_forward(w, codebook, spec, temperature, pins, with_entropy=False)
-        grad_log_z = torch.zeros_like(log_z)
     grad_w = torch.empty(w.shape, dtype=torch.float32, device=w.device)
     outputs = [values, None, grad_values, grad_log_z, grad_w]
     left = _start(w, codebook, spec, temperature, pins, outputs)

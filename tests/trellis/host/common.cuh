@@ -4,9 +4,6 @@
 
 #include "cuda.cuh"
 
-#define asm                    // the instructions of messages.cuh
-#define volatile(...) abort()  // are not for the host
-
 template <class F>
 float over_warp(float x, F f) {
     return exchange(x, [&](auto told) {
@@ -23,6 +20,7 @@ inline float least_of_warp(float x) { return over_warp(x, smaller); }
 inline float sum_of_warp(float x) { return over_warp(x, sum); }
 
 inline void prefetch(const void *) {}
+inline void prefetch_l2(const void *) {}
 inline float exp2_fast(float x) { return x < -126.0f ? 0.0f : exp2f(x); }
 inline float power_of_two(int exponent) { return ldexpf(1.0f, min(max(exponent, -149), 127)); }
 inline u32 and_or(u32 x, u32 mask, u32 bits) { return x & mask | bits; }
@@ -36,7 +34,13 @@ X at(u32 from) {
 }
 inline float2 constant2(u32 from) { return at<float2>(from); }
 inline float4 constant4(u32 from) { return at<float4>(from); }
+inline float2 message2(u32 from) { return at<float2>(from); }
 inline float4 message4(u32 from) { return at<float4>(from); }
+
+template <int THREADS>
+void group_barrier(int group) {
+    wait_for(group + 1, THREADS);
+}
 
 inline void read_if(bool condition, uint4 &to, u32 from) {
     if (condition) to = at<uint4>(from);

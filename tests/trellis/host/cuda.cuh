@@ -122,6 +122,15 @@ inline int atomicAdd(int *p, int x) {
     *p += x;
     return *p - x;
 }
+inline double atomicAdd(double *p, double x) {
+    *p += x;
+    return *p - x;
+}
+inline u32 atomicMax(u32 *p, u32 x) {
+    const u32 before = *p;
+    *p = max(before, x);
+    return before;
+}
 template <class X>
 X __ldcg(const X *p) {
     return *p;
@@ -133,4 +142,7 @@ X loaded(const void *from) {
     if (in_global_memory(from, sizeof x)) memcpy(&x, from, sizeof x);
     return x;
 }
-inline u32 __ldg(const u32 *from) { return loaded<u32>(from); }
+template <class X>
+X __ldg(const X *from) {
+    return loaded<X>(from);
+}

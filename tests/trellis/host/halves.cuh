@@ -14,6 +14,10 @@ inline float of_half(u16 x) {
     return x & 0x8000 ? -y : y;
 }
 
+inline void of_halves(u32 pair, float &low, float &high) {
+    low = of_half(pair & 0xffff), high = of_half(pair >> 16);
+}
+
 inline u16 to_half(double x) {
     const u16 sign = std::signbit(x) ? 0x8000 : 0;
     if (std::isnan(x)) return 0x7fff;

@@ -16,10 +16,10 @@ struct Arguments {
     const int *rows;           // [512], a state of the quarter for every row of HYB's table
     const float *scales;       // [tiles], sqrt(log2(e) / T)
     const long long *pins;     // [tiles] or null
-    float *values;             // [tiles, N, 2]
+    float *values;             // [tiles, N, 2]; with TANGENT the centre, anything near the average
     float *log_z;              // [tiles]; the forward pass writes it
     const float *grad_values;  // [tiles, N, 2]; from here on only with TANGENT
-    const float *grad_log_z;   // [tiles]
+    const float *grad_log_z;   // [tiles], with which the centre is the average; or null
     float *grad_w;             // [tiles, N, 2]
     float *scratch;            // [groups, N, 32 + 4096 or 8192]
     int *next;                 // tiles handed out so far
@@ -37,7 +37,7 @@ struct alignas(16) Step {
     float far0, far1;  // 2 o
     float shift;       // the integer that is added to every log2 phi
     float g0, g1;      // upstream gradient over the scale
-    float centre;      // g . (soft - p)
+    float centre;      // g . (centre - p)
     float alpha_max, beta_max;
     int alpha_exponent;  // alpha in scratch is alpha times two to this
     int scaled;          // in the sums of this step it is that times two to this
@@ -64,11 +64,12 @@ template <bool TANGENT>
 struct alignas(128) Group {
     Message<TANGENT> message[OVERLAPS];  // as the last step left them
     u32 largest[WARPS];
-    float sums[WARPS];
+    float2 sums[WARPS];
     double outside;  // the sum of the squares o^2
     float log2_z;    // without them
     int tile, bad;
     u32 gain;
+    float mean;  // with TANGENT, of the sum of g . (c - centre) along a path
 };
 
 template <bool TANGENT>
@@ -202,7 +203,7 @@ struct Worker {
         return top;
     }
 
-    // alpha_0 to alpha_{N-1} into scratch, and log2 of Z without the squares.
+    // alpha_0 to alpha_{N-1} into scratch; log2 of Z without the squares, and the mean.
     __device__ void alpha_sweep(float scale, int pin) {
         const int N = arg.steps;
         const Message<TANGENT> *in = own.message + place(a);
@@ -242,16 +243,17 @@ struct Worker {
         }
         u32 most;
         const int by = normaliser(most);
-        float sum = 0.0f;
+        float2 sums = {};
         for (int u = id; u < OVERLAPS; u += GROUP)
-            if (pin < 0 || u == pin) sum += own.message[place(u)].v * power_of_two(by);
-        sum = sum_of_warp(sum);
-        if (lane == 0) own.sums[warp] = sum;
+            if (pin < 0 || u == pin) add_to(sums, times(own.message[place(u)], power_of_two(by)));
+        sums = make_float2(sum_of_warp(sums.x), sum_of_warp(sums.y));
+        if (lane == 0) own.sums[warp] = sums;
         barrier();
         if (id == 0) {
-            sum = 0.0f;
-            for (int i = 0; i < WARPS; i++) sum += own.sums[i];
-            own.log2_z = log2f(sum) - (float)(exponent + by);
+            sums = make_float2(0, 0);
+            for (int i = 0; i < WARPS; i++) sums.x += own.sums[i].x, sums.y += own.sums[i].y;
+            own.log2_z = log2f(sums.x) - (float)(exponent + by);
+            own.mean = sums.y / sums.x;
         }
         barrier();
     }
@@ -262,15 +264,15 @@ struct Worker {
     __device__ __forceinline__ float beta_step(const Message<TANGENT> *B, const Message<TANGENT> *M,
                                                const Message<TANGENT> *alpha,
                                                Message<TANGENT> *next, float scale, float pre,
-                                               const Step &x, float4 &sums) {
+                                               float mean, const Step &x, float4 &sums) {
         const int to = half * 1024 + place(a), to_m = (15 - half * 4) * 256 + place(255 - a);
         const u32 codewords = address(table + half * 4096 + a * 8 + (a & 7));
         float top = 0.0f;
 #pragma unroll 1
         for (int h = 0; h < 4; h++) {
             const u32 at = codewords + h * 16384;
-            const Message<TANGENT> a1 = times(next[0], pre), a2 = times(next[1], pre);
-            const Message<TANGENT> m1 = times(next[2], pre), m2 = times(next[3], pre);
+            const Message<TANGENT> a1 = centred(next[0], pre, mean), a2 = centred(next[1], pre, mean);
+            const Message<TANGENT> m1 = centred(next[2], pre, mean), m2 = centred(next[3], pre, mean);
             if (h < 3) fetch(alpha, h + 1, next);
             Message<TANGENT> b1 = {}, b2 = {}, n1 = {}, n2 = {};
 #pragma unroll
@@ -334,8 +336,7 @@ struct Worker {
             Message<TANGENT> next[4];
             fetch(alpha, 0, next);
             if (t > 0 && id < sizeof(own.message) / 128)
-                asm volatile("prefetch.global.L2 [%0];" ::"l"((const char *)(alpha - OVERLAPS) +
-                                                              id * 128));
+                prefetch_l2((const char *)(alpha - OVERLAPS) + id * 128);
             u32 most;
             const int by = normaliser(most);
             const float scale_by = power_of_two(by);
@@ -361,8 +362,9 @@ struct Worker {
             float4 sums = make_float4(0, 0, 0, 0);
             const bool far = x.far0 != 0.0f || x.far1 != 0.0f;
             const float pre = power_of_two(scaled);
-            const float top = far ? beta_step<true>(B, M, alpha, next, scale, pre, x, sums)
-                                  : beta_step<false>(B, M, alpha, next, scale, pre, x, sums);
+            const float mean = own.mean;
+            const float top = far ? beta_step<true>(B, M, alpha, next, scale, pre, mean, x, sums)
+                                  : beta_step<false>(B, M, alpha, next, scale, pre, mean, x, sums);
             const u32 found = largest_of_warp(top);
             sums.x = sum_of_warp(sums.x), sums.y = sum_of_warp(sums.y), sums.z = sum_of_warp(sums.z);
             if (TANGENT) sums.w = sum_of_warp(sums.w);
@@ -392,7 +394,8 @@ struct Worker {
             v0 /= z * scale, v1 /= z * scale;
             if (TANGENT) {
                 const float s0 = arg.values[at + first], s1 = arg.values[at + 1 - first];
-                const float twice = 2.0f * LN2 * scale * scale, gz = arg.grad_log_z[tile];
+                const float twice = 2.0f * LN2 * scale * scale;
+                const float gz = arg.grad_log_z ? arg.grad_log_z[tile] : 0.0f;
                 drift /= z;
                 arg.grad_w[at + first] =
                     twice * ((v0 - (s0 - p0) * drift) / gain + (s0 - w0) * gz);

@@ -17,10 +17,10 @@ struct Arguments {
     const float *bounds;              // [2], the codebook's least and its greatest value
     const float *scales;              // [tiles], sqrt(log2(e) / T)
     const long long *pins;            // [tiles] or null
-    float *values;                    // [tiles, N]
+    float *values;                    // [tiles, N]; with TANGENT the centre, near the average
     float *log_z;                     // [tiles]; the forward pass writes it
     const float *grad_values;         // [tiles, N]; from here on only with TANGENT
-    const float *grad_log_z;          // [tiles]
+    const float *grad_log_z;          // [tiles], with which the centre is the average; or null
     float *grad_w;                    // [tiles, N]
     float *scratch;                   // [blocks, N / 2 * 16384 (or twice that) + N * 64]
     int *next;                        // tiles handed out so far
@@ -38,7 +38,7 @@ struct alignas(16) Step {
     float far;     // 2 o
     float shift;   // the integer that is added to every log2 phi
     float g;       // upstream gradient over the scale
-    float centre;  // g (soft - p)
+    float centre;  // g (centre - p)
     float alpha_max, beta_max;
     int alpha_exponent;  // alpha in scratch is alpha times two to this; of even steps
     int scaled;          // in the sums of this step it is that times two to this; of even steps
@@ -49,11 +49,12 @@ template <bool TANGENT>
 struct Shared {
     Message<TANGENT> message[OVERLAPS];  // see Places
     u32 largest[2][WARPS], largest_middle[2][WARPS];  // of odd and even pairs of steps
-    float sums[WARPS];
+    float2 sums[WARPS];
     double outside;  // the sum of the squares o^2
     float log2_z;    // without them
     int tile, bad;
     u32 gain;
+    float mean;  // with TANGENT, of the sum of g (c - centre) along a path
 };
 
 // Where the 16 messages of one thread lie. A thread reads the messages of 16 overlaps and writes those
@@ -229,7 +230,7 @@ struct Worker {
         }
     }
 
-    // alpha of the even steps into scratch, and log2 of Z without the squares.
+    // alpha of the even steps into scratch; log2 of Z without the squares, and the mean.
     __device__ void alpha_sweep(float scale, int pin) {
         const int N = arg.steps;
         int exponent = HEADROOM, r = 0;
@@ -266,18 +267,19 @@ struct Worker {
                 steps[t + 1].alpha_max = __uint_as_float(most_of(own.largest_middle[parity]));
         }
         const int by = normaliser(N / 2 & 1, most);
-        float sum = 0.0f;
-        for (u32 u = id; u < OVERLAPS; u += GROUP)
-            if (pin < 0 || u == pin)
-                sum += message(Places<SIZE>::slot(Places<SIZE>::rotated(u, r)) * SIZE).v *
-                       power_of_two(by);
-        sum = sum_of_warp(sum);
-        if (lane == 0) own.sums[warp] = sum;
+        float2 sums = {};
+        for (u32 u = id; u < OVERLAPS; u += GROUP) {
+            const u32 at = Places<SIZE>::slot(Places<SIZE>::rotated(u, r)) * SIZE;
+            if (pin < 0 || u == pin) add_to(sums, times(message(at), power_of_two(by)));
+        }
+        sums = make_float2(sum_of_warp(sums.x), sum_of_warp(sums.y));
+        if (lane == 0) own.sums[warp] = sums;
         barrier();
         if (id == 0) {
-            sum = 0.0f;
-            for (int i = 0; i < WARPS; i++) sum += own.sums[i];
-            own.log2_z = log2f(sum) - (float)(exponent + by);
+            sums = make_float2(0, 0);
+            for (int i = 0; i < WARPS; i++) sums.x += own.sums[i].x, sums.y += own.sums[i].y;
+            own.log2_z = log2f(sums.x) - (float)(exponent + by);
+            own.mean = sums.y / sums.x;
         }
         barrier();
     }
@@ -324,8 +326,8 @@ struct Worker {
     template <bool FAR>
     __device__ __forceinline__ void beta_block(int a, const Places<SIZE> &places, float by,
                                                const Message<TANGENT> *kept, float scale, float pre,
-                                               const Step &x, const Step &y, Sums *sums, float &top,
-                                               float &top_middle) {
+                                               float mean, const Step &x, const Step &y, Sums *sums,
+                                               float &top, float &top_middle) {
         const Codewords<SHARED_STATES> codewords(halves, arg.halves, a);
         Message<TANGENT> B[16], next[4];
         fetch(kept + a, 0, next);
@@ -337,7 +339,7 @@ struct Worker {
             float first[4][4], value[4] = {}, slope[4] = {};
 #pragma unroll
             for (int h1 = 0; h1 < 4; h1++) {
-                A[h1] = times(next[h1], pre);
+                A[h1] = centred(next[h1], pre, mean);
                 codewords.of_first(h1 * 4 + h0, first[h1]);
             }
 #pragma unroll
@@ -392,7 +394,7 @@ struct Worker {
             if (t > 0) {
                 const char *row = (const char *)(kept - OVERLAPS);
                 for (int i = id; i < sizeof(own.message) / 128; i += GROUP)
-                    asm volatile("prefetch.global.L2 [%0];" ::"l"(row + i * 128));
+                    prefetch_l2(row + i * 128);
             }
             u32 most;
             const int by = normaliser(parity, most);
@@ -410,15 +412,15 @@ struct Worker {
             float top = 0.0f, top_middle = 0.0f;
             Sums sums[2];
             const bool far = x.far != 0.0f || y.far != 0.0f;
-            const float pre = power_of_two(scaled);
+            const float pre = power_of_two(scaled), mean = own.mean;
 #pragma unroll 1
             for (int a = id; a < BLOCKS; a += GROUP) {
                 const Places<SIZE> places(a << 4, 0, r);
                 if (far)
-                    beta_block<true>(a, places, scale_by, kept, scale, pre, x, y, sums, top,
+                    beta_block<true>(a, places, scale_by, kept, scale, pre, mean, x, y, sums, top,
                                      top_middle);
                 else
-                    beta_block<false>(a, places, scale_by, kept, scale, pre, x, y, sums, top,
+                    beta_block<false>(a, places, scale_by, kept, scale, pre, mean, x, y, sums, top,
                                       top_middle);
             }
             r = r >= 4 ? r - 4 : r + 10;
@@ -457,8 +459,8 @@ struct Worker {
             v /= z * scale;
             if (TANGENT) {
                 const float s = arg.values[at], twice = 2.0f * LN2 * scale * scale;
-                arg.grad_w[at] = twice * ((v - (s - p) * (drift / z)) / gain +
-                                          (s - w) * arg.grad_log_z[tile]);
+                const float gz = arg.grad_log_z ? arg.grad_log_z[tile] : 0.0f;
+                arg.grad_w[at] = twice * ((v - (s - p) * (drift / z)) / gain + (s - w) * gz);
             } else {
                 arg.values[at] = p + v;
             }

@@ -20,6 +20,10 @@ __device__ __forceinline__ void prefetch(const void *p) {
     asm volatile("prefetch.global.L1 [%0];" ::"l"(p));
 }
 
+__device__ __forceinline__ void prefetch_l2(const void *p) {  // only as near as the second cache
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
+
 __device__ __forceinline__ u32 largest_of_warp(float x) {  // x >= 0
     return __reduce_max_sync(0xffffffffu, __float_as_uint(x));
 }
@@ -65,6 +69,12 @@ __device__ __forceinline__ float4 message4(u32 from) {  // of what barriers guar
     asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
                  : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
                  : "r"(from));
+    return x;
+}
+
+__device__ __forceinline__ float2 message2(u32 from) {  // likewise
+    float2 x;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(from));
     return x;
 }
 

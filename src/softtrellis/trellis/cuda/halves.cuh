@@ -12,6 +12,12 @@ __device__ __forceinline__ float of_half(u16 x) {
     return y;
 }
 
+__device__ __forceinline__ void of_halves(u32 pair, float &low, float &high) {
+    asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}"
+        : "=f"(low), "=f"(high)
+        : "r"(pair));
+}
+
 __device__ __forceinline__ u16 to_half(float x) {
     u16 y;
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));

@@ -30,16 +30,28 @@ __device__ __forceinline__ Message<true> times(Message<true> m, float x) {
     return {m.v * x, m.t * x};
 }
 
+// alpha scaled, its derivative without the mean of G (bcjr_torch.soft_backward).
+__device__ __forceinline__ Message<false> centred(Message<false> m, float x, float) {
+    return times(m, x);
+}
+__device__ __forceinline__ Message<true> centred(Message<true> m, float x, float mean) {
+    return {m.v * x, fmaf(-mean, m.v, m.t) * x};
+}
+
+// Of the last alpha: its sum, and with TANGENT that of the derivatives.
+__device__ __forceinline__ void add_to(float2 &sums, Message<false> m) { sums.x += m.v; }
+__device__ __forceinline__ void add_to(float2 &sums, Message<true> m) {
+    sums.x += m.v, sums.y += m.t;
+}
+
 __device__ __forceinline__ void load_two(Two<false> &two, u32 from) {
-    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
-                 : "=f"(two.at[0].v), "=f"(two.at[1].v)
-                 : "r"(from));
+    const float2 x = message2(from);
+    two.at[0].v = x.x, two.at[1].v = x.y;
 }
 
 __device__ __forceinline__ void load_two(Two<true> &two, u32 from) {
-    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(two.at[0].v), "=f"(two.at[0].t), "=f"(two.at[1].v), "=f"(two.at[1].t)
-                 : "r"(from));
+    const float4 x = message4(from);
+    two.at[0] = {x.x, x.y}, two.at[1] = {x.z, x.w};
 }
 
 // Whether the sum z of alpha phi beta, with alpha times two to scaled, is safe from what was lost.

@@ -9,17 +9,11 @@
 
 #pragma once
 
-#include "common.cuh"
+#include "halves.cuh"
 
 constexpr int OVERLAPS = 16384;
 constexpr int STATES = 65536;
 constexpr int BLOCKS = 1024;  // of 16 overlaps
-
-__device__ __forceinline__ void unpack(u32 pair, float &low, float &high) {
-    asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}"
-        : "=f"(low), "=f"(high)
-        : "r"(pair));
-}
 
 // Where a codeword lies in shared memory: every second 128 bytes have their neighbouring 16 bytes
 // exchanged, against bank conflicts. Bits above the seventh may be added afterwards.
@@ -44,15 +38,15 @@ struct Codewords {
     __device__ __forceinline__ void of_first(int h, float *c) const {
         const uint2 x = (h << 12) < SHARED_STATES ? *(const uint2 *)(first + (h << 12))
                                                   : __ldg((const uint2 *)(far_first + (h << 12)));
-        unpack(x.x, c[0], c[1]), unpack(x.y, c[2], c[3]);
+        of_halves(x.x, c[0], c[1]), of_halves(x.y, c[2], c[3]);
     }
     // (c, e) = (0, 0) .. (1, 3), or (2, 0) .. (3, 3), of the second.
     __device__ __forceinline__ void of_second(int h0, int half, float *c) const {
         const uint4 x = (h0 + 1 << 14) <= SHARED_STATES
                             ? *(const uint4 *)((half ? high : low) + (h0 << 14))
                             : __ldg((const uint4 *)(far_low + (h0 << 14 | half << 3)));
-        unpack(x.x, c[0], c[1]), unpack(x.y, c[2], c[3]);
-        unpack(x.z, c[4], c[5]), unpack(x.w, c[6], c[7]);
+        of_halves(x.x, c[0], c[1]), of_halves(x.y, c[2], c[3]);
+        of_halves(x.z, c[4], c[5]), of_halves(x.w, c[6], c[7]);
     }
 };
 

@@ -72,7 +72,7 @@ struct Worker {
 
     __device__ float codeword(int state) const {
         float low, high;
-        unpack(halves[placed(state)], low, high);
+        of_halves(halves[placed(state)], low, high);
         return low;
     }
 
@@ -156,7 +156,7 @@ struct Worker {
             const float *row = kept + (size_t)((t - from) / WINDOW) * OVERLAPS;
             if (t > from)
                 for (int i = id; i < OVERLAPS / 32; i += GROUP)
-                    asm volatile("prefetch.global.L2 [%0];" ::"l"(row - OVERLAPS + i * 32));
+                    prefetch_l2(row - OVERLAPS + i * 32);
             // Two bits of the number of a path stand on top of each of its states, the last first.
             float cost = 3e38f;
             int s[WINDOW];
