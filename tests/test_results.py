@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import sys
 from itertools import pairwise
@@ -240,6 +241,33 @@ def test_two_minutes_of_straight_through_and_of_the_scalar_codes() -> None:
         (run,) = found = runs[f"minutes/{name}"]
         cells = f"{len(run['log'])} | {run['perplexity']:.2f} | {run['kl']:.4f}"
         assert f"| {cells} | {words(found, identity, digits)}, the same seed |" in PAGE
+
+
+def test_what_plain_viterbi_loses_compounds() -> None:
+    runs = [run for run in claims("349811a", "2d1d18d", "476d123") if "kl" in run]
+    losses = {(run["name"], run["seed"]): math.log(run["perplexity"] / 21.64) for run in runs}
+    page = " ".join(PAGE.split())
+    ptq, identity, soft = "", "/identity@0.01", "/soft-0.3@0.03"
+    for setting, seed, words in (
+        (ptq, 0, "is {} for the three layers, and {} for the sum"),
+        (ptq, 1, "PTQ {} for {} and"),
+        (ptq, 2, "and {} for {},"),
+        (identity, 0, "After identity it is {} and {},"),
+        (identity, 1, "seed 1 after identity {} for {},"),
+        (soft, 0, "after soft {} and {}:"),
+    ):
+        union = losses[f"pairs/4,12,20/viterbi{setting}", seed]
+        total = sum(losses[f"single/{layer}/viterbi{setting}", seed] for layer in (4, 12, 20))
+        assert union > total
+        assert words.format(f"{union:.4f}", f"{total:.4f}") in page
+        assert setting or f"{union - total:.4f}" in page
+
+
+def test_the_ninth_search() -> None:
+    ((turns,),) = read([DATA / "476d123-slow.jsonl.xz"], "").values()
+    assert f"perplexity {turns['perplexity']:.2f} and KL {turns['kl']:.4f}" in PAGE
+    losses = [record["loss"] for record in turns["log"]]
+    assert f"from {losses[1]:.2f} to {max(losses[:8]):.2f} within the first eight steps" in PAGE
 
 
 def test_the_grid_of_drifts() -> None:

@@ -131,5 +131,7 @@ def test_kernels_on_the_host(
             for found, best in pairs:  # which may be 1e-11 where one path has it all
                 assert bool(torch.isfinite(found[mine]).all())
                 error = (found[mine] - best[mine]).norm()
-                assert float(error) < 2e-5 * float(best[mine].norm()) + 1e-9, temperature
+                least = 0.0 if spec == SHORT_SPEC else 1e-9
+                assert float(error) <= 2e-5 * float(best[mine].norm()) + least, temperature
+            assert mine or temperature not in (0.3, 0.1)
         assert len(left) <= len(T) // 2

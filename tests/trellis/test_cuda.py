@@ -74,10 +74,11 @@ def answers(
     x = w.clone().requires_grad_()
     soft = bcjr(x, C, spec, temperature=T, ends=ends, backend=backend)  # type: ignore[arg-type]
     loss = (soft.values * g.to(w)).sum() + 0.1 * soft.log_z.sum()
-    gradients = torch.autograd.grad(loss, x)
+    gradients = torch.autograd.grad(loss, x, retain_graph=True)
     hard = viterbi(w, C, spec, ends=ends, backend=backend).values  # type: ignore[arg-type]
     passed = pass_back(hard, x, C, spec, temperature=T, ends=ends, backend=backend)  # type: ignore[arg-type]
-    gradients += torch.autograd.grad((passed * g.to(w)).sum(), x)
+    alone = (passed * g.to(w)).sum() + 0.1 * soft.log_z.sum()  # which no path has to itself
+    gradients += torch.autograd.grad(alone, x)
     return [soft.values.detach(), soft.log_z.detach(), *gradients]
 
 

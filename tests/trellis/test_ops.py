@@ -13,7 +13,7 @@ from softtrellis.backend import Backend
 from softtrellis.codes.codebook import codebook
 from softtrellis.spec import TrellisSpec
 from softtrellis.trellis import bcjr_torch
-from softtrellis.trellis.bcjr import bcjr
+from softtrellis.trellis.bcjr import bcjr, pass_back
 from softtrellis.trellis.validation import Ends
 from softtrellis.trellis.viterbi import viterbi
 
@@ -49,6 +49,7 @@ def test_operators_are_what_they_say(ends: str, backend: Backend) -> None:
         torch.library.opcheck(OPS.soft_forward, (*given, *SIZES, optional, backend))
         given = (w, C, T, pins, w + 1, w - 1, T)
         torch.library.opcheck(OPS.soft_backward, (*given, *SIZES, optional, backend))
+        torch.library.opcheck(OPS.soft_backward, (*given[:-1], None, *SIZES, optional, backend))
         given = (w - 1, w.clone().requires_grad_(), C.clone().requires_grad_(optional), T, pins)
         torch.library.opcheck(OPS.pass_back, (*given, *SIZES, backend))
     for tail_biting in (False, True):
@@ -114,6 +115,22 @@ def test_compiled_exact_tail_biting() -> None:
         torch.testing.assert_close(one, other)
 
 
+def test_compiled_gradients_without_the_average() -> None:
+    w, C, T, pins = problem()
+
+    def step(w: Tensor) -> list[Tensor]:
+        return [pass_back(w.detach().round(), w, C, SPEC, temperature=T, ends=pins)]
+
+    found = []
+    for function in (compiled(step), step):
+        x = w.clone().requires_grad_()
+        (passed,) = function(x)
+        found.append((passed.detach(), *torch.autograd.grad(passed.square().sum(), x)))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+    assert bool(found[0][1].any())
+
+
 def test_compiled_refuses_a_number_but_cannot_see_values() -> None:
     w, C, _, _ = problem()
 
@@ -145,6 +162,10 @@ def test_a_second_derivative_is_refused() -> None:
     (gradient,) = torch.autograd.grad(
         bcjr(w, C, SPEC, temperature=T).values.square().sum(), w, create_graph=True
     )
+    with pytest.raises(RuntimeError, match="only once"):
+        torch.autograd.grad(gradient.sum(), w)
+    passed = pass_back(w.detach(), w, C, SPEC, temperature=T)
+    (gradient,) = torch.autograd.grad(passed.square().sum(), w, create_graph=True)
     with pytest.raises(RuntimeError, match="only once"):
         torch.autograd.grad(gradient.sum(), w)
 
@@ -201,7 +222,10 @@ def test_a_cuda_graph_follows_its_inputs(backend: Backend, code: str, spec: Trel
         (gradient,) = torch.autograd.grad(soft.values, w, g)
         hot = bcjr(w.detach(), C, spec, temperature=0.3, backend=backend)
         path = viterbi(w, C, spec, backend=backend)
-        return [soft.values.detach(), soft.log_z.detach(), gradient, hot.values, path.values]
+        passed = pass_back(w.detach(), w, C, spec, temperature=T, ends=pins, backend=backend)
+        (alone,) = torch.autograd.grad(passed, w, g)
+        found = [soft.values.detach(), soft.log_z.detach(), gradient, alone]
+        return [*found, hot.values, path.values]
 
     replay = capture(step)
     for seed in (1, 2):

@@ -213,12 +213,14 @@ def gradient_of_hard_values(w: Tensor, C: Tensor, spec: TrellisSpec, backend: Ba
 def test_what_cannot_be_passed_back() -> None:
     spec = TrellisSpec(6, 2, 1)
     w, C = torch.zeros(2, 8, 1), codebook("gaussian", spec)
-    with pytest.raises(ValueError, match=r"values must be \[2, 8, 1\] like w, got \[2, 4, 1\]"):
+    with pytest.raises(ValueError, match=r"must be \[2, 8, 1\] on cpu like w, got \[2, 4, 1\]"):
         pass_back(w[:, :4], w, C, spec, temperature=0.1)
     with pytest.raises(ValueError, match="takes ends 'free' or overlaps, got 'tail_biting'"):
         pass_back(w, w, C, spec, temperature=0.1, ends="tail_biting")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="must be positive"):
         pass_back(w, w, C, spec, temperature=0.0)
+    with pytest.raises(ValueError, match="float32 tensors on a CUDA device"):
+        pass_back(w, w, C, spec, temperature=0.1, backend="cuda")
 
 
 def test_backends_that_cannot_run_say_so() -> None:

@@ -130,17 +130,20 @@ def pass_back(
         ends: as there, "free" or overlaps.
 
     Returns:
-        The values. Gradients with respect to ``w`` and ``codebook`` are exactly those that
-        ``bcjr(w, ...).values`` has, and can be had once.
+        The values. Gradients with respect to ``w`` and ``codebook`` are those that
+        ``bcjr(w, ...).values`` has, to rounding, and can be had once.
 
     Raises:
         ValueError: shapes, values or a temperature that do not fit, or other ends.
         RuntimeError: a backend that is not installed.
-        torch.OutOfMemoryError: as ``bcjr``.
+        torch.OutOfMemoryError: as ``bcjr``, in the backward pass.
     """
     check_problem(w, codebook, spec)
-    if values.shape != w.shape:
-        raise ValueError(f"values must be {list(w.shape)} like w, got {list(values.shape)}")
+    if values.shape != w.shape or values.device != w.device:
+        raise ValueError(
+            f"values must be {list(w.shape)} on {w.device} like w, "
+            f"got {list(values.shape)} on {values.device}"
+        )
     if isinstance(ends, str) and ends != "free":
         raise ValueError(f"pass_back takes ends 'free' or overlaps, got {ends!r}")
     pins = resolve_pins(ends, w, spec)

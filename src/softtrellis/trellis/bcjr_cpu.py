@@ -4,7 +4,7 @@
 Messages are base-2 logarithms of alpha and beta, less their maximum at every step, so one code
 serves every temperature: alpha'(v) = m + log2 sum_r 2**(t_r - m) over the R candidates
 t_r = alpha(u_r) - |C[s_r] - w|^2 / (T ln 2), m being about the largest. Beside the messages the
-backward pass carries means (the expectation semiring, normalised). With h_s = g . (C[s] - soft),
+backward pass carries means (the expectation semiring, normalised). With h_s = g . (C[s] - values),
 the tangent of alpha at v is E[sum of h so far | v], that of beta at u E[sum of h to come | u].
 """
 
@@ -212,7 +212,7 @@ def _gradient_sweep(
     end_message(scratch.lanes, shape, problem.pins[tile])
     transposed(scratch.lanes, scratch.rows, scratch.spare, shape, ZERO)
     scratch.tangent_rows[:] = ZERO
-    drift = np.float32(mean_at_end)  # E[sum of h], 0 but for rounding: taken off
+    drift = np.float32(mean_at_end)  # E[sum of h]: taken off
     lacking = -log2_z
     for step in range(shape.N - 1, -1, -1):
         row, at_w = step * shape.width, (tile * shape.N + step) * V

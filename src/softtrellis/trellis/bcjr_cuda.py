@@ -158,6 +158,7 @@ def soft_backward(
     """
     batch, steps, _ = w.shape
     values, grad_values = values.contiguous(), grad_values.contiguous()
+    grad_log_z = None if grad_log_z is None else grad_log_z.contiguous()
     if with_codebook or batch == 0 or not _runs(spec, steps):
         return bcjr_triton.soft_backward(
             w, codebook, spec, temperature, pins, values, grad_values, grad_log_z, with_codebook

@@ -192,9 +192,20 @@ torch.library.define(
 
 
 @torch.library.impl("softtrellis::pass_back", "default")
-def _pass_back(values: Tensor, *_: Any) -> Tensor:
-    """The values; what matters is the gradient."""
-    return values.clone()
+def _pass_back(
+    values: Tensor,
+    w: Tensor,
+    codebook: Tensor,
+    temperature: Tensor,
+    pins: Tensor | None,
+    L: int,
+    k: int,
+    V: int,
+    backend: Backend,
+) -> Tensor:
+    """The values; what matters is the gradient, of a backend that can run."""
+    resolve_backend(backend, w)
+    return values.clone(memory_format=torch.contiguous_format)
 
 
 def _pass_back_shape(values: Tensor, *_: Any) -> Tensor:

@@ -150,7 +150,7 @@ def _sweeps(
                     u = (position % ACROSS) * RM + position // ACROSS
                     end = tl.where(u == pin[m], end, IMPOSSIBLE)
                 tl.store(last + ROW + position, end)
-                if TANGENT:  # the mean of G, 0 but for the rounding of the values, is taken off
+                if TANGENT:  # the mean of G, 0 where the values are the average, is taken off
                     b_end = tl.zeros([SPAN], tl.float32) - drift
                     tl.store(last + ROW + M * U + position, b_end)
             if not TANGENT:

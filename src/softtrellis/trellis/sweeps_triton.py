@@ -108,7 +108,7 @@ def near_of(weight, value, low, high, TANGENT: tl.constexpr):
     """Where a step's distances are measured from, so that those of likely states are small.
 
     That is the weight, or the edge of the codebook's range that is next to it; in the backward pass
-    the soft codeword, which neighbouring steps can hold far from the weight.
+    the soft or the hard codeword, which neighbouring steps can hold far from the weight.
     """
     if TANGENT:
         return tl.load(value)

@@ -17,7 +17,7 @@ struct Arguments {
     const float *bounds;              // [2], the codebook's least and its greatest value
     const float *scales;              // [tiles], sqrt(log2(e) / T)
     const long long *pins;            // [tiles] or null
-    float *values;                    // [tiles, N]; with TANGENT the centre, near the average
+    float *values;                    // [tiles, N]; with TANGENT the centre, anything near
     float *log_z;                     // [tiles]; the forward pass writes it
     const float *grad_values;         // [tiles, N]; from here on only with TANGENT
     const float *grad_log_z;          // [tiles], with which the centre is the average; or null
