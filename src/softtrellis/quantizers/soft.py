@@ -89,14 +89,11 @@ def estimate(
     part = slice(turn, None, bcjr_stride)
     if isinstance(temperature, Tensor) and temperature.ndim:
         temperature = temperature[part]
-    w, T, ends = tiles[part], temperature, pins[part]
+    w, own, T, ends = tiles[part], hard[part], temperature, pins[part]
     if estimator == "soft":
         chosen = bcjr(w, codebook, spec, temperature=T, ends=ends, backend=backend).values
     else:
-        hard_values = hard[part]
-        chosen = pass_back(
-            hard_values, w, codebook, spec, temperature=T, ends=ends, backend=backend
-        )
+        chosen = pass_back(own, w, codebook, spec, temperature=T, ends=ends, backend=backend)
     found = hard.clone()
-    found[part] += (chosen - hard[part]) * (mix if estimator == "mixed" else 1.0)
+    found[part] += (chosen - own) * (mix if estimator == "mixed" else 1.0)
     return found

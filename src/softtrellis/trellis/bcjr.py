@@ -99,9 +99,7 @@ def bcjr(
     if isinstance(ends, str) and ends == "tail_biting_exact":
         raise ValueError("bcjr's exact tail-biting answer is ends='tail_biting'")
     pins = resolve_pins(ends, w, spec)
-    temperatures = _temperatures(
-        temperature, w, exact=backend == "torch" or w.dtype == torch.float64
-    )
+    temperatures = _temperatures(temperature, w, backend)
     table = codebook.to(w.dtype)
     if isinstance(ends, str) and ends == "tail_biting":
         return _exact_tail_biting(w, table, spec, temperatures, return_entropy, backend)
@@ -147,17 +145,17 @@ def pass_back(
     if isinstance(ends, str) and ends != "free":
         raise ValueError(f"pass_back takes ends 'free' or overlaps, got {ends!r}")
     pins = resolve_pins(ends, w, spec)
-    exact = backend == "torch" or w.dtype == torch.float64
-    temperatures = _temperatures(temperature, w, exact=exact)
-    centre, table = values.detach().to(w.dtype).contiguous(), codebook.to(w.dtype)
+    temperatures = _temperatures(temperature, w, backend)
+    centre, table = values.detach().to(w.dtype), codebook.to(w.dtype)
     found: Tensor = torch.ops.softtrellis.pass_back(
         centre, w, table, temperatures, pins, spec.L, spec.k, spec.V, backend
     )
     return found
 
 
-def _temperatures(temperature: float | Tensor, w: Tensor, *, exact: bool) -> Tensor:
+def _temperatures(temperature: float | Tensor, w: Tensor, backend: Backend) -> Tensor:
     """[B], checked; a number is checked and spread out without waiting for w's device."""
+    exact = backend == "torch" or w.dtype == torch.float64
     if not isinstance(temperature, Tensor):
         _check_temperatures(temperature, temperature, w.dtype, exact)
         return torch.full((w.shape[0],), temperature, dtype=w.dtype, device=w.device)

@@ -3,33 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from softtrellis.backend import Backend, ResolvedBackend, resolve_backend
+from softtrellis.backend import Backend, resolve_backend
 from softtrellis.spec import TrellisSpec
+from softtrellis.trellis.dispatch import implementation
 from softtrellis.trellis.memory import BCJR, BCJR_BACKWARD
-
-
-def _implementation(backend: ResolvedBackend) -> ModuleType:
-    if backend == "cpu":
-        from softtrellis.trellis import bcjr_cpu
-
-        return bcjr_cpu
-    if backend == "cuda":
-        from softtrellis.trellis import bcjr_cuda
-
-        return bcjr_cuda
-    if backend == "triton":
-        from softtrellis.trellis import bcjr_triton
-
-        return bcjr_triton
-    from softtrellis.trellis import bcjr_torch
-
-    return bcjr_torch
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
@@ -65,7 +47,7 @@ def _soft_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The backend's ``soft_forward``; an entropy that was not asked for is empty, [0]."""
     w, codebook, spec = w.contiguous(), codebook.contiguous(), TrellisSpec(L, k, V)
-    module = _implementation(resolve_backend(backend, w))
+    module = implementation("bcjr", resolve_backend(backend, w))
 
     def forward(part: slice) -> tuple[Tensor, Tensor, Tensor]:
         ends = None if pins is None else pins[part]
@@ -115,7 +97,7 @@ def _soft_backward(
     w, codebook, spec = w.contiguous(), codebook.contiguous(), TrellisSpec(L, k, V)
     grad_values = grad_values.contiguous()
     grad_log_z = None if grad_log_z is None else grad_log_z.contiguous()
-    module = _implementation(resolve_backend(backend, w))
+    module = implementation("bcjr", resolve_backend(backend, w))
 
     def backward(part: slice) -> tuple[Tensor, Tensor]:
         grad_w, grad_codebook = module.soft_backward(
@@ -163,14 +145,21 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.mark_non_differentiable(entropy)
 
 
+def _gradients(
+    ctx: Any, grad_values: Tensor, grad_log_z: Tensor | None, *, with_codebook: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Of the weights, and of the codebook where it needs one."""
+    grad_w, grad_codebook = torch.ops.softtrellis.soft_backward(
+        *ctx.saved_tensors, grad_values, grad_log_z, *ctx.trellis, with_codebook, ctx.backend
+    )
+    return grad_w, grad_codebook if with_codebook else None
+
+
 def _differentiate(
     ctx: Any, grad_values: Tensor, grad_log_z: Tensor, _: Tensor
 ) -> tuple[Tensor | None, ...]:
     with_codebook = ctx.needs_input_grad[1]
-    grad_w, grad_codebook = torch.ops.softtrellis.soft_backward(
-        *ctx.saved_tensors, grad_values, grad_log_z, *ctx.trellis, with_codebook, ctx.backend
-    )
-    return grad_w, grad_codebook if with_codebook else None, *[None] * 7
+    return *_gradients(ctx, grad_values, grad_log_z, with_codebook=with_codebook), *[None] * 7
 
 
 def _refuse_to_differentiate(ctx: Any, *_: Tensor) -> None:
@@ -216,16 +205,13 @@ torch.library.register_fake("softtrellis::pass_back", _pass_back_shape)
 
 
 def _save_for_passing(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    values, w, codebook, temperature, pins, *ctx.trellis, ctx.backend = inputs
-    ctx.save_for_backward(w, codebook, temperature, pins, values)
+    _, w, codebook, temperature, pins, *ctx.trellis, ctx.backend = inputs
+    ctx.save_for_backward(w, codebook, temperature, pins, output)
 
 
 def _pass(ctx: Any, grad_values: Tensor) -> tuple[Tensor | None, ...]:
     with_codebook = ctx.needs_input_grad[2]
-    grad_w, grad_codebook = torch.ops.softtrellis.soft_backward(
-        *ctx.saved_tensors, grad_values, None, *ctx.trellis, with_codebook, ctx.backend
-    )
-    return None, grad_w, grad_codebook if with_codebook else None, *[None] * 6
+    return None, *_gradients(ctx, grad_values, None, with_codebook=with_codebook), *[None] * 6
 
 
 torch.library.register_autograd("softtrellis::pass_back", _pass, setup_context=_save_for_passing)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from softtrellis.backend import Backend, ResolvedBackend, resolve_backend
+from softtrellis.backend import Backend, resolve_backend
 from softtrellis.spec import TrellisSpec
+from softtrellis.trellis.dispatch import implementation
 from softtrellis.trellis.memory import VITERBI
 from softtrellis.trellis.tail_biting import two_passes
 from softtrellis.trellis.validation import EXACT_OVERLAPS, Ends, check_problem, resolve_pins
@@ -28,24 +28,6 @@ class Path:
     states: Tensor
     values: Tensor
     cost: Tensor
-
-
-def _implementation(backend: ResolvedBackend) -> ModuleType:
-    if backend == "cpu":
-        from softtrellis.trellis import viterbi_cpu
-
-        return viterbi_cpu
-    if backend == "cuda":
-        from softtrellis.trellis import viterbi_cuda
-
-        return viterbi_cuda
-    if backend == "triton":
-        from softtrellis.trellis import viterbi_triton
-
-        return viterbi_triton
-    from softtrellis.trellis import viterbi_torch
-
-    return viterbi_torch
 
 
 torch.library.define(
@@ -68,7 +50,7 @@ def _best_path_op(
     backend: Backend,
 ) -> Tensor:
     resolved = resolve_backend(backend, w)
-    module, spec = _implementation(resolved), TrellisSpec(L, k, V)
+    module, spec = implementation("viterbi", resolved), TrellisSpec(L, k, V)
     w, codebook = w.contiguous(), codebook.contiguous()
 
     def path(part: slice) -> tuple[Tensor]:
