@@ -43,6 +43,9 @@ from softtrellis.evaluation.divergence import paired_bootstrap  # noqa: E402
 
 Run = dict[str, Any]
 
+VITERBI = "349811a", "2d1d18d", "476d123", "96fc7dc"
+"""The commits of the claims from plain Viterbi."""
+
 DATA = ROOT / "docs" / "results"
 PAGE = "".join(
     (ROOT / "docs" / name).read_text("utf-8") for name in ("results.md", "results-history.md")
@@ -212,26 +215,50 @@ def test_the_papers_own_recipe_changes_nothing() -> None:
 
 
 def test_mixed_gradients_against_identity() -> None:
-    named = "a5ef0bd-models", "349811a-models", "349811a-slow"
+    named = "a5ef0bd-models", "349811a-models", "349811a-slow", "96fc7dc-slow"
     runs = read_records([DATA / f"{name}.jsonl.xz" for name in named])
-    identity = [r for r in runs if r["name"].startswith("tokens/identity-1.5e-2-start") or
-                (r["name"], r["seed"]) == ("tokens/identity", 1)]  # fmt: skip
-    for name, seeds in (("0.25-1.5e-2", 1), ("1.5e-2", 2), ("stride-4-1.5e-2", 1)):
+    own = ("tokens/identity-1.5e-2-start-0.5", "tokens/identity")
+    identity = [run for run in runs if run["name"] in own]
+    for name, seeds in (("0.25-1.5e-2", 3), ("1.5e-2", 2), ("stride-4-1.5e-2", 1)):
         mixed = [r for r in runs if r["name"] == f"recipes/mixed-{name}"]
         assert len(mixed) == seeds
         gain = difference(*same_seeds(mixed, identity), "kl")
         assert gain.high < 0
         assert f"{gain.mean:.4f} ({gain.low:.4f} to {gain.high:.4f})" in PAGE
+        if seeds == 3:
+            assert spread(mixed, "perplexity", 2) in PAGE
+            assert spread(mixed, "kl", 4) in PAGE
+            seed = by_seed(mixed, identity, "kl")
+            assert f"is {seed[0]:.4f}, {seed[1]:.4f} and {seed[2]:.4f}. A t interval" in PAGE
+            over = over_seeds(seed)
+            assert f"{over.mean:.4f} ± {over.high - over.mean:.4f}" in PAGE
 
 
 def test_long_runs_of_mixed_gradients_against_identity() -> None:
     (mixed,) = read([DATA / "476d123-models.jsonl.xz"], "best/").values()
+    (shorter,) = read([DATA / "96fc7dc-models.jsonl.xz"], "best/").values()
+    (other,) = read([DATA / "96fc7dc-slow.jsonl.xz"], "best/").values()
     runs = read([DATA / "914f5ff-models.jsonl.xz"], "shift/")
-    for name in ("ldlq12-15min", "ldlq12-7min-32"):
-        gain = difference(mixed, runs[f"shift/{name}"], "kl")
-        assert gain.high < 0
-        assert f"{-gain.mean:.4f} ({-gain.high:.4f} to {-gain.low:.4f})" in PAGE
-    assert f"| {mixed[0]['perplexity']:.2f} | {mixed[0]['kl']:.4f} |" in PAGE
+    large, small = runs["shift/ldlq12-7min-32"], runs["shift/ldlq12-7min"]
+    for found, rival, ahead in (
+        (mixed, runs["shift/ldlq12-15min"], True),
+        (mixed, large, True),
+        (shorter, large, False),
+        (other, small, True),
+    ):
+        gain = difference(*same_seeds(found, rival), "kl")
+        assert gain.high < 0 if ahead else gain.low > 0
+        low, high = sorted((abs(gain.low), abs(gain.high)))
+        assert f"{abs(gain.mean):.4f} ({low:.4f} to {high:.4f})" in PAGE
+        (run,) = found
+        assert f"| {run['perplexity']:.2f} | {run['kl']:.4f} |" in PAGE
+    level = difference(*same_seeds(shorter, small), "kl")
+    assert level.low < 0 < level.high
+    for (run,), seconds in ((mixed, "0.61 (medians)"), (shorter, "0.48 s (median)")):
+        ends = [record["seconds"] for record in run["log"]]
+        steps = statistics.median(b - a for a, b in pairwise(ends))
+        assert f"{steps:.2f}" == seconds.split()[0]
+        assert seconds in PAGE
 
 
 def test_two_minutes_of_straight_through_and_of_the_scalar_codes() -> None:
@@ -244,23 +271,45 @@ def test_two_minutes_of_straight_through_and_of_the_scalar_codes() -> None:
 
 
 def test_what_plain_viterbi_loses_compounds() -> None:
-    runs = [run for run in claims("349811a", "2d1d18d", "476d123") if "kl" in run]
+    runs = [run for run in claims(*VITERBI) if "kl" in run]
     losses = {(run["name"], run["seed"]): math.log(run["perplexity"] / 21.64) for run in runs}
     page = " ".join(PAGE.split())
     ptq, identity, soft = "", "/identity@0.01", "/soft-0.3@0.03"
-    for setting, seed, words in (
-        (ptq, 0, "is {} for the three layers, and {} for the sum"),
-        (ptq, 1, "PTQ {} for {} and"),
-        (ptq, 2, "and {} for {},"),
-        (identity, 0, "After identity it is {} and {},"),
-        (identity, 1, "seed 1 after identity {} for {},"),
-        (soft, 0, "after soft {} and {}:"),
+    later = "{} for {} and", "and {} for {},"
+    for setting, first, second in (
+        (ptq, "is {} for the three layers, and {} for the sum", "PTQ"),
+        (identity, "After identity it is {} and {},", "after identity"),
+        (soft, "after soft {} and {}:", "after soft"),
     ):
-        union = losses[f"pairs/4,12,20/viterbi{setting}", seed]
-        total = sum(losses[f"single/{layer}/viterbi{setting}", seed] for layer in (4, 12, 20))
-        assert union > total
-        assert words.format(f"{union:.4f}", f"{total:.4f}") in page
-        assert setting or f"{union - total:.4f}" in page
+        words = first, f"{second} {later[0]}", later[1]
+        for seed, each in enumerate(words):
+            union = losses[f"pairs/4,12,20/viterbi{setting}", seed]
+            total = sum(losses[f"single/{layer}/viterbi{setting}", seed] for layer in (4, 12, 20))
+            assert union > total or (setting, seed) == (soft, 2)
+            assert each.format(f"{union:.4f}", f"{total:.4f}") in page
+            assert setting or f"{union - total:.4f}" in page
+
+
+def test_three_layers_from_plain_viterbi_in_three_seeds() -> None:
+    runs = claims(*VITERBI)
+    found = {u.setting.kind: u for u in unions(runs) if len(u.setting.layers) == 3}
+    soft, identity = (found[kind] for kind in ("soft-0.3", "identity"))
+    words, cells = [], []
+    for union in (soft, identity):
+        assert sorted(union.seeds) == [0, 1, 2]
+        more, over = union.more, over_seeds(union.seeds)
+        words.append(f"**{more.mean:+.4f} ({more.low:+.4f} to {more.high:+.4f})**")
+        cells.append(f"{over.low:+.4f} to {over.high:+.4f}")
+    together = [
+        [run["kl"] for run in runs if run["name"] == f"pairs/4,12,20/viterbi{own}"]
+        for own in ("", "/identity@0.01", "/soft-0.3@0.03")
+    ]
+    means = [f"{statistics.mean(each):.4f}" for each in together]
+    row = [*means, f"{soft.gain:.4f}", f"{soft.total:.4f}", *words]
+    assert f"| mean of three seeds | {' | '.join(row)} |" in PAGE
+    assert f"| over seeds | | | | | | {' | '.join(cells)} |" in PAGE
+    gains = [f"{union.seeds[seed]:.4f}" for union in (identity, soft) for seed in (1, 2)]
+    assert "gains are {} and {} (identity) and {} and {} (soft) more".format(*gains) in PAGE
 
 
 def test_the_ninth_search() -> None:
