@@ -7,15 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any, Protocol
 
-import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-
 import claims
 import claims_plots
 import known
+import pytest
 import several
+import torch
 from experiment import Experiment
 from layer_experiment import LayerExperiment
 from layer_runs import changes, heldout, moved, trajectories, unions

@@ -6,12 +6,12 @@ import argparse
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from experiment import Experiment, add_arguments
 
 from softtrellis.recipes.qat import DistillConfig
 from softtrellis.recipes.teacher_text import is_mixture, sample_windows
@@ -181,18 +181,15 @@ def test_the_texts_of_an_experiment(
     windows_of: Windows,
     documents: str,
     tiny_directory: Path,
-    monkeypatch: pytest.MonkeyPatch,
     train: list[str],
     by_teacher: int,
 ) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
-    experiment = import_module("experiment")
     parser = argparse.ArgumentParser()
-    experiment.add_arguments(parser)
+    add_arguments(parser)
     files = ["--calibration", documents, "--test", documents, "--json", "none", "--device", "cpu"]
     sizes = ["--ctx", str(CTX), "--windows", "8", "--held-out", "2", "--test-ctx", str(CTX)]
     options = [str(tiny_directory), "--train", documents, *train, *files, *sizes]
-    found = experiment.Experiment(parser.parse_args(options)).text
+    found = Experiment(parser.parse_args(options)).text
     share = by_teacher / 8 or None
     expected = windows_of(*train[:1], windows=8, teacher_share=share)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
