@@ -31,6 +31,7 @@ from softtrellis.io.checkpoint import base_of, save_quantized
 from softtrellis.io.sources import load_source
 from softtrellis.io.text import load_documents, token_windows
 from softtrellis.modules.replace import dequantize_
+from softtrellis.recipes.benchmark import default_device
 from softtrellis.recipes.ptq import quantize_model
 from softtrellis.recipes.qat import DistillConfig, distill
 from softtrellis.recipes.training_text import training_windows
@@ -59,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="texts for training: documents:FILE, teacher or both",
     )
     parser.add_argument("--test", required=True, help="text that is reported")
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--device", default=default_device())
     parser.add_argument("--ctx", type=int, default=1024, help="tokens of a training window")
     parser.add_argument("--windows", type=int, default=4096, help="training windows")
     parser.add_argument("--teacher-share", type=float, help="of them, as in softtrellis train")

@@ -2,7 +2,7 @@
 # The setting of the BCJR-QAT paper (arXiv 2605.10655): decoder layer 4 of Llama-3.2-1B at 2 bits, from plain
 # Viterbi without Hessians, ten steps at a learning rate of 2e-4, T from 0.3 to 0.05.
 #
-#   bash examples/paper_llama.sh meta-llama/Llama-3.2-1B HELD_OUT FOLDER [cuda|cpu [TEXT]]
+#   PATH=.venv/bin:$PATH bash examples/paper_llama.sh meta-llama/Llama-3.2-1B HELD_OUT FOLDER [cuda|cpu [TEXT]]
 #
 # TEXT is trained on (wikitext2 by default) and HELD_OUT evaluated on; both are what --data takes, and of
 # wikitext2 each has its own part. Needs the model's weights, which ask for a licence. `softtrellis plan` says

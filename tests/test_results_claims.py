@@ -93,6 +93,7 @@ def test_what_plain_viterbi_loses_compounds() -> None:
     losses = {(run["name"], run["seed"]): math.log(run["perplexity"] / 21.64) for run in runs}
     page = " ".join(PAGE.split())
     ptq, identity, soft = "", "/identity@0.01", "/soft-0.3@0.03"
+    shares: list[str] = []
     later = "{} for {} and", "and {} for {},"
     for setting, first, second in (
         (ptq, "is {} for the three layers, and {} for the sum", "PTQ"),
@@ -106,6 +107,24 @@ def test_what_plain_viterbi_loses_compounds() -> None:
             assert union > total or (setting, seed) == (soft, 2)
             assert each.format(f"{union:.4f}", f"{total:.4f}") in page
             assert setting or f"{union - total:.4f}" in page
+            shares.append(f"{100 * (union / total - 1):.0f}%")
+    ptq_1, ptq_2 = shares[1:3]
+    assert shares[0] == "5%"
+    assert f"PTQ's loss is {ptq_1} and {ptq_2} more than the sum in seeds 1 and 2" in page
+    assert "identity's {1} and {2}, soft's {4} and {5}.".format(*shares[3:]) in page
+
+
+def test_latents_alone_have_nearly_all_of_it() -> None:
+    runs = {run["name"]: run["kl"] for run in claims(*VITERBI) if run["seed"] == 0 and "kl" in run}
+    for layer, setting, words in (
+        (4, "soft-0.3@0.03", "T = 0.3 {} for {} with scales and norms"),
+        (4, "soft-0.1@0.1", "0.1 {} for {};"),
+        (12, "soft-0.1@0.1", "0.1 {} for {}."),
+    ):
+        alone = runs[f"overshoot-latents/{layer}/viterbi/{setting}"]
+        more = runs[f"single/{layer}/viterbi/{setting}"]
+        assert more < alone < runs[f"single/{layer}/viterbi/identity@0.01"]
+        assert words.format(f"{alone:.4f}", f"{more:.4f}") in PAGE
 
 
 def test_three_layers_from_plain_viterbi_in_three_seeds() -> None:

@@ -14,6 +14,7 @@ from cli.support import Command, Refused
 
 from softtrellis import __version__
 from softtrellis.cli.main import build_parser, main
+from softtrellis.cli.quantize import configs
 from softtrellis.cli.train import config_of
 from softtrellis.recipes.qat import DistillConfig
 
@@ -252,3 +253,11 @@ def test_train_and_its_config_have_the_same_defaults() -> None:
     line = ["train", "d", "--teacher", "m", "-o", "out"]
     config = config_of(build_parser().parse_args(line))
     assert replace(config, show_progress=False) == DistillConfig()
+
+
+@pytest.mark.parametrize(
+    ("words", "L"), [("", 16), ("--code scalar", 8), ("--code scalar --L 4", 4)]
+)
+def test_bits_of_a_state(words: str, L: int) -> None:
+    line = f"quantize m -o d {words}"
+    assert configs(build_parser().parse_args(line.split()))[0].L == L

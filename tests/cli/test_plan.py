@@ -18,7 +18,7 @@ def test_the_table(softtrellis: Command, checkpoint: Path, model: Path, tmp_path
     assert "0.09974" in result.out
     assert "towards the teacher" in result.out
     start, verdict = result.out.splitlines()[-2:]
-    assert start.startswith("Predicted from the codewords (train --start 0); ")
+    assert start.startswith("Predicted for train --start 0, from the codewords; ")
     assert "Codes " in verdict
     record = json.loads(file.read_text(encoding="utf-8"))
     assert list(record["layers"]) == LAYERS

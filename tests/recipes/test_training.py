@@ -101,12 +101,16 @@ def test_codes_stay_where_latents_are_not_trained(setting: Setting, parts: tuple
         assert set(result.changed_codes.values()) == {0.0}
 
 
-def test_a_table_is_trained_with_all_that_share_it(setting: Setting) -> None:
+def test_a_table_is_trained_with_all_that_share_it(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
     student = setting.student("hyb", 10)
     with pytest.raises(ValueError, match="share it"):
         setting.train(student, train=("table",), layers=("1",))
+    other = setting.student()
+    monkeypatch.setattr(setting, "text", "no-such.txt")  # which is not looked for
     with pytest.raises(ValueError, match="no table"):
-        setting.train(setting.student(), train=("table",))
+        setting.train(other, train=("table",))
 
 
 def test_latents_can_start_at_the_original_weights(setting: Setting) -> None:

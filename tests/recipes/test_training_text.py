@@ -106,6 +106,15 @@ def test_enough_text_needs_no_words(windows_of: Windows, caplog: pytest.LogCaptu
     assert not caplog.records
 
 
+@pytest.mark.parametrize(("batch", "messages"), [(8, 0), (9, 1)])
+def test_a_step_of_more_windows_than_there_are(
+    windows_of: Windows, caplog: pytest.LogCaptureFixture, batch: int, messages: int
+) -> None:
+    assert len(windows_of(windows=8, batch=batch)[0]) == 8
+    text = "a step of 9 windows takes some twice: there are 8"
+    assert [record.message for record in caplog.records] == [text] * messages
+
+
 def test_nothing_held_out(windows_of: Windows) -> None:
     mixed, held_out = windows_of("teacher", windows=60, held_out=0)
     assert written(mixed).sum() == 30

@@ -67,7 +67,12 @@ def add_parser(commands: Commands) -> None:
         help="qtip: hyb (default), 1mad, 3inst, mul1, mcg, gaussian, scalar; "
         "exl3: mul1 (default), mcg, 3inst",
     )
-    parser.add_argument("--L", type=int, default=16, help="bits of a trellis state, up to 16")
+    parser.add_argument(
+        "--L",
+        type=int,
+        help="bits of a trellis state, up to 16; 16 by default, and 8 with --code scalar, which "
+        "has no trellis",
+    )
     parser.add_argument(
         "--head-bits", type=int, help="quantize the output layer too, to so many bits"
     )
@@ -210,7 +215,7 @@ def configs(
         bits_map=options.bits_map,
         head_bits=options.head_bits,
         code=options.code,
-        L=options.L,
+        L=options.L or (8 if options.code == "scalar" else QuantizeConfig.L),
         layers=layers_of(options.layers),
         skip=layers_of(options.skip) or (),
         data=tuple(options.data),

@@ -10,6 +10,12 @@ from softtrellis.modules.latent_linear import LatentLinear
 from softtrellis.quantizers.hard import TrellisCode
 
 
+def check_has_table(code: TrellisCode) -> None:
+    """ValueError for another code than "hyb"."""
+    if code.name != "hyb":
+        raise ValueError(f"code {code.name!r} has no table to train; only 'hyb' has one")
+
+
 class LearnedTable:
     """The codewords of "hyb", trained with the layers that share them.
 
@@ -23,8 +29,7 @@ class LearnedTable:
         Raises:
             ValueError: another code than "hyb".
         """
-        if code.name != "hyb":
-            raise ValueError(f"code {code.name!r} has no table to train; only 'hyb' has one")
+        check_has_table(code)
         self._layers = layers
         self._code = TrellisCode(code.spec, code.name, code.flip, normalize=False)
         self.table = nn.Parameter(table_of(layers[0].codebook, code.spec, code.flip))

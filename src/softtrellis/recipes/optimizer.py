@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
 import torch
@@ -15,11 +16,13 @@ BETAS = (0.9, 0.95)
 
 
 def check_optimizer(name: str) -> None:
-    """ValueError if the optimizer is unknown."""
+    """ValueError if the optimizer is unknown, ImportError if its package is missing."""
     if name not in get_args(OptimizerName):
         raise ValueError(
             f"unknown optimizer {name!r}; use one of {', '.join(get_args(OptimizerName))}"
         )
+    if name == "adamw8bit" and find_spec("torchao") is None:
+        raise ImportError(f"optimizer adamw8bit needs torchao; {install('optim')}; or use adamw")
 
 
 def make_optimizer(
@@ -35,14 +38,11 @@ def make_optimizer(
     Raises:
         ImportError: "adamw8bit" without torchao.
     """
+    check_optimizer(name)
     if name == "adamw":
         return torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0, fused=fused)
-    try:
-        from torchao.optim import AdamW8bit
-    except ImportError as error:
-        raise ImportError(
-            f"optimizer adamw8bit needs torchao; {install('optim')}; or use adamw"
-        ) from error
+    from torchao.optim import AdamW8bit
+
     optimizer: torch.optim.Optimizer = AdamW8bit(groups, betas=BETAS, weight_decay=0.0)
     return optimizer
 

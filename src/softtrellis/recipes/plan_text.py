@@ -18,7 +18,10 @@ QUANTILES = (0.05, 0.5, 0.95)
 HARDLY_ANY = 0.01
 """Share of tiles below which a run is warned of."""
 
-FROM_CODEWORDS = "Predicted from the codewords (train --start 0); its default start changed more."
+FROM_CODEWORDS = (
+    "Predicted for train --start 0, from the codewords; another start, as train has by default, "
+    "changes codes itself."
+)
 """Above the verdict: what was measured of other starts is in docs/drift.md."""
 
 

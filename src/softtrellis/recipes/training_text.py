@@ -68,12 +68,16 @@ def training_windows(
     """
     ctx = window_length(config.ctx, teacher)
     if is_mixture(config.data):
-        return _mixed(config, teacher, tokenizer, ctx)
-    if TEACHER in config.data:
+        windows, held_out = _mixed(config, teacher, tokenizer, ctx)
+    elif TEACHER in config.data:
         count = config.windows or SAMPLED_WINDOWS
         both = _sampled(config, teacher, tokenizer, count + config.held_out, ctx)
-        return both[:count], both[count:]
-    return _loaded(config, tokenizer, config.data, ctx, config.windows)
+        windows, held_out = both[:count], both[count:]
+    else:
+        windows, held_out = _loaded(config, tokenizer, config.data, ctx, config.windows)
+    if config.batch > len(windows):
+        _log.warning(f"a step of {config.batch} windows takes some twice: there are {len(windows)}")
+    return windows, held_out
 
 
 def _mixed(
