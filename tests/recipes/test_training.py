@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -302,15 +303,17 @@ def test_norm_and_scale_of_all_gradients() -> None:
     assert parameters[2].grad.tolist() == [-1.0] * 5
 
 
-def test_packages_that_are_asked_for(setting: Setting, tmp_path: Path) -> None:
-    from importlib.util import find_spec
-
-    if find_spec("torchao") is None:
-        with pytest.raises(ImportError, match=r"\.\[optim\]"):
-            setting.train(setting.student(), optimizer="adamw8bit")
+def test_packages_that_are_asked_for(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    student = setting.student()
     if find_spec("tensorboard") is None:
         with pytest.raises(ImportError, match=r"\.\[tensorboard\]"):
-            setting.train(setting.student(), tmp_path, tensorboard=True)
+            setting.train(student, tmp_path, tensorboard=True)
+    if find_spec("torchao") is None:
+        monkeypatch.setattr(setting, "text", "no-such.txt")  # which is not looked for
+        with pytest.raises(ImportError, match=r"\.\[optim\]"):
+            setting.train(student, optimizer="adamw8bit")
 
 
 @pytest.mark.parametrize(

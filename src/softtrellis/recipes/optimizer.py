@@ -16,11 +16,15 @@ BETAS = (0.9, 0.95)
 
 
 def check_optimizer(name: str) -> None:
-    """ValueError if the optimizer is unknown, ImportError if its package is missing."""
+    """ValueError if the optimizer is unknown."""
     if name not in get_args(OptimizerName):
         raise ValueError(
             f"unknown optimizer {name!r}; use one of {', '.join(get_args(OptimizerName))}"
         )
+
+
+def check_installed(name: OptimizerName) -> None:
+    """ImportError if the optimizer's package is missing."""
     if name == "adamw8bit" and find_spec("torchao") is None:
         raise ImportError(f"optimizer adamw8bit needs torchao; {install('optim')}; or use adamw")
 
@@ -38,7 +42,7 @@ def make_optimizer(
     Raises:
         ImportError: "adamw8bit" without torchao.
     """
-    check_optimizer(name)
+    check_installed(name)
     if name == "adamw":
         return torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0, fused=fused)
     from torchao.optim import AdamW8bit

@@ -33,7 +33,7 @@ from softtrellis.modules.replace import (
 )
 from softtrellis.quantizers.soft import MIX, Estimator, check_estimator
 from softtrellis.recipes.calibration import check_finite
-from softtrellis.recipes.optimizer import OptimizerName, check_optimizer
+from softtrellis.recipes.optimizer import OptimizerName, check_installed, check_optimizer
 from softtrellis.recipes.ranks import ONE, Ranks, shard_frozen_
 from softtrellis.recipes.run_state import digest
 from softtrellis.recipes.schedules import FINAL_LR_SHARE, TemperatureSchedule, check_schedule
@@ -334,6 +334,7 @@ def distill(
     for name, wanted in alone.items():
         if ranks.size > 1 and wanted:
             raise ValueError(f"{name} trains on one rank only; leave it out")
+    check_installed(config.optimizer)
     if not ranks.first:
         config = replace(config, show_progress=False)
     if isinstance(model, str | Path):
