@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,15 @@ def calls(case: Case, tiles: int, T: float, device: Any) -> dict[str, Callable[[
     }
 
 
+def measure(case: Case, tiles: int, T: float, device: Any) -> None:
+    """Prints a line for each call: the median, and the 20th and the 80th percentile."""
+    for name, call in calls(case, tiles, T, device).items():
+        found = time_calls(call, device, repeats=20, seconds=0.5)
+        median, low, high = (1e6 * x / tiles for x in (found.median, found.low, found.high))
+        what = f"{case.code} L{case.spec.L} V{case.spec.V} T {T:g} {name:20} {tiles} tiles"
+        print(f"{what} {median:.3f} us a tile ({low:.3f}-{high:.3f})", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default=default_device())
@@ -65,22 +75,11 @@ def main() -> None:
     for case in CASES:
         for call in calls(case, few, options.temperature[0], options.device).values():
             call()  # compiles
-    for round_ in range(options.rounds):
+    for _ in range(options.rounds):
         with turn(options.turns, options.device, alone=True):
-            for case in CASES:
+            for case, T in product(CASES, options.temperature):
                 tiles = options.tiles or default_tiles(case.spec, options.device)
-                for T in options.temperature:
-                    for name, call in calls(case, tiles, T, options.device).items():
-                        found = time_calls(call, options.device, repeats=20, seconds=0.5)
-                        low, median, high = (
-                            1e6 * x / tiles for x in (found.low, found.median, found.high)
-                        )
-                        print(
-                            f"{case.code} L{case.spec.L} V{case.spec.V} T {T:g} {name:20} "
-                            f"{tiles} tiles, round {round_}: {median:.3f} us a tile "
-                            f"({low:.3f}-{high:.3f})",
-                            flush=True,
-                        )
+                measure(case, tiles, T, options.device)
 
 
 if __name__ == "__main__":

@@ -260,4 +260,10 @@ def test_train_and_its_config_have_the_same_defaults() -> None:
 )
 def test_bits_of_a_state(words: str, L: int) -> None:
     line = f"quantize m -o d {words}"
-    assert configs(build_parser().parse_args(line.split()))[0].L == L
+    assert configs(build_parser().parse_args(line.split()))[0].trellis_code.spec.L == L
+
+
+def test_a_state_without_bits_is_refused() -> None:
+    line = ["quantize", "m", "-o", "d", "--L", "0"]
+    with pytest.raises(ValueError, match="L must be"):
+        configs(build_parser().parse_args(line))

@@ -105,11 +105,11 @@ def test_codes_stay_where_latents_are_not_trained(setting: Setting, parts: tuple
 def test_a_table_is_trained_with_all_that_share_it(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    student = setting.student("hyb", 10)
-    with pytest.raises(ValueError, match="share it"):
-        setting.train(student, train=("table",), layers=("1",))
-    other = setting.student()
+    student, other = setting.student("hyb", 10), setting.student()
     monkeypatch.setattr(setting, "text", "no-such.txt")  # which is not looked for
+    for change in ({"layers": ("1",)}, {"mode": "greedy"}):
+        with pytest.raises(ValueError, match="share it"):
+            setting.train(student, train=("table",), **change)
     with pytest.raises(ValueError, match="no table"):
         setting.train(other, train=("table",))
 

@@ -215,7 +215,7 @@ def configs(
         bits_map=options.bits_map,
         head_bits=options.head_bits,
         code=options.code,
-        L=options.L or (8 if options.code == "scalar" else QuantizeConfig.L),
+        L=options.L,
         layers=layers_of(options.layers),
         skip=layers_of(options.skip) or (),
         data=tuple(options.data),

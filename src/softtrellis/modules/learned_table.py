@@ -10,12 +10,6 @@ from softtrellis.modules.latent_linear import LatentLinear
 from softtrellis.quantizers.hard import TrellisCode
 
 
-def check_has_table(code: TrellisCode) -> None:
-    """ValueError for another code than "hyb"."""
-    if code.name != "hyb":
-        raise ValueError(f"code {code.name!r} has no table to train; only 'hyb' has one")
-
-
 class LearnedTable:
     """The codewords of "hyb", trained with the layers that share them.
 
@@ -24,12 +18,7 @@ class LearnedTable:
     """
 
     def __init__(self, code: TrellisCode, layers: list[LatentLinear]) -> None:
-        """Starts at the layers' codebook, which they have in common.
-
-        Raises:
-            ValueError: another code than "hyb".
-        """
-        check_has_table(code)
+        """Starts at the layers' codebook, which they have in common."""
         self._layers = layers
         self._code = TrellisCode(code.spec, code.name, code.flip, normalize=False)
         self.table = nn.Parameter(table_of(layers[0].codebook, code.spec, code.flip))

@@ -70,7 +70,7 @@ class QuantizeConfig:
         bits_map: (pattern, bits) for layers with other bits, patterns as in ``select_layers``; the
             last one that matches counts.
         code: see ``codebook``; None is the profile's own.
-        L: bits of a trellis state.
+        L: bits of a trellis state; None is 16, and 8 of "scalar", which has no trellis.
         head_bits: quantize the output layer too, to so many bits; it is no longer tied to the
             embedding then.
         layers: which linear layers, see ``select_layers``; None is all of the decoder layers'.
@@ -106,7 +106,7 @@ class QuantizeConfig:
     bits_map: tuple[tuple[str, int], ...] = ()
     head_bits: int | None = None
     code: str | None = None
-    L: int = 16
+    L: int | None = None
     layers: tuple[str, ...] | None = None
     skip: tuple[str, ...] = ()
     data: tuple[str, ...] = ("pydoc",)
@@ -155,11 +155,12 @@ class QuantizeConfig:
     def _trellis_code(self) -> TrellisCode:
         if self.profile == "qtip":
             name = self.code or "hyb"
-            return TrellisCode(TrellisSpec(self.L, self.bits, 2 if name == "hyb" else 1), name)
+            L = (8 if name == "scalar" else 16) if self.L is None else self.L
+            return TrellisCode(TrellisSpec(L, self.bits, 2 if name == "hyb" else 1), name)
         name = self.code or EXL3_CODES[0]
         if name not in EXL3_CODES:
             raise ValueError(f"profile 'exl3' has the codes {', '.join(EXL3_CODES)}, not {name!r}")
-        if self.L != 16:
+        if self.L not in (None, 16):
             raise ValueError(f"profile 'exl3' has L=16, got {self.L}; use profile 'qtip'")
         return exl3.exl3_code(name, self.bits)
 

@@ -21,10 +21,8 @@ from softtrellis.io.checkpoint import (
     read_manifest,
 )
 from softtrellis.io.manifest import TUNING
-from softtrellis.modules.learned_table import check_has_table
 from softtrellis.modules.replace import (
     decoder_index,
-    get_quantized,
     on_device,
     prepare_for_layers_,
     quantized_layers,
@@ -40,7 +38,7 @@ from softtrellis.recipes.schedules import FINAL_LR_SHARE, TemperatureSchedule, c
 from softtrellis.recipes.seeds import check_seed
 from softtrellis.recipes.stages import DistillResult, Run
 from softtrellis.recipes.teacher_text import is_mixture
-from softtrellis.recipes.trainables import TABLE, check_trainable
+from softtrellis.recipes.trainables import TABLE, check_tables, check_trainable
 from softtrellis.recipes.training_text import training_windows
 
 if TYPE_CHECKING:
@@ -350,15 +348,16 @@ def distill(
     config = with_start(config, {} if manifest is None else manifest.provenance)
     if tokenizer is None and isinstance(model, str | Path):
         tokenizer = load_tokenizer(model)
+    if tokenizer is None and text is None:
+        raise ValueError("loaded models need their tokenizer: distill(..., tokenizer=)")
     names = _trained_layers(student, config.layers)
-    if TABLE in config.train:
-        for name in names:
-            check_has_table(get_quantized(student, name).layer.code)
     stages = _stages(student, names, config.mode)
+    if TABLE in config.train:
+        for stage in stages:
+            check_tables(stage, quantized_layers(student))
     prepare_for_layers_(teacher, names)
     if text is None:
-        if tokenizer is None:
-            raise ValueError("loaded models need their tokenizer: distill(..., tokenizer=)")
+        assert tokenizer is not None
         text = ranks.once(partial(training_windows, config, teacher, tokenizer))
     check_finite(teacher)
     settings = {k: v for k, v in asdict(config).items() if k not in _FREE_TO_CHANGE}

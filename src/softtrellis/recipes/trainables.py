@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from softtrellis.modules.latent_linear import LatentLinear
 from softtrellis.modules.learned_table import LearnedTable
+from softtrellis.modules.quantized_linear import QuantizedLinear
 from softtrellis.modules.replace import decoder_index, decoder_layers, output_layer
 from softtrellis.recipes.drift import rate_of_walk
 from softtrellis.recipes.optimizer import size_of
@@ -33,8 +34,27 @@ def check_trainable(parts: Sequence[str]) -> None:
         raise ValueError(f"train must name one of {', '.join(TRAINABLE)} at least")
 
 
+def check_tables(
+    names: Collection[str], layers: Mapping[str, QuantizedLinear | LatentLinear]
+) -> None:
+    """ValueError unless tables can be trained with the named layers, of all quantized ones.
+
+    Their code has to be "hyb", and no other layer's.
+    """
+    codes = {layers[name].layer.code for name in names}
+    for code in codes:
+        if code.name != "hyb":
+            raise ValueError(f"code {code.name!r} has no table to train; only 'hyb' has one")
+    for name, other in layers.items():
+        if name not in names and other.layer.code in codes:
+            raise ValueError(
+                f"a table is trained with all layers that share it, and {name} is not trained; "
+                "train all quantized layers jointly, or leave the table out"
+            )
+
+
 def shared_tables(
-    layers: Mapping[str, LatentLinear], frozen: Mapping[str, Any]
+    layers: Mapping[str, LatentLinear], frozen: Mapping[str, QuantizedLinear]
 ) -> list[LearnedTable]:
     """The tables of layers, as parameters.
 
@@ -43,17 +63,12 @@ def shared_tables(
         frozen: the model's other ``QuantizedLinear`` layers by name.
 
     Raises:
-        ValueError: another code than "hyb", or one whose table frozen layers share.
+        ValueError: see ``check_tables``.
     """
+    check_tables(layers, {**frozen, **layers})
     by_code: dict[Any, list[LatentLinear]] = {}
     for layer in layers.values():
         by_code.setdefault(layer.layer.code, []).append(layer)
-    for name, other in frozen.items():
-        if other.layer.code in by_code:
-            raise ValueError(
-                f"a table is trained with all layers that share it, and {name} is not trained; "
-                "train all quantized layers jointly, or leave the table out"
-            )
     return [LearnedTable(code, members) for code, members in by_code.items()]
 
 
